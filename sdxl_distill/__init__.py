@@ -1,0 +1,1 @@
+"""Multi-teacher distillation for SDXL over sharded, streamable caches."""

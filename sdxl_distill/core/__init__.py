@@ -1,0 +1,1 @@
+"""Pure arithmetic of the method: no files, ranks, clocks or global random state."""

@@ -1,0 +1,70 @@
+"""Exponential moving average of parameters in float32, with a warm-up of its decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from sdxl_distill.errors import IncompatibleError
+
+
+def ema_decay_at(step: int, ema_decay: float) -> float:
+    """Return min(ema_decay, (1 + step) / (10 + step)).
+
+    Without the ramp a decay of 0.9999 would export the starting model after a short run.
+    """
+    return min(ema_decay, (1 + step) / (10 + step))
+
+
+class Ema:
+    """The average of named parameters; float32, on any device.
+
+    Args:
+        parameters: name and tensor of each; their present values are the start.
+        ema_decay: the decay after warm-up, in [0, 1).
+        device: where the average lives; None: beside each parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]],
+        ema_decay: float,
+        device: torch.device | None = None,
+    ) -> None:
+        self.ema_decay = ema_decay
+        self.averages = {
+            name: parameter.detach().to(device or parameter.device, torch.float32, copy=True)
+            for name, parameter in parameters
+        }
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
+        """Move every average towards its parameter after optimizer step `step` (from 0)."""
+        rate = 1.0 - ema_decay_at(step, self.ema_decay)
+        for name, parameter in parameters:
+            average = self.averages[name]
+            average.lerp_(parameter.detach().to(average.device, torch.float32), rate)
+
+    def load(self, averages: Mapping[str, torch.Tensor]) -> None:
+        """Replace the averages by saved ones.
+
+        Raises:
+            IncompatibleError: when names or shapes differ.
+        """
+        found = {name: tuple(tensor.shape) for name, tensor in averages.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.averages.items()}
+        if found != expected:
+            differing = sorted(
+                name
+                for name in found.keys() | expected.keys()
+                if found.get(name) != expected.get(name)
+            )
+            raise IncompatibleError(
+                f"{len(differing)} averages of other names or shapes, first {differing[0]!r}",
+                expected="those of this student",
+                where="EMA",
+                action="resume with the student that the checkpoint was made with",
+            )
+        for name, tensor in averages.items():
+            self.averages[name].copy_(tensor)

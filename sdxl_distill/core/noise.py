@@ -1,0 +1,67 @@
+"""Noise and timestep of an image: pure functions of (image id, base seed, draw).
+
+Every teacher therefore sees the same question, and nobody has to store it. The bits come from
+numpy's Philox, whose stream numpy promises to keep; see docs/determinism.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+NOISE_ALGORITHM: Final = "philox-ziggurat64-1"
+LATENT_DOWNSCALE: Final = 8  # pixels of an image per latent along each side
+
+_TIMESTEP_STREAM: Final = 0
+_NOISE_STREAM: Final = 1
+CAPTION_STREAM: Final = 2  # kept free for a choice among several captions
+_GOLDEN_RATIO_FRACTION: Final = 0.6180339887498949
+
+
+def noise_seed(image_id: str, base_seed: int, draw: int = 0) -> int:
+    """Return the 32-bit seed of one draw of an image.
+
+    The first 4 bytes, big-endian, of SHA-256 of `"{image_id}|{base_seed}"`, with `"|{draw}"`
+    appended for draws after the first. Two images may share a seed; that does no harm.
+    """
+    identity = f"{image_id}|{base_seed}" + (f"|{draw}" if draw else "")
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big")
+
+
+def _philox(seed: int, stream: int) -> np.random.Philox:
+    return np.random.Philox(key=seed + (stream << 64))
+
+
+def uniform(seed: int) -> float:
+    """Return the number in [0, 1) from which an image's timesteps follow, with 53 bits."""
+    return (int(_philox(seed, _TIMESTEP_STREAM).random_raw()) >> 11) * 2.0**-53
+
+
+def timestep(
+    image_id: str, base_seed: int, draw: int, min_timestep: int, max_timestep: int
+) -> int:
+    """Return the timestep of one draw, in [min_timestep, max_timestep).
+
+    Uniform over images. Over the draws of one image the golden-ratio sequence (an additive
+    recurrence, Weyl 1916) covers the range with the least discrepancy at every length.
+    """
+    start = uniform(noise_seed(image_id, base_seed))
+    fraction = math.modf(start + draw * _GOLDEN_RATIO_FRACTION)[0]
+    return min_timestep + math.floor((max_timestep - min_timestep) * fraction)
+
+
+def noise(
+    seed: int, width_px: int, height_px: int, num_channels: int = 4
+) -> npt.NDArray[np.float16]:
+    """Return standard normal noise for the latents of an image, float16 [C, H/8, W/8].
+
+    Drawn in float64 and then rounded: the last bits of a float64 ziggurat differ between no
+    two builds of numpy that we know, and float16 would hide it if they did.
+    """
+    shape = (num_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
+    generator = np.random.Generator(_philox(seed, _NOISE_STREAM))
+    return generator.standard_normal(shape).astype(np.float16)

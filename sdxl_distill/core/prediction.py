@@ -1,0 +1,74 @@
+"""Exact conversion between what UNets may predict: epsilon, v_prediction, sample.
+
+With x the latents, ε the noise, z the noisy latents, a = √ᾱ, s = √(1-ᾱ):
+z = a·x + s·ε and v = a·ε - s·x (Salimans & Ho 2022, appendix D).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from sdxl_distill.core.noise_schedule import PredictionType
+from sdxl_distill.errors import IncompatibleError
+
+# Below this √ᾱ a division by it multiplies the squared error of epsilon by more than 400.
+MIN_SIGNAL: Final = 0.05
+
+
+def convert_prediction(
+    prediction: torch.Tensor,
+    noisy_latents: torch.Tensor,
+    alpha_cumprod: torch.Tensor,
+    source_type: PredictionType,
+    target_type: PredictionType,
+    timesteps: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Express a prediction as another prediction type, float32 [B, C, h, w].
+
+    Args:
+        prediction: UNet output of `source_type` [B, C, h, w].
+        noisy_latents: what the UNet saw [B, C, h, w].
+        alpha_cumprod: ᾱ at each record's timestep, float64 [B].
+        source_type: what `prediction` is.
+        target_type: what is wanted.
+        timesteps: int64 [B], only to name the offender in an error.
+
+    Raises:
+        IncompatibleError: epsilon to another type where √ᾱ < 0.05.
+    """
+    prediction = prediction.to(torch.float32)
+    if source_type == target_type:
+        return prediction
+    noisy = noisy_latents.to(torch.float32)
+    alpha = alpha_cumprod.to(torch.float64)
+    signal = alpha.sqrt().to(torch.float32).view(-1, 1, 1, 1)
+    deviation = (1.0 - alpha).sqrt().to(torch.float32).view(-1, 1, 1, 1)
+    if source_type == "epsilon":
+        _require_signal(alpha, target_type, timesteps)
+        latents = (noisy - deviation * prediction) / signal
+        return latents if target_type == "sample" else (prediction - deviation * noisy) / signal
+    if source_type == "v_prediction":
+        if target_type == "epsilon":
+            return signal * prediction + deviation * noisy
+        return signal * noisy - deviation * prediction
+    if target_type == "epsilon":
+        return (noisy - signal * prediction) / deviation
+    return (signal * noisy - prediction) / deviation
+
+
+def _require_signal(
+    alpha: torch.Tensor, target_type: PredictionType, timesteps: torch.Tensor | None
+) -> None:
+    weak = alpha.sqrt() < MIN_SIGNAL
+    if not bool(weak.any()):
+        return
+    offender = int(weak.nonzero()[0, 0])
+    at_timestep = f"timestep {int(timesteps[offender])}" if timesteps is not None else "a timestep"
+    raise IncompatibleError(
+        f"an epsilon prediction at {at_timestep}, where √ᾱ = {float(alpha[offender].sqrt()):.4f}",
+        expected=f"√ᾱ ≥ {MIN_SIGNAL}, or its error would be multiplied beyond use",
+        where=f"conversion from epsilon to {target_type}",
+        action="build this teacher's predictions with a smaller cache.max_timestep",
+    )

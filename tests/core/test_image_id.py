@@ -1,0 +1,27 @@
+"""Image ids and record keys."""
+
+import hashlib
+
+import pytest
+
+from sdxl_distill.core.image_id import image_id, parse_record_key, record_key
+from sdxl_distill.errors import CorruptError
+
+
+def test_image_id_is_the_first_half_of_sha256() -> None:
+    assert image_id(b"photo") == hashlib.sha256(b"photo").hexdigest()[:32]
+
+
+def test_key_round_trips() -> None:
+    identity = image_id(b"photo")
+    assert parse_record_key(record_key(identity, 896, 1152)) == (identity, 896, 1152)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", "abc_8x8", "../" + "0" * 32 + "_8x8", "0" * 32 + "_08x8", "F" * 32 + "_8x8",
+     "0" * 32 + "_8x8\n", "0" * 32 + "_8x"],
+)  # fmt: skip
+def test_malformed_key_is_corrupt(key: str) -> None:
+    with pytest.raises(CorruptError, match="hex digits"):
+        parse_record_key(key)
