@@ -1,0 +1,25 @@
+"""Shared fixtures, and one compute thread per process: the suite's bits and times depend on it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from sdxl_distill.demo.family import Family
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Complete SDXL folders of random weights, a base and three teachers; read only."""
+    from sdxl_distill.demo.family import build_untrained_family
+
+    return build_untrained_family(tmp_path_factory.mktemp("family"))
