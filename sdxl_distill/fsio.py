@@ -336,7 +336,7 @@ class Directory:
 
 
 def _check_name(name: str) -> None:
-    assert name and "/" not in name and name not in {".", ".."}, name
+    assert Path(name).name == name, name
 
 
 def _rename_noreplace(directory: int, source: str, target: str) -> None:

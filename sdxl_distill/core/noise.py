@@ -41,9 +41,7 @@ def uniform(seed: int) -> float:
     return (int(_philox(seed, _TIMESTEP_STREAM).random_raw()) >> 11) * 2.0**-53
 
 
-def timestep(
-    image_id: str, base_seed: int, draw: int, min_timestep: int, max_timestep: int
-) -> int:
+def timestep(image_id: str, base_seed: int, draw: int, min_timestep: int, max_timestep: int) -> int:
     """Return the timestep of one draw, in [min_timestep, max_timestep).
 
     Uniform over images. Over the draws of one image the golden-ratio sequence (an additive

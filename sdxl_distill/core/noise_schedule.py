@@ -59,7 +59,8 @@ class NoiseSchedule:
         if self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, num_steps)
         elif self.beta_schedule == "scaled_linear":
-            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, num_steps) ** 2
+            roots = np.linspace(math.sqrt(self.beta_start), math.sqrt(self.beta_end), num_steps)
+            betas = np.square(roots)
         else:
             edges = [_cosine_alpha_bar(step / num_steps) for step in range(num_steps + 1)]
             betas = np.minimum(1 - np.divide(edges[1:], edges[:-1]), _MAX_COSINE_BETA)
@@ -67,7 +68,7 @@ class NoiseSchedule:
 
     def alphas_cumprod(self) -> npt.NDArray[np.float64]:
         """Return ᾱ of every training timestep, float64 [T]: ᾱ_t = Π_{s ≤ t} (1 - β_s)."""
-        return np.cumprod(1.0 - self.betas())
+        return np.cumprod(1.0 - self.betas(), dtype=np.float64)
 
     def table_fingerprint(self) -> str:
         """Return the SHA-256 of ᾱ rounded to float32: what joined sets must share.

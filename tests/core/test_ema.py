@@ -1,5 +1,7 @@
 """The moving average of the student."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

@@ -1,5 +1,7 @@
 """Image ids and record keys."""
 
+from __future__ import annotations
+
 import hashlib
 
 import pytest

@@ -1,5 +1,7 @@
 """Losses per record, their floor, and the identity that ties them together."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from hypothesis import given

@@ -1,5 +1,7 @@
 """The order of SDXL's six numbers, against diffusers' pipeline."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline

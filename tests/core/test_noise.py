@@ -1,5 +1,7 @@
 """Seeds, timesteps and noise: golden values, distribution, independence of the draws."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Conversions between prediction types, against the definition and diffusers."""
 
+from __future__ import annotations
+
 import itertools
 
 import pytest

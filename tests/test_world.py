@@ -1,0 +1,29 @@
+"""The launcher's environment as a value."""
+
+from __future__ import annotations
+
+import pytest
+
+from sdxl_distill.errors import ConfigError
+from sdxl_distill.world import World
+
+
+def test_plain_python_is_a_world_of_one() -> None:
+    assert World.from_environment({}) == World(0, 1, 0, 1)
+    assert World.from_environment({}).is_main
+
+
+def test_torchruns_variables_are_read() -> None:
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    world = World.from_environment(environment)
+    assert world == World(5, 8, 1, 4)
+    assert not world.is_main
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}, {"RANK": "one"}, {"WORLD_SIZE": ""}],
+)
+def test_contradictions_are_configuration_errors(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="launcher"):
+        World.from_environment(environment)
