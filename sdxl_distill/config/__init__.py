@@ -1,0 +1,1 @@
+"""Configuration files: their schema, their loader and the reference generated from them."""

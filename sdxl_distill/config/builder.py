@@ -1,0 +1,210 @@
+"""The schema of a builder's file: what `build_latents` and `build_shards` are told."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from sdxl_distill.config.section import (
+    BrokenRule,
+    Count,
+    Device,
+    NonEmpty,
+    PredictionType,
+    Resolution,
+    SafeName,
+    Section,
+    Side,
+    StoredDtype,
+)
+from sdxl_distill.core.bucket import SDXL_BUCKETS, Bucket
+
+_SDXL_SIZE = 1024
+_SIZE_STEP = 128  # SDXL's sides are multiples of 64 at 1024; times size / 1024 they must be of 8
+
+
+def _check_teacher_id(teacher_id: str) -> str:
+    if re.fullmatch(r"text-[0-9a-f]{12}", teacher_id):
+        raise BrokenRule(
+            f'"{teacher_id}" is the name of a text set', expected="a name of the teacher's own"
+        )
+    return teacher_id
+
+
+TeacherId = Annotated[SafeName, AfterValidator(_check_teacher_id)]
+
+
+class TeacherSection(Section):
+    """The teacher whose predictions are cached."""
+
+    checkpoint_path: NonEmpty
+    """A local diffusers folder or a hub id."""
+    teacher_id: TeacherId
+    """Name of the teacher: of its predictions set, its shards and its loss in the logs."""
+    use_bf16: bool = True
+    """Run the UNet in bfloat16; false runs it in float32."""
+    prediction_type: PredictionType | None = None
+    """What the UNet predicts, when the checkpoint's scheduler says it wrongly or not at all."""
+    zero_terminal_snr: bool | None = None
+    """Whether its noise schedule ends in pure noise, when the checkpoint says it wrongly."""
+
+
+class BucketSection(Section):
+    """Which resolutions images are cropped to."""
+
+    enabled: bool = True
+    """Choose the bucket nearest in aspect ratio; false crops every image to one square."""
+    resolutions: Annotated[tuple[Resolution, ...], Field(strict=False, min_length=1)] | None = None
+    """Buckets as [width, height] in pixels; null takes SDXL's own 40, scaled to `data.size`."""
+
+    @model_validator(mode="after")
+    def _check_distinct(self) -> BucketSection:
+        resolutions = self.resolutions or ()
+        for number, resolution in enumerate(resolutions):
+            if resolution in resolutions[:number]:
+                raise BrokenRule(
+                    f"{list(resolution)} stands there twice",
+                    expected="every bucket once",
+                    key=f"resolutions[{number}]",
+                )
+        return self
+
+
+class LatentCacheSection(Section):
+    """The latents set: encoded once, read by every teacher."""
+
+    enabled: bool = True
+    """Always true: teachers and trainer read latents, never images."""
+    cache_dir: NonEmpty = "./cache/latents"
+    """Folder of the latents set and of its catalog."""
+    batch_size: Count = 4
+    """Images that the VAE encodes at once on one device."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the VAE computes in; fp16 is not offered, SDXL's VAE overflows in it."""
+
+    @model_validator(mode="after")
+    def _check_enabled(self) -> LatentCacheSection:
+        if not self.enabled:
+            raise BrokenRule(
+                "false: without latents there is nothing that teachers and trainer could read",
+                expected="true",
+                key="enabled",
+                action="remove the key; to keep the latents elsewhere set cache_dir beside it",
+            )
+        return self
+
+
+class BuilderDataSection(Section):
+    """The images, and the latents set made of them."""
+
+    image_dir: NonEmpty
+    """Folder that is searched for images and captions, with all folders in it."""
+    size: Side = 1024
+    """Side in pixels of the square that every bucket's area is about."""
+    bucket: BucketSection = BucketSection()
+    latent_cache: LatentCacheSection = LatentCacheSection()
+    records_per_shard: Count = 512
+    """Most records in one shard: the unit of work, of retry and of streaming."""
+    on_bad_image: Literal["skip", "error"] = "skip"
+    """What happens to an image that cannot be decoded: leave it out and list it, or stop."""
+    on_changed_caption: Literal["error", "keep"] = "error"
+    """What happens when the caption of a committed image changed: stop, or keep the old one."""
+    max_image_pixels: Count = 128_000_000
+    """Images of more pixels are bad images: a small file can decode to a huge one."""
+
+    @model_validator(mode="after")
+    def _check_size(self) -> BuilderDataSection:
+        scaled = self.bucket.enabled and self.bucket.resolutions is None
+        if scaled and self.size % _SIZE_STEP:
+            raise BrokenRule(
+                f"SDXL's buckets cannot be scaled to {self.size}",
+                expected=f"a multiple of {_SIZE_STEP}",
+                key="size",
+                action="choose such a size, list bucket.resolutions, or set bucket.enabled: false",
+            )
+        return self
+
+
+class CacheSection(Section):
+    """The predictions set of the teacher."""
+
+    output_dir: NonEmpty = "./cache/teacher_predictions"
+    """Folder that holds one folder per teacher, and the text sets of the compact layout."""
+    version: str = "1"
+    """Free text in the fingerprint: change it to keep apart what is else configured alike."""
+    dtype: StoredDtype = "fp16"
+    """What predictions are stored in."""
+    base_seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Root of every timestep and every noise; equal for all teachers of one student."""
+    min_timestep: Annotated[int, Field(ge=0)] = 0
+    """Smallest timestep, included."""
+    max_timestep: Count = 1000
+    """Largest timestep, excluded; at most the teacher's number of training timesteps."""
+    skip_existing: bool = True
+    """Keep committed shards and build the others; false sets the old set aside and builds anew."""
+    layout: Literal["full", "compact"] = "full"
+    """Full: every record holds noise and text embeddings. Compact: they are shared or recomputed,
+    a quarter of the size from the second teacher on."""
+    draws: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """How many (timestep, noise) pairs of every image are predicted."""
+    batch_size: Count = 8
+    """Records that the UNet predicts at once on one device."""
+    compile: bool = False
+    """Compile the UNet with torch.compile: minutes at the start, faster afterwards."""
+    exclusive: bool = False
+    """Promise that one process alone builds, for file systems without create-only names."""
+
+    @model_validator(mode="after")
+    def _check_timesteps(self) -> CacheSection:
+        if self.min_timestep >= self.max_timestep:
+            raise BrokenRule(
+                f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep}",
+                expected="min_timestep < max_timestep, since the maximum is excluded",
+                key="min_timestep",
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Where the VAE and the text encoders come from, when not from the teacher."""
+
+    id: NonEmpty | None = None
+    """Checkpoint of the VAE; null takes `model.text_encoder_id`, else the teacher's."""
+    text_encoder_id: NonEmpty | None = None
+    """Checkpoint of both text encoders; null takes `model.id`, else the teacher's."""
+
+
+class BuilderConfig(Section):
+    """Configuration of `build_latents`, `build_shards` and `verify_shards --config`."""
+
+    device: Device = "auto"
+    """Where models run: auto is CUDA when there is one, else the CPU; cuda insists."""
+    teacher: TeacherSection
+    data: BuilderDataSection
+    cache: CacheSection = CacheSection()
+    model: ModelSection = ModelSection()
+
+    @property
+    def vae_source(self) -> str:
+        """Checkpoint that the VAE is loaded from."""
+        return self.model.id or self.model.text_encoder_id or self.teacher.checkpoint_path
+
+    @property
+    def text_source(self) -> str:
+        """Checkpoint that both text encoders and tokenizers are loaded from."""
+        return self.model.text_encoder_id or self.model.id or self.teacher.checkpoint_path
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The resolutions that images are cropped to."""
+        size, bucket = self.data.size, self.data.bucket
+        if not bucket.enabled:
+            return (Bucket(size, size),)
+        if bucket.resolutions is not None:
+            return tuple(Bucket(width, height) for width, height in bucket.resolutions)
+        return tuple(
+            Bucket(width * size // _SDXL_SIZE, height * size // _SDXL_SIZE)
+            for width, height in SDXL_BUCKETS
+        )

@@ -1,0 +1,219 @@
+"""The schema of a training file: what `train` and `export_student` are told."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sdxl_distill.config.section import (
+    BrokenRule,
+    Count,
+    Device,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    SafeName,
+    Section,
+    StoredDtype,
+)
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+_log = logging.getLogger(__name__)
+
+
+class RunSection(Section):
+    """Name and place of the run."""
+
+    name: SafeName
+    """Name of the run folder and of the run in TensorBoard."""
+    output_root: NonEmpty = ".output/distill"
+    """Folder of all runs; this one is `{output_root}/{name}`."""
+
+
+class StudentSection(Section):
+    """The student: the model that is trained."""
+
+    checkpoint_path: NonEmpty
+    """What it starts from: a local diffusers folder or a hub id."""
+    text_encoder_id: NonEmpty | None = None
+    """Checkpoint whose text embeddings condition it; null takes `student.checkpoint_path`."""
+    use_bf16: bool = True
+    """Keep the weights in bfloat16, with stochastic rounding; false keeps them in float32."""
+    use_gradient_checkpointing: bool = True
+    """Compute activations twice instead of keeping them: much less memory, a third slower."""
+    use_ema: bool = True
+    """Keep an exponential moving average of the weights and export that one."""
+    ema_decay: Decay = 0.9999
+    """Decay per step once warm; step s uses min(ema_decay, (1 + s) / (10 + s))."""
+    ema_device: Literal["auto", "cpu"] = "auto"
+    """Where the float32 average lies: auto beside the student, cpu in main memory."""
+
+
+class TeacherCacheSection(Section):
+    """One teacher's predictions set."""
+
+    teacher_id: SafeName
+    """Name of the teacher, as it was built."""
+    cache_dir: NonEmpty = "./cache/teacher_predictions"
+    """Folder that holds the teacher's folder."""
+    weight: Positive = 1.0
+    """Share in the average that the student learns; all weights are scaled to sum to 1."""
+
+
+class LatentsPlaceSection(Section):
+    """Where the latents set is."""
+
+    cache_dir: NonEmpty | None = None
+    """Folder of the latents set; null takes the place that the predictions' manifests name."""
+
+
+class DistillDataSection(Section):
+    """How the shard sets are joined and streamed."""
+
+    latent_cache: LatentsPlaceSection = LatentsPlaceSection()
+    on_missing: Literal["error", "intersect"] = "error"
+    """When a set lacks shards that another has: stop, or train on what all sets have."""
+    on_change: Literal["error", "next_epoch"] = "error"
+    """When a resumed run finds other shards: stop, or go on at the start of the next epoch."""
+    window: Count = 16_384
+    """Records of one bucket that are shuffled together, over all lanes."""
+    lanes: Count | None = None
+    """Fixed slices of the records that ranks own; must divide the global batch and be divided by
+    the number of processes. Null takes the global batch's largest divisor up to 64."""
+    reader_threads: Count = 4
+    """Threads of one process that read shards."""
+    prefetch_batches: Count = 4
+    """Micro-batches that one process reads ahead."""
+
+
+class ValidationSection(Section):
+    """Images that are never trained on."""
+
+    fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    """Share of the images held out, chosen by their ids and so the same in every run."""
+    every: Count = 500
+    """Steps between two validations."""
+
+
+class TensorboardSection(Section):
+    """TensorBoard logs."""
+
+    base_dir: NonEmpty = "./logs/tensorboard/distill"
+    """Folder of all runs' logs; this one's is `{base_dir}/{run.name}`."""
+
+
+class TrainingSection(Section):
+    """The optimisation."""
+
+    batch_size: Count = 4
+    """Records in one forward pass of one process."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per step; global batch = batch_size × this × number of processes."""
+    num_steps: Count = 10_000
+    """Optimizer steps of the whole run."""
+    lr: Positive = 5e-6
+    """Learning rate after the warm-up."""
+    loss_type: Literal["mse", "huber", "smooth_l1"] = "mse"
+    """What is minimised between student and average teacher."""
+    huber_delta: Positive = 1.0
+    """Where huber and smooth_l1 turn from squared to linear."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises from 0."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    min_lr_ratio: Fraction = 0.0
+    """Where cosine and linear end, as a share of `lr`."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradients of a larger global norm are scaled down to it; null never clips."""
+    adam_beta1: Decay = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Decay = 0.999
+    """Decay of AdamW's second moment."""
+    adam_eps: Positive = 1e-8
+    """Added to the square root of AdamW's second moment."""
+    weight_decay: NonNegative = 0.01
+    """AdamW's decoupled weight decay."""
+    optimizer: Literal["auto", "adamw", "adamw_8bit"] = "auto"
+    """Moments in float32 (adamw) or 8 bits (adamw_8bit); auto is 8 bits on CUDA, else float32."""
+    exact_masters: bool = False
+    """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, 2 bytes each more."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Root of the stream order and of stochastic rounding."""
+    log_every: Count = 10
+    """Steps between two points in the logs."""
+    checkpoint_every: Count = 1000
+    """Steps between two checkpoints; the last step and a request to stop make one too."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; at least two, so that a damaged one has a fallback."""
+    validation: ValidationSection = ValidationSection()
+    tensorboard: TensorboardSection = TensorboardSection()
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> TrainingSection:
+        if self.warmup_steps > self.num_steps:
+            raise BrokenRule(
+                f"{self.warmup_steps}",
+                expected=f"at most num_steps, {self.num_steps}",
+                key="warmup_steps",
+            )
+        return self
+
+
+class ExportSection(Section):
+    """The model folder written at the end."""
+
+    dtype: StoredDtype = "fp16"
+    """What the exported weights are stored in."""
+
+
+class DistillConfig(Section):
+    """Configuration of `train` and `export_student`."""
+
+    device: Device = "auto"
+    """Where the student trains: auto is CUDA when there is one, else the CPU; cuda insists."""
+    run: RunSection
+    student: StudentSection
+    teachers: Annotated[tuple[TeacherCacheSection, ...], Field(strict=False, min_length=1)]
+    data: DistillDataSection = DistillDataSection()
+    training: TrainingSection = TrainingSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _check_teachers(self) -> DistillConfig:
+        names = [teacher.teacher_id for teacher in self.teachers]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                raise BrokenRule(
+                    f'"{name}" is the id of teachers[{names.index(name)}] too',
+                    expected="every teacher once",
+                    key=f"teachers[{number}].teacher_id",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_masters(self) -> DistillConfig:
+        if self.training.exact_masters and not self.student.use_bf16:
+            raise BrokenRule(
+                "true, but float32 weights are exact already",
+                expected="false, or student.use_bf16: true",
+                key="training.exact_masters",
+            )
+        return self
+
+    @property
+    def text_source(self) -> str:
+        """Checkpoint whose text embeddings condition the student."""
+        return self.student.text_encoder_id or self.student.checkpoint_path
+
+    def normalised_weights(self) -> tuple[float, ...]:
+        """Return the teachers' weights scaled to sum to 1; logs a warning if they did not."""
+        weights = [teacher.weight for teacher in self.teachers]
+        total = math.fsum(weights)
+        if not math.isclose(total, 1.0, rel_tol=1e-6):
+            _log.warning("the teachers' weights sum to %g; they are scaled to sum to 1", total)
+        return tuple(weight / total for weight in weights)

@@ -1,0 +1,62 @@
+"""The base of every configuration section, the field types they share, and the broken rule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class BrokenRule(ValueError):  # noqa: N818 - a finding that the loader turns into a ConfigError
+    """A rule over one or more keys does not hold.
+
+    Args:
+        found: what the keys say.
+        expected: what would be right.
+        key: dotted path below the section that raises; empty for the field itself.
+        action: what to do; None where `expected` says it.
+    """
+
+    def __init__(
+        self, found: str, *, expected: str, key: str = "", action: str | None = None
+    ) -> None:
+        super().__init__(f"{found}; expected {expected}")
+        self.found = found
+        self.expected = expected
+        self.key = key
+        self.action = action
+
+
+def _check_safe_name(name: str) -> str:
+    allowed = name.isascii() and not name.startswith((".", "_", "-"))
+    if not (allowed and name.replace(".", "").replace("_", "").replace("-", "").isalnum()):
+        raise BrokenRule(
+            f'"{name}" cannot name a folder safely',
+            expected="ASCII letters, digits, '.', '_' and '-', a letter or a digit first",
+        )
+    return name
+
+
+Device = Literal["auto", "cuda", "cpu"]
+StoredDtype = Literal["fp16", "bf16", "fp32"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+SafeName = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_check_safe_name)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
+Resolution = Annotated[tuple[Side, Side], Field(strict=False)]
