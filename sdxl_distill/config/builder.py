@@ -67,7 +67,7 @@ class BucketSection(Section):
                 raise BrokenRule(
                     f"{list(resolution)} stands there twice",
                     expected="every bucket once",
-                    key=f"resolutions[{number}]",
+                    key=("resolutions", number),
                 )
         return self
 
@@ -90,7 +90,7 @@ class LatentCacheSection(Section):
             raise BrokenRule(
                 "false: without latents there is nothing that teachers and trainer could read",
                 expected="true",
-                key="enabled",
+                key=("enabled",),
                 action="remove the key; to keep the latents elsewhere set cache_dir beside it",
             )
         return self
@@ -121,7 +121,7 @@ class BuilderDataSection(Section):
             raise BrokenRule(
                 f"SDXL's buckets cannot be scaled to {self.size}",
                 expected=f"a multiple of {_SIZE_STEP}",
-                key="size",
+                key=("size",),
                 action="choose such a size, list bucket.resolutions, or set bucket.enabled: false",
             )
         return self
@@ -160,9 +160,9 @@ class CacheSection(Section):
     def _check_timesteps(self) -> CacheSection:
         if self.min_timestep >= self.max_timestep:
             raise BrokenRule(
-                f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep}",
-                expected="min_timestep < max_timestep, since the maximum is excluded",
-                key="min_timestep",
+                f"{self.min_timestep}",
+                expected=f"less than max_timestep, {self.max_timestep}, which is excluded",
+                key=("min_timestep",),
             )
         return self
 

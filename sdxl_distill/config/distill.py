@@ -61,7 +61,7 @@ class TeacherCacheSection(Section):
     """Name of the teacher, as it was built."""
     cache_dir: NonEmpty = "./cache/teacher_predictions"
     """Folder that holds the teacher's folder."""
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Share in the average that the student learns; all weights are scaled to sum to 1."""
 
 
@@ -159,7 +159,7 @@ class TrainingSection(Section):
             raise BrokenRule(
                 f"{self.warmup_steps}",
                 expected=f"at most num_steps, {self.num_steps}",
-                key="warmup_steps",
+                key=("warmup_steps",),
             )
         return self
 
@@ -179,6 +179,7 @@ class DistillConfig(Section):
     run: RunSection
     student: StudentSection
     teachers: Annotated[tuple[TeacherCacheSection, ...], Field(strict=False, min_length=1)]
+    """The predictions sets whose weighted average the student learns; at least one."""
     data: DistillDataSection = DistillDataSection()
     training: TrainingSection = TrainingSection()
     export: ExportSection = ExportSection()
@@ -191,7 +192,7 @@ class DistillConfig(Section):
                 raise BrokenRule(
                     f'"{name}" is the id of teachers[{names.index(name)}] too',
                     expected="every teacher once",
-                    key=f"teachers[{number}].teacher_id",
+                    key=("teachers", number, "teacher_id"),
                 )
         return self
 
@@ -201,7 +202,7 @@ class DistillConfig(Section):
             raise BrokenRule(
                 "true, but float32 weights are exact already",
                 expected="false, or student.use_bf16: true",
-                key="training.exact_masters",
+                key=("training", "exact_masters"),
             )
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -25,12 +26,17 @@ class BrokenRule(ValueError):  # noqa: N818 - a finding that the loader turns in
     Args:
         found: what the keys say.
         expected: what would be right.
-        key: dotted path below the section that raises; empty for the field itself.
+        key: the place below the section that raises; empty for the field itself.
         action: what to do; None where `expected` says it.
     """
 
     def __init__(
-        self, found: str, *, expected: str, key: str = "", action: str | None = None
+        self,
+        found: str,
+        *,
+        expected: str,
+        key: tuple[str | int, ...] = (),
+        action: str | None = None,
     ) -> None:
         super().__init__(f"{found}; expected {expected}")
         self.found = found
@@ -40,8 +46,7 @@ class BrokenRule(ValueError):  # noqa: N818 - a finding that the loader turns in
 
 
 def _check_safe_name(name: str) -> str:
-    allowed = name.isascii() and not name.startswith((".", "_", "-"))
-    if not (allowed and name.replace(".", "").replace("_", "").replace("-", "").isalnum()):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise BrokenRule(
             f'"{name}" cannot name a folder safely',
             expected="ASCII letters, digits, '.', '_' and '-', a letter or a digit first",
