@@ -16,6 +16,7 @@ from sdxl_distill.config.section import (
     Resolution,
     SafeName,
     Section,
+    Seed,
     Side,
     StoredDtype,
 )
@@ -136,7 +137,7 @@ class CacheSection(Section):
     """Free text in the fingerprint: change it to keep apart what is else configured alike."""
     dtype: StoredDtype = "fp16"
     """What predictions are stored in."""
-    base_seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    base_seed: Seed = 42
     """Root of every timestep and every noise; equal for all teachers of one student."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Smallest timestep, included."""

@@ -17,6 +17,7 @@ from sdxl_distill.config.section import (
     Positive,
     SafeName,
     Section,
+    Seed,
     StoredDtype,
 )
 
@@ -61,7 +62,7 @@ class TeacherCacheSection(Section):
     """Name of the teacher, as it was built."""
     cache_dir: NonEmpty = "./cache/teacher_predictions"
     """Folder that holds the teacher's folder."""
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """Share in the average that the student learns; all weights are scaled to sum to 1."""
 
 
@@ -142,7 +143,7 @@ class TrainingSection(Section):
     """Moments in float32 (adamw) or 8 bits (adamw_8bit); auto is 8 bits on CUDA, else float32."""
     exact_masters: bool = False
     """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, 2 bytes each more."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    seed: Seed = 42
     """Root of the stream order and of stochastic rounding."""
     log_every: Count = 10
     """Steps between two points in the logs."""

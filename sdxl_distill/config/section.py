@@ -63,5 +63,6 @@ SafeName = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_c
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
 Resolution = Annotated[tuple[Side, Side], Field(strict=False)]
