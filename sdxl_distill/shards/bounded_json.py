@@ -1,0 +1,86 @@
+"""Reads JSON that may come from a stranger: bounded in size and depth, one meaning only.
+
+Values come out as plain dicts, lists, strings, numbers; what they should be is for the caller to
+check. Nothing of the text is repeated in an error.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, NoReturn, cast
+
+from sdxl_distill.errors import CorruptError
+
+MAX_DEPTH: Final = 8
+_CONTAINERS: Final = (dict, list)
+
+
+def parse_json(content: bytes, where: str, max_bytes: int) -> Any:
+    """Parse UTF-8 JSON of at most `max_bytes` and at most 8 nested containers.
+
+    Raises:
+        CorruptError: for anything else, for a name given twice in one object, NaN and infinities.
+    """
+    if len(content) > max_bytes:
+        raise CorruptError(
+            f"{len(content)} bytes of JSON", expected=f"at most {max_bytes}", where=where
+        )
+    try:
+        value = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_unique_names,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = error.args[0] if isinstance(error, _AmbiguousJsonError) else "cannot be parsed"
+        raise CorruptError(f"the JSON {reason}", expected="valid JSON", where=where) from error
+    if not _is_shallow(value, MAX_DEPTH):
+        raise CorruptError(
+            "the JSON is nested too deep", expected=f"at most {MAX_DEPTH} levels", where=where
+        )
+    return value
+
+
+def require_names(value: Any, names: set[str], where: str) -> dict[str, Any]:
+    """Return `value` as an object that has exactly these names.
+
+    Raises:
+        CorruptError: when it is no object, lacks one of them or has another.
+    """
+    if not isinstance(value, dict):
+        raise CorruptError("no JSON object", expected="an object", where=where)
+    fields = cast("dict[str, Any]", value)
+    if fields.keys() != names:
+        missing = sorted(names - fields.keys())
+        found = f"without {', '.join(missing)}" if missing else "an object with unknown names"
+        raise CorruptError(found, expected=", ".join(sorted(names)), where=where)
+    return fields
+
+
+class _AmbiguousJsonError(ValueError):
+    """Valid to some parsers, with different meanings."""
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise _AmbiguousJsonError("has a name twice in one object")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _AmbiguousJsonError(f"has the value {name}")
+
+
+def _is_shallow(value: Any, num_levels: int) -> bool:
+    if isinstance(value, dict):
+        children: list[Any] = list(cast("dict[str, Any]", value).values())
+    elif isinstance(value, list):
+        children = cast("list[Any]", value)
+    else:
+        return True
+    if num_levels == 0:
+        return False
+    return all(
+        _is_shallow(child, num_levels - 1) for child in children if type(child) in _CONTAINERS
+    )

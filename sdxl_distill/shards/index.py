@@ -1,0 +1,195 @@
+"""The index of one shard: where each record lies in the tar, and a digest of every part of it.
+
+It is a pure function of the tar's bytes (tar_index.py), and only what `ShardIndex.to_bytes`
+would write is accepted back. See docs/format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.shards.index_layout import ACTION, encode_index, parse_index
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.safetensors_layout import byte_view
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.tar import (
+    BLOCK_BYTES,
+    closed_bytes,
+    padded,
+)
+
+MAX_SIDECAR_BYTES: Final = 1 << 20
+_NO_DIGEST: Final = "0" * 64
+
+UInt64: TypeAlias = npt.NDArray[np.uint64]
+Int64: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """What is known of a shard of n records with T tensors each, without opening its tar.
+
+    Attributes:
+        name: of the shard; not stored, the file's name says it.
+        header: the header that all records share; tensor columns are in its order.
+        ids: uint8 [n, 16], the image ids, strictly ascending.
+        offsets: int64 [n], where each record begins in the tar, its header included.
+        sizes: int64 [n], bytes of each record.
+        sidecar_sizes: int64 [n], bytes of each `{key}.json`; 0 where there is none.
+        digests: uint64 [n, T], xxh3 of each tensor's bytes.
+        rest_digests: uint64 [n], xxh3 of the record's header and its sidecar.
+        noise_digests: uint64 [n] of the noise that the seed gives where it is not stored
+            (layout `compact`); else None.
+        tar_bytes: size of the tar.
+        tar_sha256: SHA-256 of the tar, 64 hex digits.
+    """
+
+    name: ShardName
+    header: RecordHeader
+    ids: npt.NDArray[np.uint8]
+    offsets: Int64
+    sizes: Int64
+    sidecar_sizes: Int64
+    digests: UInt64
+    rest_digests: UInt64
+    noise_digests: UInt64 | None
+    tar_bytes: int
+    tar_sha256: str
+
+    @property
+    def num_records(self) -> int:
+        """How many records the shard holds; may be 0."""
+        return len(self.ids)
+
+    @cached_property
+    def keys_digest(self) -> str:
+        """SHA-256 of the ids: equal in two shards of one bucket ⇔ same keys, same order."""
+        return hashlib.sha256(byte_view(self.ids)).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """The index's own digest: SHA-256 of the file with 64 zeros in the digest's place."""
+        return hashlib.sha256(self._encode(_NO_DIGEST)).hexdigest()
+
+    def image_id(self, record: int) -> str:
+        """Return the image id of a record, 32 hex digits."""
+        return self.ids[record].tobytes().hex()
+
+    def key(self, record: int) -> str:
+        """Return the key of a record."""
+        return self.name.key(self.image_id(record))
+
+    def keys(self) -> list[str]:
+        """Return all keys in the order of the records."""
+        return [self.key(record) for record in range(self.num_records)]
+
+    def tensor_digests(self, tensor_name: str) -> UInt64:
+        """Return uint64 [n]: the digest of one tensor in each record.
+
+        `noise` can be asked for in both layouts, stored or not; KeyError for unknown names.
+        """
+        if tensor_name == "noise" and self.noise_digests is not None:
+            return self.noise_digests
+        return self.digests[:, self.header.column(tensor_name)]
+
+    def sidecar_offset(self, record: int) -> int:
+        """Return where the record's sidecar begins in the tar, if it has one."""
+        return int(self.offsets[record]) + padded(int(self.sizes[record])) + BLOCK_BYTES
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the `.idx` file."""
+        return self._encode(self.digest)
+
+    def _encode(self, digest: str) -> bytes:
+        tensors = {
+            "common_header": np.frombuffer(self.header.content, np.uint8),
+            "ids": self.ids,
+            "offsets": self.offsets,
+            "sizes": self.sizes,
+            "sidecar_sizes": self.sidecar_sizes,
+            "digests": self.digests,
+            "rest_digests": self.rest_digests,
+        }
+        if self.noise_digests is not None:
+            tensors["noise_digests"] = self.noise_digests
+        metadata = {
+            "digest": digest,
+            "fingerprint": self.header.fingerprint,
+            "num_records": str(self.num_records),
+            "tar_bytes": str(self.tar_bytes),
+            "tar_sha256": self.tar_sha256,
+        }
+        return encode_index(tensors, metadata)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: ShardName) -> ShardIndex:
+        """Read the content of the `.idx` file of shard `name`.
+
+        Raises:
+            CorruptError: when anything is not as `to_bytes` writes it: names, dtypes, shapes,
+                order of the keys, offsets, the index's own digest.
+            IncompatibleError: when a newer version wrote it.
+        """
+        metadata, tensors = parse_index(content, name.idx)
+        index = cls(
+            name=name,
+            header=RecordHeader.parse(tensors["common_header"].tobytes(), name.idx),
+            ids=tensors["ids"],
+            offsets=tensors["offsets"],
+            sizes=tensors["sizes"],
+            sidecar_sizes=tensors["sidecar_sizes"],
+            digests=tensors["digests"],
+            rest_digests=tensors["rest_digests"],
+            noise_digests=tensors.get("noise_digests"),
+            tar_bytes=int(metadata["tar_bytes"]),
+            tar_sha256=metadata["tar_sha256"],
+        )
+        index._check(content)
+        return index
+
+    def _check(self, content: bytes) -> None:
+        sidecars = self.sidecar_sizes
+        if not ((sidecars >= 0) & (sidecars <= MAX_SIDECAR_BYTES)).all():
+            raise _corrupt(self.name, "an absurd sidecar", f"at most {MAX_SIDECAR_BYTES} bytes")
+        offsets, tar_bytes = tar_layout(self.header.record_bytes, sidecars)
+        if (
+            (self.sizes != self.header.record_bytes).any()
+            or (self.offsets != offsets).any()
+            or self.tar_bytes != tar_bytes
+        ):
+            raise _corrupt(self.name, "other offsets", "those that follow from the sizes")
+        if self.digests.shape[1] != len(self.header.places):
+            raise _corrupt(self.name, "digests of other tensors", "those of the common header")
+        if not is_strictly_ascending(self.ids):
+            raise _corrupt(self.name, "keys unsorted or twice", "keys in ascending order")
+        if self.to_bytes() != content:
+            raise _corrupt(self.name, "bytes that are not the index's own", "the digest it names")
+
+
+def tar_layout(record_bytes: int, sidecar_sizes: Int64) -> tuple[Int64, int]:
+    """Return where each record of a shard begins, int64 [n], and the size of its tar."""
+    sidecar_room = np.where(sidecar_sizes > 0, BLOCK_BYTES + _padded(sidecar_sizes), 0)
+    room = BLOCK_BYTES + padded(record_bytes) + sidecar_room
+    ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), room]))
+    return ends[:-1] + BLOCK_BYTES, closed_bytes(int(ends[-1]))
+
+
+def is_strictly_ascending(ids: npt.NDArray[np.uint8]) -> bool:
+    """Whether ids, uint8 [n, 16], are sorted and none comes twice."""
+    keys = np.frombuffer(ids.tobytes(), np.dtype("S16"))
+    return bool(np.all(keys[:-1] < keys[1:]))
+
+
+def _padded(sizes: Int64) -> Int64:
+    return sizes + -sizes % BLOCK_BYTES
+
+
+def _corrupt(name: ShardName, found: str, expected: str) -> CorruptError:
+    return CorruptError(found, expected=expected, where=name.idx, action=ACTION)

@@ -1,0 +1,112 @@
+"""The `.idx` file as a safetensors file: which tensors and metadata, and nothing else.
+
+What the numbers mean and whether they agree is the matter of `ShardIndex`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.shards.safetensors_layout import (
+    MAX_HEADER_BYTES,
+    SafetensorsHeader,
+    build_header,
+    dtype_of,
+    join_tensors,
+    parse_header,
+)
+
+FORMAT_VERSION: Final = 1
+MAX_RECORDS: Final = 65_536
+MAX_INDEX_BYTES: Final = MAX_RECORDS * 512 + 2 * MAX_HEADER_BYTES
+ACTION: Final = "rebuild this shard: run its builder with --repair"
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_METADATA: Final = {
+    "digest": _SHA256,
+    "fingerprint": _SHA256,
+    "format_version": re.compile(r"[1-9][0-9]{0,3}"),
+    "num_records": re.compile(r"0|[1-9][0-9]{0,4}"),
+    "tar_bytes": re.compile(r"[1-9][0-9]{0,10}"),
+    "tar_sha256": _SHA256,
+}
+_NUMPY_DTYPES: Final = {"U8": np.dtype("u1"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8")}
+
+
+def encode_index(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes of an index file, the format version added."""
+    shapes = {name: (dtype_of(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header = build_header(shapes, {**metadata, "format_version": str(FORMAT_VERSION)})
+    return join_tensors(header.content, header.places, tensors)
+
+
+def parse_index(content: bytes, where: str) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
+    """Return metadata and tensors of an index file, its names, dtypes and shapes checked.
+
+    Raises:
+        CorruptError: when one is missing, unknown, too large or of another dtype or shape.
+        IncompatibleError: when a newer version wrote the file.
+    """
+    layout = parse_header(content, where)
+    _check_metadata(layout.metadata, where)
+    num_records = int(layout.metadata["num_records"])
+    if num_records > MAX_RECORDS or len(content) != layout.num_bytes:
+        raise CorruptError(
+            f"{len(content)} bytes for {num_records} records",
+            expected=f"{layout.num_bytes} bytes and at most {MAX_RECORDS} records",
+            where=where,
+            action=ACTION,
+        )
+    found = {place.name: (place.dtype, place.shape) for place in layout.places}
+    if found != _expected_tensors(layout, num_records):
+        raise CorruptError(
+            "other tensors than an index has",
+            expected="those of docs/format.md",
+            where=where,
+            action=ACTION,
+        )
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for place in layout.places:
+        dtype = _NUMPY_DTYPES[place.dtype]
+        flat = np.frombuffer(content, dtype, place.num_bytes // dtype.itemsize, place.offset)
+        tensors[place.name] = np.reshape(flat, place.shape)
+    return layout.metadata, tensors
+
+
+def _check_metadata(metadata: dict[str, str], where: str) -> None:
+    version = metadata.get("format_version", "")
+    if _METADATA["format_version"].fullmatch(version) and int(version) > FORMAT_VERSION:
+        raise IncompatibleError(
+            f"an index of format version {version}",
+            expected=f"at most {FORMAT_VERSION}",
+            where=where,
+            action="install a newer sdxl_distill",
+        )
+    if metadata.keys() != _METADATA.keys() or not all(
+        _METADATA[name].fullmatch(text) for name, text in metadata.items()
+    ):
+        raise CorruptError("the index's metadata are unknown", where=where, action=ACTION)
+
+
+def _expected_tensors(
+    layout: SafetensorsHeader, num_records: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    last_length = {place.name: place.shape[-1] for place in layout.places if place.shape}
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "common_header": ("U8", (last_length.get("common_header", 0),)),
+        "digests": ("U64", (num_records, last_length.get("digests", 0))),
+        "ids": ("U8", (num_records, 16)),
+        "offsets": ("I64", (num_records,)),
+        "rest_digests": ("U64", (num_records,)),
+        "sidecar_sizes": ("I64", (num_records,)),
+        "sizes": ("I64", (num_records,)),
+    }
+    if "noise_digests" in last_length:
+        expected["noise_digests"] = ("U64", (num_records,))
+    return expected

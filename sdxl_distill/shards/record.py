@@ -1,0 +1,257 @@
+"""A record: the tensors of one image in one set, as the bytes of one safetensors file.
+
+A set declares its records by a `RecordSchema`, whose shapes may depend on the bucket. All records
+of a shard share their header bytes: `RecordHeader`. See docs/format.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias, cast
+
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.shards.bounded_json import require_names
+from sdxl_distill.shards.safetensors_layout import (
+    AnyTensor,
+    SafetensorsHeader,
+    TensorPlace,
+    build_header,
+    dtype_of,
+    join_tensors,
+    parse_header,
+)
+
+Layout: TypeAlias = Literal["full", "compact"]
+ResolvedTensors: TypeAlias = "dict[str, tuple[str, tuple[int, ...]]]"
+
+RECORD_DTYPES: Final = ("F16", "BF16", "F32", "I32", "I64")
+FINGERPRINT: Final = "fingerprint"
+SOURCE_SHA256: Final = "source_sha256"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_TENSOR_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_SIDES: Final = ("H/8", "W/8")
+_MAX_TENSORS: Final = 32
+_MAX_RANK: Final = 4
+_MAX_LENGTH: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a schema: lengths are numbers, or `"H/8"`, `"W/8"` of the bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class RecordSchema:
+    """Which tensors every record of a set has."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    def resolve(self, width: int, height: int) -> ResolvedTensors:
+        """Return name → (dtype, shape) for a bucket of `width` × `height` pixels."""
+        lengths = {"H/8": height // 8, "W/8": width // 8}
+        return {
+            spec.name: (
+                spec.dtype,
+                tuple(lengths[size] if isinstance(size, str) else size for size in spec.shape),
+            )
+            for spec in self.tensors
+        }
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the schema as it stands in `set.json` and in the manifest."""
+        return [
+            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+            for spec in self.tensors
+        ]
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> RecordSchema:
+        """Read a schema that may come from a stranger.
+
+        Raises:
+            CorruptError: for unknown dtypes, unsafe names, names given twice, absurd lengths.
+        """
+        if not isinstance(value, list) or not 1 <= len(cast("list[Any]", value)) <= _MAX_TENSORS:
+            raise CorruptError("no list of tensors", expected="1 to 32 tensors", where=where)
+        specs = tuple(_parse_spec(entry, where) for entry in cast("list[Any]", value))
+        if len({spec.name for spec in specs}) != len(specs):
+            raise CorruptError("a schema that names a tensor twice", where=where)
+        return cls(specs)
+
+
+@dataclass(frozen=True)
+class RecordHeader:
+    """The header that all records of one shard share, byte for byte.
+
+    Attributes:
+        content: the bytes in front of the tensors.
+        places: name, dtype, shape, offset in the record and size of each tensor, in file order.
+        fingerprint: of the set, 64 hex digits.
+        source_sha256: of the latents shard the records were made from; None in a latents set.
+        record_bytes: size of each record, header included.
+    """
+
+    content: bytes
+    places: tuple[TensorPlace, ...]
+    fingerprint: str
+    source_sha256: str | None
+    record_bytes: int
+
+    @classmethod
+    def build(
+        cls,
+        schema: RecordSchema,
+        width: int,
+        height: int,
+        fingerprint: str,
+        source_sha256: str | None = None,
+    ) -> RecordHeader:
+        """Return the header of a shard's records from what determines it."""
+        metadata = {FINGERPRINT: fingerprint}
+        if source_sha256 is not None:
+            metadata[SOURCE_SHA256] = source_sha256
+        return cls._of(build_header(schema.resolve(width, height), metadata))
+
+    @classmethod
+    def parse(cls, content: bytes, where: str) -> RecordHeader:
+        """Read the header at the start of a record, an index's common header or a loose file.
+
+        Raises:
+            CorruptError: when it is not byte for byte what `build` writes for some schema.
+        """
+        header = parse_header(content, where)
+        if not _are_record_metadata(header.metadata) or not all(
+            place.dtype in RECORD_DTYPES for place in header.places
+        ):
+            raise CorruptError(
+                "the record's metadata or dtypes are unknown",
+                expected="fingerprint and, but for latents, source_sha256",
+                where=where,
+            )
+        return cls._of(header)
+
+    @classmethod
+    def _of(cls, header: SafetensorsHeader) -> RecordHeader:
+        fingerprint = header.metadata[FINGERPRINT]
+        source = header.metadata.get(SOURCE_SHA256)
+        return cls(header.content, header.places, fingerprint, source, header.num_bytes)
+
+    @property
+    def recreates_noise(self) -> bool:
+        """Whether records hold a seed in place of the noise (layout `compact`)."""
+        names = {place.name for place in self.places}
+        return "seed" in names and "noise" not in names
+
+    def require_schema(self, schema: RecordSchema, width: int, height: int, where: str) -> None:
+        """Check that the header holds exactly the tensors of `schema` in a bucket.
+
+        Raises:
+            CorruptError: when a name, dtype or shape differs; names the first.
+        """
+        expected = schema.resolve(width, height)
+        found = {place.name: (place.dtype, place.shape) for place in self.places}
+        for name in sorted(expected.keys() | found.keys()):
+            if found.get(name) != expected.get(name):
+                raise CorruptError(
+                    f"tensor {name} is {_spell(found.get(name))}",
+                    expected=_spell(expected.get(name)),
+                    where=where,
+                    action="rebuild this shard: run its builder with --repair",
+                )
+
+    def place(self, tensor_name: str) -> TensorPlace:
+        """Return where a tensor lies in a record; KeyError when the schema has none such."""
+        return self.places[self.column(tensor_name)]
+
+    def column(self, tensor_name: str) -> int:
+        """Return the column of a tensor in an index's digests; KeyError when there is none."""
+        for column, place in enumerate(self.places):
+            if place.name == tensor_name:
+                return column
+        raise KeyError(tensor_name)
+
+    def encode(self, tensors: Mapping[str, AnyTensor]) -> bytes:
+        """Return the bytes of one record; ValueError when a tensor is not as declared."""
+        return join_tensors(self.content, self.places, tensors)
+
+
+def encode_record(tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str]) -> bytes:
+    """Return deterministic safetensors bytes of numpy arrays or CPU tensors of any shape."""
+    shapes = {name: (dtype_of(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    header = build_header(shapes, metadata)
+    return join_tensors(header.content, header.places, tensors)
+
+
+def latents_schema(num_channels: int = 4) -> RecordSchema:
+    """Return the schema of a latents set: scaled latents and micro-conditioning."""
+    return RecordSchema(
+        (
+            TensorSpec("latents", "F16", (num_channels, "H/8", "W/8")),
+            TensorSpec("time_ids", "I32", (6,)),
+        )
+    )
+
+
+def text_schema(num_tokens: int, hidden_size: int, pooled_size: int) -> RecordSchema:
+    """Return the schema of a text set: hidden states [T, D] and pooled embedding [P]."""
+    return RecordSchema(
+        (
+            TensorSpec("encoder_hidden_states", "F16", (num_tokens, hidden_size)),
+            TensorSpec("pooled_embeds", "F16", (pooled_size,)),
+        )
+    )
+
+
+def predictions_schema(
+    layout: Layout,
+    dtype: str,
+    num_channels: int,
+    num_tokens: int,
+    hidden_size: int,
+    pooled_size: int,
+) -> RecordSchema:
+    """Return the schema of a predictions set; `dtype` of the prediction as F16, BF16 or F32."""
+    image: Sequence[int | str] = (num_channels, "H/8", "W/8")
+    tensors = (
+        TensorSpec("teacher_pred", dtype, tuple(image)),
+        TensorSpec("timestep", "I64", (1,)),
+        TensorSpec("seed", "I64", (1,)),
+        TensorSpec("resolution", "I32", (2,)),
+    )
+    if layout == "full":
+        text = text_schema(num_tokens, hidden_size, pooled_size)
+        tensors += (TensorSpec("noise", "F16", tuple(image)), *text.tensors)
+    return RecordSchema(tensors)
+
+
+def _parse_spec(value: Any, where: str) -> TensorSpec:
+    fields = require_names(value, {"name", "dtype", "shape"}, where)
+    name, dtype, shape = fields["name"], fields["dtype"], fields["shape"]
+    if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name) or dtype not in RECORD_DTYPES:
+        raise CorruptError("a schema with an unsafe name or unknown dtype", where=where)
+    if not isinstance(shape, list) or not 1 <= len(cast("list[Any]", shape)) <= _MAX_RANK:
+        raise CorruptError(f"tensor {name} without a shape", where=where)
+    sizes = tuple(cast("list[Any]", shape))
+    if not all(
+        size in _SIDES or (type(size) is int and 1 <= size <= _MAX_LENGTH) for size in sizes
+    ):
+        raise CorruptError(f"tensor {name} has an absurd shape", where=where)
+    return TensorSpec(name, dtype, sizes)
+
+
+def _are_record_metadata(metadata: dict[str, str]) -> bool:
+    return (
+        FINGERPRINT in metadata
+        and metadata.keys() <= {FINGERPRINT, SOURCE_SHA256}
+        and all(_SHA256.fullmatch(digest) for digest in metadata.values())
+    )
+
+
+def _spell(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"

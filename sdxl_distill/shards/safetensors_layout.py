@@ -1,0 +1,189 @@
+"""Safetensors bytes that are a function of their tensors and metadata alone.
+
+The safetensors library writes several metadata entries in random order, so the header is written
+here, in the order and alignment it would use; https://github.com/huggingface/safetensors#format.
+The strict parser accepts exactly what the writer writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any, Final, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.shards.bounded_json import parse_json, require_names
+
+MAX_HEADER_BYTES: Final = 64 * 1024
+ITEM_BYTES: Final = {"U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8}
+TORCH_DTYPES: Final = {
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_DTYPE_OF_TORCH: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_DTYPE_OF_NUMPY: Final = {
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.float32): "F32",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.uint64): "U64",
+}
+_LENGTH_BYTES: Final = 8
+_METADATA: Final = "__metadata__"
+
+AnyTensor: TypeAlias = "torch.Tensor | npt.NDArray[Any]"
+
+
+class TensorPlace(NamedTuple):
+    """Where one tensor lies in a safetensors file; `offset` counts from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class SafetensorsHeader(NamedTuple):
+    """The bytes before the tensors, and what they say."""
+
+    content: bytes
+    places: tuple[TensorPlace, ...]
+    metadata: dict[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole file, header included."""
+        return len(self.content) + sum(place.num_bytes for place in self.places)
+
+
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> SafetensorsHeader:
+    """Lay out tensors given as name → (dtype, shape): widest dtype first, then by name."""
+    ordered = sorted(tensors.items(), key=lambda entry: (-ITEM_BYTES[entry[1][0]], entry[0]))
+    fields: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
+    begin = 0
+    for name, (dtype, shape) in ordered:
+        end = begin + ITEM_BYTES[dtype] * prod(shape)
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    places = tuple(
+        TensorPlace(
+            name,
+            dtype,
+            shape,
+            len(content) + fields[name]["data_offsets"][0],
+            ITEM_BYTES[dtype] * prod(shape),
+        )
+        for name, (dtype, shape) in ordered
+    )
+    return SafetensorsHeader(content, places, dict(metadata))
+
+
+def parse_header(content: bytes, where: str) -> SafetensorsHeader:
+    """Read the header at the start of `content`, which may go on after it.
+
+    Raises:
+        CorruptError: when it is larger than 64 KiB, cut short, or not byte for byte what
+            `build_header` writes for the tensors and metadata that it names.
+    """
+    num_text_bytes = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    text = content[_LENGTH_BYTES : _LENGTH_BYTES + min(num_text_bytes, MAX_HEADER_BYTES)]
+    if len(content) < _LENGTH_BYTES or len(text) != num_text_bytes:
+        raise CorruptError(
+            "the safetensors header is cut short or too long",
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            where=where,
+        )
+    fields = parse_json(text, where, MAX_HEADER_BYTES)
+    try:
+        metadata: dict[str, str] = fields.pop(_METADATA)
+        tensors = {name: _parse_tensor(field, where) for name, field in fields.items()}
+        header = build_header(tensors, metadata)
+        is_canonical = header.content == content[: len(header.content)]
+        is_text = all(type(value) is str for value in metadata.values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptError("no safetensors header of ours", where=where) from error
+    if not (is_canonical and is_text):
+        raise CorruptError(
+            "the safetensors header is not in canonical form",
+            expected="sorted names, gapless offsets, no white space",
+            where=where,
+        )
+    return header
+
+
+def join_tensors(
+    content: bytes, places: Sequence[TensorPlace], tensors: Mapping[str, AnyTensor]
+) -> bytes:
+    """Return the header's bytes and the tensors, each in its place, as one file's bytes.
+
+    Raises:
+        ValueError: when a tensor is missing, unknown, or has another dtype or shape than its
+            place: the caller's mistake, never the file's.
+    """
+    names = sorted(place.name for place in places)
+    if sorted(tensors) != names:
+        raise ValueError(f"tensors {sorted(tensors)}, expected {names}")
+    parts: list[bytes | memoryview] = [content]
+    for place in places:
+        tensor = tensors[place.name]
+        found = dtype_of(tensor), tuple(tensor.shape)
+        if found != (place.dtype, place.shape):
+            raise ValueError(f"{place.name} is {found}, expected {(place.dtype, place.shape)}")
+        parts.append(byte_view(_contiguous(tensor)))
+    return b"".join(parts)
+
+
+def dtype_of(tensor: AnyTensor) -> str:
+    """Return the dtype in safetensors' spelling; KeyError for one that no file of ours has."""
+    if isinstance(tensor, torch.Tensor):
+        return _DTYPE_OF_TORCH[tensor.dtype]
+    return _DTYPE_OF_NUMPY[tensor.dtype]
+
+
+def byte_view(tensor: AnyTensor) -> memoryview:
+    """Return the memory of a contiguous array or CPU tensor as bytes, without a copy.
+
+    Raises:
+        ValueError: when it is not contiguous.
+    """
+    if isinstance(tensor, torch.Tensor):
+        _require(tensor.is_contiguous())
+        return memoryview(cast("Any", tensor.detach().view(-1).view(torch.uint8).numpy()))
+    _require(tensor.flags.c_contiguous)
+    return memoryview(cast("Any", tensor).reshape(-1).view(np.uint8))
+
+
+def _require(is_contiguous: bool) -> None:
+    if not is_contiguous:
+        raise ValueError("the tensor is not contiguous")
+
+
+def _contiguous(tensor: AnyTensor) -> AnyTensor:
+    if isinstance(tensor, torch.Tensor):
+        return tensor.contiguous()
+    return np.ascontiguousarray(tensor)
+
+
+def _parse_tensor(field: Any, where: str) -> tuple[str, tuple[int, ...]]:
+    fields = require_names(field, {"dtype", "shape", "data_offsets"}, where)
+    shape = tuple(fields["shape"])
+    if len(shape) > 8 or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+        raise ValueError("shape")
+    return fields["dtype"], shape

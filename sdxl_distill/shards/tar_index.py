@@ -1,0 +1,218 @@
+"""Makes the index of a shard: from its records while they are written, or from the tar itself.
+
+`index_of_tar` reads strictly and trusts nothing but the bytes: who finds a tar of somebody else
+publishes this index, never his own (docs/decisions/0002-create-only-publication.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from sdxl_distill.core.noise import noise
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.shards.digest import bytes_digest, rest_digest, tensor_digest
+from sdxl_distill.shards.index import (
+    MAX_SIDECAR_BYTES,
+    ShardIndex,
+    is_strictly_ascending,
+    tar_layout,
+)
+from sdxl_distill.shards.index_layout import ACTION, MAX_RECORDS
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.safetensors_layout import MAX_HEADER_BYTES
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.tar import TarMember, read_at, read_members, sha256_of
+
+MAX_SHARD_BYTES: Final = 2 << 30
+
+
+class IndexRows:
+    """Collects the rows of an index, record by record, while a shard is written or read.
+
+    Args:
+        name: of the shard.
+        header: that all its records share.
+    """
+
+    def __init__(self, name: ShardName, header: RecordHeader) -> None:
+        self._name = name
+        self._header = header
+        self._ids = bytearray()
+        self._sidecar_sizes: list[int] = []
+        self._digests: list[list[int]] = []
+        self._rest_digests: list[int] = []
+        self._noise_digests: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def add(
+        self, image_id: str, record: bytes | memoryview, sidecar: bytes, noise_digest: int | None
+    ) -> None:
+        """Append a record's row.
+
+        Args:
+            image_id: 32 hex digits, greater than the last.
+            record: all its bytes; the caller has compared its header with the common one.
+            sidecar: empty where there is none.
+            noise_digest: of the noise, where the schema re-creates it; else None.
+        """
+        assert (noise_digest is not None) == self._header.recreates_noise
+        view = memoryview(record)
+        places = self._header.places
+        self._ids += bytes.fromhex(image_id)
+        self._sidecar_sizes.append(len(sidecar))
+        self._digests.append(
+            [bytes_digest(view[place.offset : place.offset + place.num_bytes]) for place in places]
+        )
+        self._rest_digests.append(rest_digest(self._header.content, sidecar))
+        if noise_digest is not None:
+            self._noise_digests.append(noise_digest)
+
+    def index(self, tar_sha256: str) -> ShardIndex:
+        """Return the index of the shard that holds exactly the records added.
+
+        Raises:
+            CorruptError: when they are not sorted by id, or one came twice.
+        """
+        num_records, num_tensors = len(self), len(self._header.places)
+        ids = np.reshape(np.frombuffer(bytes(self._ids), np.uint8), (num_records, 16))
+        if not is_strictly_ascending(ids):
+            raise CorruptError(
+                "keys unsorted or twice", expected="keys in ascending order", where=self._name.tar
+            )
+        sidecar_sizes = np.array(self._sidecar_sizes, np.int64)
+        offsets, tar_bytes = tar_layout(self._header.record_bytes, sidecar_sizes)
+        digests = np.reshape(np.array(self._digests, np.uint64), (num_records, num_tensors))
+        noise_digests = np.array(self._noise_digests, np.uint64)
+        return ShardIndex(
+            name=self._name,
+            header=self._header,
+            ids=ids,
+            offsets=offsets,
+            sizes=np.full(num_records, self._header.record_bytes, np.int64),
+            sidecar_sizes=sidecar_sizes,
+            digests=digests,
+            rest_digests=np.array(self._rest_digests, np.uint64),
+            noise_digests=noise_digests if self._header.recreates_noise else None,
+            tar_bytes=tar_bytes,
+            tar_sha256=tar_sha256,
+        )
+
+
+def index_of_tar(descriptor: int, name: ShardName, header: RecordHeader) -> ShardIndex:
+    """Return the index of a tar: of its bytes alone, but for the header of an empty tar.
+
+    Args:
+        descriptor: of the tar, open for reading.
+        name: that the tar has or shall have; its members are checked against it.
+        header: that its records must have, byte for byte; `header_of_tar` tells what they have.
+
+    Raises:
+        CorruptError: at the first byte that is not as our writer writes it, or when the records
+            belong to another set, bucket, draw or source shard.
+        StorageError: when the operating system refuses to read.
+    """
+    num_bytes = _checked_size(descriptor, name)
+    rows = IndexRows(name, header)
+    record = memoryview(bytearray(header.record_bytes))
+    for image_id, member, sidecar in _records(descriptor, num_bytes, name):
+        if member.num_bytes != len(record):
+            raise _corrupt(name, f"{member.name} of {member.num_bytes} bytes", f"{len(record)}")
+        read_at(descriptor, record, member.offset, name.tar)
+        if bytes(record[: len(header.content)]) != header.content:
+            raise _corrupt(name, f"{member.name} has another header", _spell(header))
+        content = b"" if sidecar is None else _read_sidecar(descriptor, sidecar, name)
+        rows.add(image_id, record, content, recreated_noise_digest(header, name, record))
+    return rows.index(sha256_of(descriptor, num_bytes, name.tar))
+
+
+def header_of_tar(descriptor: int, name: ShardName) -> RecordHeader | None:
+    """Return the header of a tar's first record; None when the tar holds no record.
+
+    Raises:
+        CorruptError, StorageError: as `index_of_tar`, but only the first record is looked at.
+    """
+    num_bytes = _checked_size(descriptor, name)
+    for _, member, _ in _records(descriptor, num_bytes, name):
+        content = bytearray(min(member.num_bytes, MAX_HEADER_BYTES + 8))
+        read_at(descriptor, memoryview(content), member.offset, name.tar)
+        return RecordHeader.parse(bytes(content), f"{name.tar}, {member.name}")
+    return None
+
+
+def recreated_noise_digest(
+    header: RecordHeader, name: ShardName, record: bytes | memoryview
+) -> int | None:
+    """Return the digest of the noise that a record's seed gives; None where noise is stored.
+
+    Raises:
+        CorruptError: when the seed is none that `noise_seed` can give.
+    """
+    if not header.recreates_noise:
+        return None
+    place = header.place("seed")
+    seed = int.from_bytes(
+        record[place.offset : place.offset + place.num_bytes], "little", signed=True
+    )
+    if not 0 <= seed < 1 << 32:
+        raise _corrupt(name, f"seed {seed}", "a number of 32 bits")
+    num_channels = header.place("teacher_pred").shape[0]
+    return tensor_digest(noise(seed, name.width, name.height, num_channels))
+
+
+def _checked_size(descriptor: int, name: ShardName) -> int:
+    num_bytes = os.fstat(descriptor).st_size
+    if num_bytes > MAX_SHARD_BYTES:
+        raise _corrupt(name, f"{num_bytes} bytes", f"at most {MAX_SHARD_BYTES}")
+    return num_bytes
+
+
+def _records(
+    descriptor: int, num_bytes: int, name: ShardName
+) -> Iterator[tuple[str, TarMember, TarMember | None]]:
+    """Yield image id, record and sidecar: a record's sidecar, if any, follows it at once."""
+    waiting: tuple[str, TarMember] | None = None
+    num_records = 0
+    for member in read_members(descriptor, num_bytes, name.tar):
+        parsed = name.parse_member(member.name)
+        if parsed is None:
+            raise _corrupt(name, "a member of another bucket, draw or kind", f"{name} records")
+        image_id, extension = parsed
+        if extension == "json":
+            if waiting is None or waiting[0] != image_id:
+                raise _corrupt(name, f"{member.name} without its record", "record, then sidecar")
+            yield (*waiting, member)
+            waiting = None
+            continue
+        if waiting is not None:
+            yield (*waiting, None)
+        waiting = image_id, member
+        num_records += 1
+        if num_records > MAX_RECORDS:
+            raise _corrupt(name, "too many records", f"at most {MAX_RECORDS}")
+    if waiting is not None:
+        yield (*waiting, None)
+
+
+def _read_sidecar(descriptor: int, member: TarMember, name: ShardName) -> bytes:
+    if not 0 < member.num_bytes <= MAX_SIDECAR_BYTES:
+        expected = f"1 to {MAX_SIDECAR_BYTES}"
+        raise _corrupt(name, f"{member.name} of {member.num_bytes} bytes", expected)
+    content = bytearray(member.num_bytes)
+    read_at(descriptor, memoryview(content), member.offset, name.tar)
+    return bytes(content)
+
+
+def _spell(header: RecordHeader) -> str:
+    source = header.source_sha256
+    made_from = f" made from latents shard {source[:12]}…" if source else ""
+    return f"records of set {header.fingerprint[:12]}…{made_from}"
+
+
+def _corrupt(name: ShardName, found: str, expected: str) -> CorruptError:
+    return CorruptError(found, expected=expected, where=name.tar, action=ACTION)

@@ -1,0 +1,132 @@
+"""Writes one shard with webdataset.TarWriter into a staged file, hashing on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import BinaryIO, cast
+
+from webdataset.writer import TarWriter
+
+from sdxl_distill.core.image_id import parse_record_key
+from sdxl_distill.errors import ConfigError, CorruptError
+from sdxl_distill.fsio import storage_errors
+from sdxl_distill.shards.index import MAX_SIDECAR_BYTES, ShardIndex
+from sdxl_distill.shards.index_layout import MAX_RECORDS
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.tar import MODE, OWNER, read_members
+from sdxl_distill.shards.tar_index import MAX_SHARD_BYTES, IndexRows
+
+
+class ShardWriter:
+    """Writes the records of one shard in the order of their keys; memory stays flat.
+
+    ```
+    with directory.stage() as tar:
+        writer = ShardWriter(tar.file, name, header)
+        for key, tensors in ...:
+            writer.write(key, header.encode(tensors))
+        index = writer.close()
+        directory.publish(tar, name.tar)
+    ```
+    Without `close` nothing of it counts: the staged file vanishes.
+
+    Args:
+        file: opened for reading and writing, empty; stays open and is the caller's to close.
+        name: of the shard.
+        header: that all its records share, from `RecordHeader.build`.
+    """
+
+    def __init__(self, file: BinaryIO, name: ShardName, header: RecordHeader) -> None:
+        self._file = _HashingFile(file)
+        self._name = name
+        self._header = header
+        self._rows = IndexRows(name, header)
+        self._tar = TarWriter(
+            cast("BinaryIO", self._file), encoder=False, user=OWNER, group=OWNER, mode=MODE, mtime=0
+        )
+
+    def write(
+        self,
+        key: str,
+        record: bytes,
+        sidecar: bytes | None = None,
+        noise_digest: int | None = None,
+    ) -> None:
+        """Append a record.
+
+        Args:
+            key: `{image_id}_{W}x{H}`, greater than the last.
+            record: what `RecordHeader.encode` returned for this shard's header.
+            sidecar: content of `{key}.json`, if the set has them; not empty.
+            noise_digest: `tensor_digest` of the noise, exactly where the schema re-creates it.
+
+        Raises:
+            StorageError: when the disk is full or refuses.
+            ConfigError: when the shard grows beyond 2 GiB or 65,536 records.
+        """
+        image_id, width, height = parse_record_key(key)
+        assert (width, height) == (self._name.width, self._name.height), key
+        assert len(record) == self._header.record_bytes, len(record)
+        assert record.startswith(self._header.content), key
+        assert sidecar is None or 0 < len(sidecar) <= MAX_SIDECAR_BYTES, key
+        if len(self._rows) == MAX_RECORDS or self._file.num_bytes > MAX_SHARD_BYTES:
+            raise ConfigError(
+                f"a shard of more than {len(self._rows)} records, {self._file.num_bytes} bytes",
+                expected=f"at most {MAX_RECORDS} records and {MAX_SHARD_BYTES} bytes",
+                where=self._name.tar,
+                action="lower data.records_per_shard",
+            )
+        stem = self._name.member_stem(image_id)
+        with storage_errors(self._name.tar):
+            self._tar.write({"__key__": stem, "safetensors": record})
+            if sidecar is not None:
+                self._tar.write({"__key__": stem, "json": sidecar})
+        self._rows.add(image_id, record, sidecar or b"", noise_digest)
+
+    def close(self) -> ShardIndex:
+        """Finish the tar and return its index, the same that `index_of_tar` finds in it.
+
+        Raises:
+            StorageError: when the disk is full or refuses.
+            CorruptError: when the tar is not the plain USTAR that it should be.
+        """
+        with storage_errors(self._name.tar):
+            self._tar.close()
+            self._file.flush()
+        index = self._rows.index(self._file.sha256())
+        descriptor = self._file.fileno()
+        members = list(read_members(descriptor, self._file.num_bytes, self._name.tar))
+        offsets = [member.offset for member in members if member.name.endswith(".safetensors")]
+        if offsets != index.offsets.tolist() or self._file.num_bytes != index.tar_bytes:
+            raise CorruptError(
+                "webdataset wrote another tar than it should",
+                expected="plain USTAR without PAX headers",
+                where=self._name.tar,
+                action="install the webdataset version of constraints.txt",
+            )
+        return index
+
+
+class _HashingFile:
+    """The few methods that a tar stream needs of a file, with a SHA-256 on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        self._file.write(content)
+        self._sha256.update(content)
+        self.num_bytes += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
