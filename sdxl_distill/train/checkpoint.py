@@ -1,0 +1,221 @@
+"""Checkpoints: a folder of safetensors and JSON that exists whole or not at all.
+
+Written as `.tmp-{token}/`, every file flushed, its SHA-256 in `files.json`, then renamed to
+`step-{step:08d}/`. Loading verifies the digests; a damaged checkpoint gives way to the one
+before it. Never pickle: a checkpoint may come from a stranger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sdxl_distill.errors import ConfigError, CorruptError
+from sdxl_distill.fingerprint import canonical_json
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, read_bytes, storage_errors
+
+FORMAT_VERSION = 1
+_FILES = "files.json"
+_STATE = "state.json"
+_LATEST = "latest"
+_MAX_JSON_BYTES = 16 << 20
+_STEP_FOLDER = re.compile(r"step-([0-9]{8})")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped.
+
+    Attributes:
+        state: JSON values: position, fingerprints, optimizer scalars.
+        tensors: file stem → named tensors: `student`, `optimizer`, and `ema` when it is on.
+    """
+
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, torch.Tensor]]
+
+
+class CheckpointFolder:
+    """The folder `{run}/checkpoints` and the checkpoints in it.
+
+    Args:
+        path: of the folder; made when the first checkpoint is saved.
+        keep: how many checkpoints remain; at least two, so that a damaged one has a fallback.
+    """
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        self.path = path
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Return the step of every checkpoint there, ascending."""
+        if not self.path.is_dir():
+            return []
+        matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def save(self, step: int, checkpoint: Checkpoint) -> Path:
+        """Write the checkpoint of a step, point `latest` at it and remove the oldest.
+
+        A checkpoint of the same step is left as it is: it has the same content, since training
+        is a function of configuration and step.
+
+        Raises:
+            StorageError: when the disk is full or refuses; older checkpoints are untouched.
+        """
+        name = f"step-{step:08d}"
+        with Directory(self.path, create=True) as folder:
+            if not folder.exists(name):
+                self._write(folder, name, checkpoint)
+            folder.replace_bytes(_LATEST, name.encode())
+        for old in self.steps()[: -self.keep]:
+            self._remove(f"step-{old:08d}")
+        for leftover in self.path.glob(f"{TEMPORARY_PREFIX}*"):
+            _remove_leftover(leftover)
+        return self.path / name
+
+    def load_latest(self) -> tuple[Path, Checkpoint]:
+        """Load the newest checkpoint that is whole.
+
+        Raises:
+            ConfigError: when there is none at all.
+            CorruptError: when every one of them is damaged.
+        """
+        names = [f"step-{step:08d}" for step in reversed(self.steps())]
+        if not names:
+            raise ConfigError(
+                "there is no checkpoint",
+                where=str(self.path),
+                action="start the run without --resume, or name another run",
+            )
+        faults: list[CorruptError] = []
+        for name in names:
+            try:
+                return self.path / name, load_checkpoint(self.path / name)
+            except CorruptError as error:
+                _log.warning("%s\n  → falling back to the checkpoint before it", error)
+                faults.append(error)
+        raise faults[0]
+
+    def _write(self, folder: Directory, name: str, checkpoint: Checkpoint) -> None:
+        temporary = self.path / f"{TEMPORARY_PREFIX}{new_token()}"
+        with storage_errors(temporary):
+            temporary.mkdir()
+            for stem, tensors in checkpoint.tensors.items():
+                _save_tensors(temporary / f"{stem}.safetensors", tensors)
+            (temporary / _STATE).write_bytes(canonical_json(checkpoint.state))
+            digests = {path.name: _sha256_flushed(path) for path in sorted(temporary.iterdir())}
+            with Directory(temporary) as inner:
+                inner.publish_bytes(
+                    _FILES, canonical_json({"format_version": FORMAT_VERSION, "sha256": digests})
+                )
+            temporary.rename(self.path / name)
+            os.fsync(folder.descriptor)
+
+    def _remove(self, name: str) -> None:
+        """Remove a checkpoint such that a half-removed one is never taken for whole."""
+        doomed = self.path / f"{TEMPORARY_PREFIX}{new_token()}"
+        with storage_errors(self.path):
+            (self.path / name).rename(doomed)
+        _remove_leftover(doomed)
+
+
+def _remove_leftover(path: Path) -> None:
+    with storage_errors(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint and verify every byte of it.
+
+    Raises:
+        ConfigError: when there is no such folder.
+        CorruptError: when a file is missing, damaged or of a later format.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            "there is no such checkpoint",
+            where=str(path),
+            action="name a folder step-XXXXXXXX, or resume with `latest`",
+        )
+    files = _read_json(path / _FILES)
+    if files.get("format_version") != FORMAT_VERSION or not isinstance(files.get("sha256"), dict):
+        raise CorruptError(
+            f"format version {files.get('format_version')}",
+            expected=str(FORMAT_VERSION),
+            where=str(path / _FILES),
+        )
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    for name, digest in files["sha256"].items():
+        _verify(path, name, digest)
+        if name.endswith(".safetensors"):
+            tensors[name.removesuffix(".safetensors")] = _load_tensors(path / name)
+    return Checkpoint(_read_json(path / _STATE), tensors)
+
+
+def _verify(path: Path, name: str, digest: str) -> None:
+    if Path(name).name != name or not (path / name).is_file():
+        raise _damaged(path / Path(name).name, "the file is missing")
+    with storage_errors(path / name), (path / name).open("rb") as file:
+        found = _sha256(file)
+    if found != digest:
+        raise _damaged(path / name, f"sha256 {found}", f"sha256 {digest}")
+
+
+def _damaged(path: Path, found: str, expected: str | None = None) -> CorruptError:
+    return CorruptError(
+        found, expected=expected, where=str(path), action="resume with an older checkpoint"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_bytes(path, _MAX_JSON_BYTES))
+    except FileNotFoundError as error:
+        raise _damaged(path, "the file is missing") from error
+    except ValueError as error:
+        raise _damaged(path, f"no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "no JSON object")
+    return content
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, f"no safetensors file ({error})") from error
+
+
+def _sha256_flushed(path: Path) -> str:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

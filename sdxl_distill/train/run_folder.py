@@ -1,0 +1,118 @@
+"""The folder of one run: resolved configuration, fingerprints, checkpoints, export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.config.loader import resolved_json
+from sdxl_distill.errors import ConfigError, IncompatibleError
+from sdxl_distill.fingerprint import canonical_json, differing_fields
+from sdxl_distill.fsio import Directory
+from sdxl_distill.train.checkpoint import CheckpointFolder
+
+# What may change between a run and its continuation without changing what a step does.
+_FREE_FIELDS = {
+    "device": None,
+    "run": None,
+    "data": {"latent_cache", "on_change", "on_missing", "reader_threads", "prefetch_batches"},
+    "training": {
+        "batch_size",  # the global batch is part of the stream's identity
+        "gradient_accumulation_steps",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "tensorboard",
+    },
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it makes."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: DistillConfig) -> RunFolder:
+        """Return the folder that a configuration names."""
+        return cls(Path(config.run.output_root) / config.run.name)
+
+    @property
+    def export(self) -> Path:
+        """The exported student."""
+        return self.path / "export"
+
+    def checkpoints(self, keep: int = 2) -> CheckpointFolder:
+        """Return the folder of checkpoints."""
+        return CheckpointFolder(self.path / "checkpoints", keep)
+
+    def tensorboard(self, config: DistillConfig) -> Path:
+        """Return the folder of the run's event files."""
+        return Path(config.training.tensorboard.base_dir) / config.run.name
+
+    def require_new(self) -> None:
+        """Refuse to train into a folder that already holds checkpoints.
+
+        Raises:
+            ConfigError: when it does.
+        """
+        steps = self.checkpoints().steps()
+        if steps:
+            raise ConfigError(
+                f"the run already has checkpoints, the last of step {steps[-1]}",
+                where=str(self.path),
+                action="continue it with `--resume latest`, or choose another run.name",
+            )
+
+    def write(self, config: DistillConfig, fingerprints: dict[str, Any]) -> None:
+        """Save the resolved configuration and the fingerprints of all that goes into the run."""
+        with Directory(self.path, create=True) as folder:
+            folder.replace_bytes("config.json", resolved_json(config).encode())
+            folder.replace_bytes("fingerprints.json", canonical_json(fingerprints))
+
+
+def decisive_fields(config: DistillConfig) -> dict[str, Any]:
+    """Return the configuration that determines what a step does, as JSON values.
+
+    Places are left out: a run may move. What a place held is in the fingerprints.
+    """
+    fields = config.model_dump(mode="json")
+    if config.training.lr_schedule == "constant":
+        del fields["training"]["num_steps"]
+    for section, names in _FREE_FIELDS.items():
+        for name in names or ():
+            del fields[section][name]
+        if names is None:
+            del fields[section]
+    del fields["student"]["checkpoint_path"], fields["student"]["text_encoder_id"]
+    for teacher in fields["teachers"]:
+        del teacher["cache_dir"]
+    # A list has no paths to name a difference by; teachers have ids.
+    fields["teachers"] = {teacher.pop("teacher_id"): teacher for teacher in fields["teachers"]}
+    return fields
+
+
+def require_equal(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+    """Refuse to resume with another configuration, student or stream.
+
+    Args:
+        found: what the checkpoint was made with.
+        expected: what this run has.
+        where: the checkpoint.
+
+    Raises:
+        IncompatibleError: with every field that differs and both values.
+    """
+    differences = differing_fields(found, expected)
+    if differences:
+        lines = "; ".join(
+            f"{path} was {was!r} and is now {now!r}" for path, was, now in differences
+        )
+        raise IncompatibleError(
+            f"this run differs from its checkpoint: {lines}",
+            where=where,
+            action="resume with the configuration of the run (its config.json), or start a new run",
+        )

@@ -1,0 +1,305 @@
+"""The training loop: stream → gradients → optimizer → average → log → checkpoint.
+
+In: a configuration, the joined stream and the student. Out: the run folder. Position, weights,
+optimizer state and average are the whole state of a run; nothing else is remembered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.core.ema import Ema
+from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.errors import NumericalError, Preempted
+from sdxl_distill.stream.batch import JoinedBatch
+from sdxl_distill.stream.loader import JoinedStream
+from sdxl_distill.train.agreement import Agreement
+from sdxl_distill.train.checkpoint import Checkpoint, load_checkpoint
+from sdxl_distill.train.learning_rate import learning_rate_at
+from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm
+from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
+from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_equal
+from sdxl_distill.train.step import DistillationStep
+from sdxl_distill.train.stop_signal import StopSignal
+from sdxl_distill.train.validation import averaged_weights, validation_losses
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: `global_step` steps are done, the next one is `step` of `epoch`."""
+
+    global_step: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended: the step it reached and the last value of every loss tag."""
+
+    global_step: int
+    losses: dict[str, float]
+    seconds: float
+
+
+class Trainer:
+    """Trains one student.
+
+    Args:
+        config: of the run.
+        student: the UNet, on the accelerator's device, in the dtype it is trained in.
+        noise_schedule: the student's.
+        student_fingerprint: of the weights it starts from.
+        stream: the joined shard sets, for this rank.
+        accelerator: the ranks; without mixed precision, which would change the outputs' dtype.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        noise_schedule: NoiseSchedule,
+        student_fingerprint: str,
+        stream: JoinedStream,
+        accelerator: Accelerator,
+    ) -> None:
+        self.config = config
+        self.student = student
+        self.stream = stream
+        self.accelerator = accelerator
+        self.folder = RunFolder.of(config)
+        self.checkpoints = self.folder.checkpoints(config.training.keep_checkpoints)
+        self.identity: dict[str, Any] = {
+            "config": decisive_fields(config),
+            "student": student_fingerprint,
+            "noise_schedule": noise_schedule.to_json(),
+            "sets": stream.fingerprints(),
+        }
+        self.optimizer = _make_optimizer(config, student, accelerator.device)
+        # The average is the same on all ranks, so one keeps it.
+        self.ema = _make_ema(config, student) if accelerator.is_main_process else None
+        self.step = DistillationStep(
+            accelerator.prepare_model(student),
+            noise_schedule,
+            stream.prediction_types,
+            config.normalised_weights(),
+            config.training.loss_type,
+            config.training.huber_delta,
+            accelerator.device,
+        )
+        self.tags = loss_tags(stream.teacher_ids)
+        self.position = Position()
+
+    def resume(self, reference: str) -> None:
+        """Load a checkpoint: `latest`, or the path of one.
+
+        Raises:
+            ConfigError: when there is none.
+            CorruptError: when it, and for `latest` every older one, is damaged.
+            IncompatibleError: when it belongs to another configuration, student or stream.
+        """
+        if reference == "latest":
+            path, checkpoint = self.checkpoints.load_latest()
+        else:
+            path, checkpoint = Path(reference), load_checkpoint(Path(reference))
+        state = checkpoint.state
+        require_equal(state["identity"], self.identity, str(path))
+        self.position = Position(**state["position"])
+        if self.config.data.on_change == "error":
+            require_equal(state["stream"], self.stream.schedule.identity(), str(path))
+        elif state["stream"] != self.stream.schedule.identity():
+            self.position = Position(self.position.global_step, self.position.epoch + 1, 0)
+        self.student.load_state_dict(checkpoint.tensors["student"])
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], state["optimizer"])
+        if self.ema is not None:
+            self.ema.load(checkpoint.tensors["ema"])
+
+    def run(self) -> TrainSummary:
+        """Train from the present position to `training.num_steps`.
+
+        Raises:
+            NumericalError: when loss or gradients are not finite; nothing of it is saved.
+            Preempted: when a signal asked to stop; the state is saved.
+        """
+        settings = self.config.training
+        started_seconds = time.perf_counter()
+        with StopSignal().listening() as stop, self._open_report() as report:
+            agreement = Agreement(self.accelerator)
+            batches = self._settled(self.stream.forever(self.position.epoch, self.position.step))
+            while self.position.global_step < settings.num_steps:
+                # Wait for the stream.
+                waiting_seconds = time.perf_counter()
+                batch = next(batches)
+                waited_seconds = time.perf_counter() - waiting_seconds
+
+                # Gradients of the mean loss over the global batch.
+                loss_sums = self.step.backward(batch, settings.batch_size)
+                grad_norm = global_grad_norm(self.student.parameters())
+                agreement.ask(stop.requested, torch.cat([loss_sums, grad_norm[None]]))
+
+                # Clip, step, average.
+                learning_rate = self._update(grad_norm)
+                self.position = self._after(batch)
+
+                # Agree with the other ranks before anything of this step is kept.
+                verdict = agreement.answer()
+                if not verdict.is_finite:
+                    raise self._not_finite(batch, loss_sums)
+                report.count(loss_sums, len(batch), waited_seconds)
+
+                # Log, validate, save.
+                is_last = self.position.global_step == settings.num_steps
+                if is_last or self._is_due(settings.log_every):
+                    report.log(self.position.global_step, batch.epoch, learning_rate, grad_norm)
+                if is_last or self._is_due(settings.validation.every):
+                    self._validate(report)
+                if is_last or verdict.stop or self._is_due(settings.checkpoint_every):
+                    self.save()
+                if verdict.stop and not is_last:
+                    raise self._preempted()
+        seconds = time.perf_counter() - started_seconds
+        return TrainSummary(self.position.global_step, report.latest, seconds)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present position; the other ranks wait for it."""
+        if self.accelerator.is_main_process:
+            tensors = {
+                "student": self.student.state_dict(),
+                "optimizer": self.optimizer.state_tensors(),
+            }
+            if self.ema is not None:
+                tensors["ema"] = self.ema.averages
+            state = {
+                "position": asdict(self.position),
+                "identity": self.identity,
+                "stream": self.stream.schedule.identity(),
+                "optimizer": self.optimizer.state_scalars(),
+            }
+            self.checkpoints.save(self.position.global_step, Checkpoint(state, tensors))
+        self.accelerator.wait_for_everyone()
+
+    def _open_report(self) -> RunReport:
+        return RunReport(
+            self.config.run.name,
+            self.folder.tensorboard(self.config),
+            self.tags,
+            self.accelerator,
+            num_steps=self.config.training.num_steps,
+            num_done=self.position.global_step,
+        )
+
+    def _validate(self, report: RunReport) -> None:
+        if not self.stream.num_validation_records:
+            return
+        batch_size = self.config.training.batch_size
+
+        def write(name: str) -> None:
+            batches = self.stream.validation_batches(batch_size)
+            losses = validation_losses(self.step, batches, self.accelerator)
+            tags = loss_tags(self.stream.teacher_ids, f"{PREFIX}/{name}")
+            report.write(self.position.global_step, dict(zip(tags, losses, strict=True)))
+
+        write("validation")
+        if self.config.student.use_ema:
+            with averaged_weights(self.student, self.ema, self.accelerator):
+                write("validation_ema")
+
+    def _settled(self, batches: Iterator[JoinedBatch]) -> Iterator[JoinedBatch]:
+        """Let data parallelism arrange its gradient buckets before the first step that counts.
+
+        It rearranges them once, after the first backward pass, which changes the order of its
+        sums: without this a resumed run of three or more ranks would differ in its first step.
+        """
+        if not isinstance(self.step.student, DistributedDataParallel):
+            return batches
+        first = next(batches)
+        rehearsal = next(first.micro_batches(1)).to(self.accelerator.device)
+        self.step.losses(rehearsal).loss.sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return chain([first], batches)
+
+    def _update(self, grad_norm: torch.Tensor) -> float:
+        settings = self.config.training
+        learning_rate = learning_rate_at(
+            self.position.global_step,
+            lr=settings.lr,
+            num_steps=settings.num_steps,
+            warmup_steps=settings.warmup_steps,
+            schedule=settings.lr_schedule,
+            min_lr_ratio=settings.min_lr_ratio,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        max_norm = settings.max_grad_norm
+        self.optimizer.step(1.0 if max_norm is None else clip_factor(grad_norm, max_norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.student.named_parameters(), self.position.global_step)
+        return learning_rate
+
+    def _after(self, batch: JoinedBatch) -> Position:
+        done = self.position.global_step + 1
+        if batch.step + 1 < self.stream.schedule.steps(batch.epoch):
+            return Position(done, batch.epoch, batch.step + 1)
+        return Position(done, batch.epoch + 1, 0)
+
+    def _is_due(self, every: int) -> bool:
+        return self.position.global_step % every == 0
+
+    def _not_finite(self, batch: JoinedBatch, loss_sums: torch.Tensor) -> NumericalError:
+        what = "gradient" if bool(loss_sums.isfinite().all()) else "loss"
+        steps = self.checkpoints.steps()
+        return NumericalError(
+            f"the {what} is NaN or infinite (rank {self.accelerator.process_index}: records "
+            f"{', '.join(batch.keys)})",
+            where=f"step {self.position.global_step}, epoch {batch.epoch}, bucket {batch.bucket}",
+            action=(
+                f"the checkpoint of step {steps[-1]} is intact: resume it with a smaller "
+                "training.lr"
+                if steps
+                else "start again with a smaller training.lr"
+            )
+            + ", and verify the shards of these records",
+        )
+
+    def _preempted(self) -> Preempted:
+        return Preempted(
+            f"asked to stop after step {self.position.global_step}; its checkpoint is saved",
+            where=str(self.folder.path),
+            action="run the same command with `--resume latest`",
+        )
+
+
+def _make_optimizer(config: DistillConfig, student: nn.Module, device: torch.device) -> AdamW:
+    settings = config.training
+    use_8bit = settings.optimizer == "adamw_8bit" or (
+        settings.optimizer == "auto" and device.type == "cuda"
+    )
+    return AdamW(
+        student.named_parameters(),
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        weight_decay=settings.weight_decay,
+        states="8bit" if use_8bit else "fp32",
+        exact_masters=settings.exact_masters,
+        seed=settings.seed,
+    )
+
+
+def _make_ema(config: DistillConfig, student: nn.Module) -> Ema | None:
+    if not config.student.use_ema:
+        return None
+    device = torch.device("cpu") if config.student.ema_device == "cpu" else None
+    return Ema(student.named_parameters(), config.student.ema_decay, device)

@@ -1,0 +1,63 @@
+"""Losses on images that are never trained on, for the student and for its average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from sdxl_distill.core.ema import Ema
+from sdxl_distill.stream.batch import JoinedBatch
+from sdxl_distill.train.step import DistillationStep
+
+
+@torch.no_grad()
+def validation_losses(
+    step: DistillationStep, batches: Iterable[JoinedBatch], accelerator: Accelerator
+) -> list[float]:
+    """Return mean loss, floor and teacher losses over all ranks' validation records.
+
+    Args:
+        step: holds the student.
+        batches: this rank's share; ranks may have different numbers of them, also none.
+        accelerator: adds the ranks' sums.
+    """
+    # The last entry counts records, so that one reduction is enough.
+    totals = torch.zeros(3 + len(step.weights), dtype=torch.float64, device=step.device)
+    for batch in batches:
+        totals[:-1] += step.losses(batch.to(step.device)).sums()
+        totals[-1] += len(batch)
+    totals = accelerator.reduce(totals, reduction="sum")
+    return (totals[:-1] / totals[-1].clamp(min=1)).tolist()
+
+
+@contextmanager
+def averaged_weights(
+    student: nn.Module, ema: Ema | None, accelerator: Accelerator
+) -> Iterator[None]:
+    """Let the student of every rank have the moving average's weights within the block.
+
+    Args:
+        student: of this rank; its own weights wait in main memory meanwhile.
+        ema: of the main rank; None on the others.
+        accelerator: carries the average to the other ranks.
+    """
+    own = {
+        name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()
+    }
+    try:
+        with torch.no_grad():
+            for name, weight in student.named_parameters():
+                if ema is not None:
+                    weight.copy_(ema.averages[name])
+                if accelerator.num_processes > 1:
+                    broadcast(weight.detach())
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in student.named_parameters():
+                weight.copy_(own[name])

@@ -1,0 +1,129 @@
+"""Checkpoints that are whole or not there, and the one before as the fallback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_distill.errors import ConfigError, CorruptError
+from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+
+
+def checkpoint_of(step: int) -> Checkpoint:
+    weights = torch.arange(64.0).to(torch.bfloat16) + step
+    moments = torch.full((64,), step % 256, dtype=torch.uint8)
+    return Checkpoint(
+        {"position": {"global_step": step}},
+        {"student": {"weight": weights}, "optimizer": {"weight/exp_avg_codes": moments}},
+    )
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    saved = checkpoint_of(7)
+    path = CheckpointFolder(tmp_path).save(7, saved)
+    loaded = load_checkpoint(path)
+    assert path.name == "step-00000007"
+    assert (tmp_path / "latest").read_text() == path.name
+    assert loaded.state == saved.state
+    for stem, tensors in saved.tensors.items():
+        for name, tensor in tensors.items():
+            assert loaded.tensors[stem][name].dtype == tensor.dtype
+            assert torch.equal(loaded.tensors[stem][name], tensor)
+
+
+def test_the_oldest_go_and_at_least_two_stay(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2, 10, 20):
+        folder.save(step, checkpoint_of(step))
+    assert folder.steps() == [10, 20]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest", "step-00000010", "step-00000020",
+    ]  # fmt: skip
+
+
+FILES = ["student.safetensors", "optimizer.safetensors", "state.json", "files.json"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, checkpoint_of(1))
+    victim = folder.save(2, checkpoint_of(2)) / name
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    if damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(content if damage == "flip" else content[:-1])
+    with pytest.raises(CorruptError, match="step-00000002"):
+        load_checkpoint(victim.parent)
+    path, loaded = folder.load_latest()
+    assert path.name == "step-00000001"
+    assert loaded.state["position"]["global_step"] == 1
+    assert "falling back" in caplog.text
+
+
+def test_no_checkpoint_at_all_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without --resume"):
+        CheckpointFolder(tmp_path / "checkpoints").load_latest()
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_path_in_the_list_of_files_is_not_followed(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path).save(1, checkpoint_of(1))
+    listed = (path / "files.json").read_text().replace("state.json", "../latest")
+    (path / "files.json").write_text(listed)
+    with pytest.raises(CorruptError, match="missing"):
+        load_checkpoint(path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder
+folder = CheckpointFolder(Path(sys.argv[1]))
+print("ready", flush=True)
+for step in range(1, 100_000):
+    weight = torch.full((200_000,), float(step))
+    folder.save(step, Checkpoint({"step": step}, {"student": {"weight": weight}}))
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    for delay_seconds in (0.05, 0.11, 0.17, 0.23):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 30
+        while not CheckpointFolder(tmp_path).steps() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay_seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        path, loaded = CheckpointFolder(tmp_path).load_latest()
+        assert path.name == f"step-{loaded.state['step']:08d}"
+        expected = torch.full((200_000,), float(loaded.state["step"]))
+        assert torch.equal(loaded.tensors["student"]["weight"], expected)
+        folder = CheckpointFolder(tmp_path)
+        folder.save(10**7, checkpoint_of(1))  # sweeps what the killed one left
+        assert not list(tmp_path.glob(".tmp-*"))
+        for entry in tmp_path.glob("step-*"):
+            for file in entry.iterdir():
+                file.unlink()
+            entry.rmdir()
