@@ -1,0 +1,146 @@
+"""What one launch has to agree on: rank 0 decides, the others are told.
+
+Decisions go through the launcher's key-value store. No process group is made: an idle one dies
+of its time-out while a rank caches for hours. A plain `python` decides for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+import torch.distributed
+
+from sdxl_distill import errors
+from sdxl_distill.errors import ConfigError, DistillError, StorageError
+from sdxl_distill.world import World
+
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+_ARRAY_TASKS = ("SLURM_ARRAY_TASK_ID", "PBS_ARRAY_INDEX", "SGE_TASK_ID", "LSB_JOBINDEX")
+
+
+class Launch:
+    """The processes that were started together.
+
+    Args:
+        world: this process among them.
+        environment: of the process; replaced in tests.
+        timeout: how long to wait for rank 0, which may scan millions of images.
+        poll_seconds: between two looks; a signal is noticed in between.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        timeout: timedelta = timedelta(days=3),
+        poll_seconds: float = 0.2,
+    ) -> None:
+        self.world = world
+        self._environment = environment
+        self._timeout = timeout
+        self._poll_seconds = poll_seconds
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether an elastic launcher started these processes again after a failure."""
+        return self._environment.get(_RESTARTS, "0") != "0"
+
+    @property
+    def is_one_of_many(self) -> bool:
+        """Whether this launch is one task of a job array: the tasks do not know each other."""
+        if any(name in self._environment for name in _ARRAY_TASKS):
+            return True
+        without_launcher = "RANK" not in self._environment
+        return without_launcher and self._environment.get("SLURM_NTASKS", "1") != "1"
+
+    def decide(self, name: str, decision: Callable[[], Any]) -> Any:
+        """Return what rank 0 decided; only rank 0 calls `decision`, the others wait for it.
+
+        Args:
+            name: of the decision; each is taken once per launch.
+            decision: returns a JSON value.
+
+        Raises:
+            DistillError: on every rank, when rank 0's decision raised it.
+            StorageError: when rank 0 does not answer in time, or the launcher is gone.
+        """
+        if self.world.size == 1:
+            return decision()
+        key = f"sdxl_distill/{name}"
+        if not self.world.is_main:
+            return self._await(key)
+        try:
+            value = decision()
+        except DistillError as error:
+            parts = [error.found, error.expected, error.where, error.action]
+            branch = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            self._tell(key, {"error": branch.__name__, "parts": parts})
+            raise
+        self._tell(key, {"value": value})
+        return value
+
+    @cached_property
+    def _store(self) -> torch.distributed.Store:
+        store, _, _ = next(torch.distributed.rendezvous("env://", timeout=self._timeout))
+        return store
+
+    def _tell(self, key: str, answer: dict[str, Any]) -> None:
+        try:
+            self._store.set(key, json.dumps(answer))
+        except (RuntimeError, ValueError) as error:
+            raise _no_store(error) from error
+
+    def _await(self, key: str) -> Any:
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        try:
+            # `get` alone would block in C++, deaf to SIGTERM.
+            while not self._store.check([key]):
+                if time.monotonic() > deadline:
+                    raise StorageError(
+                        f"no decision of rank 0 within {self._timeout}",
+                        where=f"launch, {key}",
+                        action="look at the log of rank 0, then launch again",
+                    )
+                time.sleep(self._poll_seconds)
+            answer = json.loads(self._store.get(key))
+        except (RuntimeError, ValueError) as error:
+            raise _no_store(error) from error
+        if "value" in answer:
+            return answer["value"]
+        found, expected, where, action = answer["parts"]
+        kind: type[DistillError] = getattr(errors, answer["error"])
+        raise kind(found, expected=expected, where=where, action=action)
+
+
+def refuse_withdrawal_in_job_array(launch: Launch, *, is_withdrawn: bool) -> None:
+    """Refuse `skip_existing: false` in a job array: its tasks would withdraw each other's work.
+
+    Args:
+        launch: this task.
+        is_withdrawn: the set was withdrawn once and is being built anew.
+
+    Raises:
+        ConfigError: in a job array whose set was not withdrawn before.
+    """
+    if launch.is_one_of_many and not is_withdrawn:
+        raise ConfigError(
+            "cache.skip_existing is false in a job array, whose tasks cannot agree who withdraws",
+            expected="one withdrawal before the array starts",
+            where="cache.skip_existing",
+            action="run the builder once with --withdraw-only, then submit the array",
+        )
+
+
+def _no_store(error: Exception) -> StorageError:
+    return StorageError(
+        f"the launcher's key-value store does not answer ({str(error).partition(chr(10))[0]})",
+        where="launch",
+        action="look at the log of the launcher and of rank 0, then launch again",
+    )
