@@ -1,0 +1,224 @@
+"""A checkpoint in diffusers' layout, given as a local folder or as a hub id from the hub's cache.
+
+Only JSON, tokenizer files and safetensors are read; nothing is downloaded and no code of a
+checkpoint is run. Each component is looked at when it is asked for, so that a teacher needs no
+text encoders and a text source no UNet.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.models.component import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    UNET,
+    VAE,
+    Component,
+    ComponentKind,
+    require_folder,
+)
+from sdxl_distill.models.json_files import read_json
+from sdxl_distill.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+_MAX_TRAIN_TIMESTEPS = 100_000
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+
+
+class Checkpoint:
+    """An SDXL checkpoint folder.
+
+    Args:
+        reference: what the configuration says: the path or the hub id.
+        folder: where the files are.
+        action: what a user can do when a part is missing.
+
+    Raises:
+        ConfigError: when it is no diffusers folder.
+        IncompatibleError: when it is one of another model: SD 1.5.
+    """
+
+    def __init__(self, reference: str, folder: Path, action: str) -> None:
+        self.reference = reference
+        self.folder = folder
+        self._action = action
+        self._model_index = read_json(folder / "model_index.json")
+        self._check_pipeline_class()
+
+    @classmethod
+    def resolve(cls, reference: str) -> Checkpoint:
+        """Find a checkpoint by local path, or by hub id in the hub's cache.
+
+        Raises:
+            ConfigError: when it is in neither place, or a single file.
+            IncompatibleError: when it is no SDXL checkpoint.
+        """
+        folder = Path(reference).expanduser()
+        if folder.is_dir():
+            action = "check the path, or save the whole pipeline with `save_pretrained`"
+            return cls(reference, folder, action)
+        if folder.exists():
+            raise ConfigError(
+                "is a file",
+                expected="a folder in diffusers' layout, or a hub id",
+                where=reference,
+                action="convert it once: "
+                "`StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)`",
+            )
+        if not _HUB_ID.fullmatch(reference):
+            raise ConfigError(
+                "there is no such folder",
+                expected="a folder in diffusers' layout, or a hub id as owner/name",
+                where=reference,
+                action="check the path",
+            )
+        action = (
+            f'with a network: `hf download {reference} --include "model_index.json" "*/*.json" '
+            '"*/*.txt" "*/*.safetensors" --exclude "*.fp16.*"`'
+        )
+        try:
+            folder = Path(snapshot_download(reference, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            raise ConfigError(
+                "there is no such folder, and the hub's cache on this machine does not hold it",
+                where=reference,
+                action=action,
+            ) from error
+        return cls(reference, folder, action)
+
+    @cached_property
+    def unet(self) -> Component:
+        """The UNet's component. Raises as `vae`."""
+        return self._component(UNET)
+
+    @cached_property
+    def vae(self) -> Component:
+        """The VAE's component.
+
+        Raises:
+            ConfigError: when the checkpoint has none.
+            IncompatibleError: when it is of another class.
+        """
+        return self._component(VAE)
+
+    @cached_property
+    def text_encoders(self) -> tuple[Component, Component]:
+        """Both text encoders' components. Raises as `vae`."""
+        return self._component(TEXT_ENCODER), self._component(TEXT_ENCODER_2)
+
+    @cached_property
+    def tokenizer_folders(self) -> tuple[Path, Path]:
+        """Both tokenizers' folders. Raises as `vae`."""
+        first, second = (self._folder(name, _TOKENIZER_CLASSES) for name in TOKENIZERS)
+        return first, second
+
+    def unet_fingerprint(self) -> str:
+        """Return the identity of the UNet's weights, 64 hex digits.
+
+        Raises:
+            ConfigError, CorruptError, IncompatibleError: as `Component.fingerprint`.
+        """
+        return self.unet.fingerprint
+
+    def vae_fingerprint(self) -> str:
+        """Return the identity of the VAE. Raises as `unet_fingerprint`."""
+        return self.vae.fingerprint
+
+    def text_fingerprint(self) -> str:
+        """Return the identity of both text encoders with their tokenizers and token limit.
+
+        Raises as `unet_fingerprint`.
+        """
+        tokenizers = [load_tokenizer(folder) for folder in self.tokenizer_folders]
+        return fingerprint(
+            {
+                "encoders": [encoder.fingerprint for encoder in self.text_encoders],
+                "tokenizers": [tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers],
+                "num_tokens": [tokenizer.model_max_length for tokenizer in tokenizers],
+            }
+        )
+
+    def noise_schedule(
+        self, prediction_type: str | None = None, zero_terminal_snr: bool | None = None
+    ) -> NoiseSchedule:
+        """Return the noise schedule that the checkpoint's scheduler describes.
+
+        Args:
+            prediction_type: overrides the scheduler's: many v-prediction checkpoints do not
+                say what they are.
+            zero_terminal_snr: overrides the scheduler's.
+
+        Raises:
+            ConfigError: when there is no scheduler.
+            CorruptError: when a field is of the wrong type.
+            IncompatibleError: when it is a scheduler without betas, or with trained ones.
+        """
+        path = require_folder(self.folder / "scheduler", self._action) / "scheduler_config.json"
+        config = read_json(path)
+        if config.get("trained_betas") is not None:
+            raise IncompatibleError("trained_betas are set", expected="null", where=str(path))
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+        absent = [name for name in names if name not in config]
+        if absent:
+            raise IncompatibleError(
+                f"{config.get('_class_name')} without {', '.join(absent)}",
+                expected="a scheduler of discrete timesteps with betas",
+                where=str(path),
+                action="use a checkpoint trained with SDXL's noise schedule",
+            )
+        num_steps, start, end, schedule = (config[name] for name in names)
+        numbers = isinstance(start, int | float) and isinstance(end, int | float)
+        if not numbers or type(num_steps) is not int or num_steps > _MAX_TRAIN_TIMESTEPS:
+            raise CorruptError(
+                f"num_train_timesteps {num_steps!r}, beta_start {start!r}, beta_end {end!r}",
+                expected=f"three numbers, at most {_MAX_TRAIN_TIMESTEPS} timesteps",
+                where=str(path),
+            )
+        if zero_terminal_snr is None:
+            zero_terminal_snr = config.get("rescale_betas_zero_snr") is True
+        return NoiseSchedule(
+            prediction_type=cast(
+                "PredictionType", prediction_type or config.get("prediction_type", "epsilon")
+            ),
+            num_train_timesteps=num_steps,
+            beta_start=float(start),
+            beta_end=float(end),
+            beta_schedule=schedule,
+            zero_terminal_snr=zero_terminal_snr,
+        )
+
+    def _check_pipeline_class(self) -> None:
+        class_name = self._model_index.get("_class_name")
+        if not str(class_name).startswith("StableDiffusionXL"):
+            raise IncompatibleError(
+                f"model_index.json describes a {class_name}",
+                expected="a StableDiffusionXLPipeline",
+                where=str(self.folder),
+                action="use an SDXL checkpoint; SD 1.x and 2.x have other networks",
+            )
+
+    def _component(self, kind: ComponentKind) -> Component:
+        return Component(kind, self._folder(kind.name, (kind.module_class.__name__,)))
+
+    def _folder(self, name: str, class_names: tuple[str, ...]) -> Path:
+        entry: Any = self._model_index.get(name)
+        class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if class_name is not None and class_name not in class_names:
+            raise IncompatibleError(
+                f"model_index.json says that {name} is a {class_name}",
+                expected=" | ".join(class_names),
+                where=str(self.folder),
+                action="use an SDXL checkpoint",
+            )
+        return require_folder(self.folder / name, self._action)

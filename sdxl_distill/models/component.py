@@ -1,0 +1,290 @@
+"""One network of a checkpoint: its folder, its exact tensor names and shapes, its weights.
+
+Comes in: a folder with `config.json` and safetensors. Goes out: a fingerprint, or the module.
+The libraries leave missing tensors uninitialised and drop extra ones without an error, so the
+module is built without memory first and compared with the files, name by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.models.json_files import read_json
+from sdxl_distill.models.tensor_files import (
+    StoredTensor,
+    name_list,
+    read_tensors,
+    stored_tensors,
+    tensor_digests,
+)
+
+
+@dataclass(frozen=True)
+class ComponentKind:
+    """What one of SDXL's networks must be.
+
+    Attributes:
+        name: of its folder and of its entry in `model_index.json`.
+        module_class: the only class that is ever built for it.
+        build: makes the module of a parsed `config.json`.
+        weights_stem: what its library calls the weights file.
+        defaults: the configuration fields that decide sizes or output, with the values that
+            hold when a file leaves them out.
+        prefix: what some library versions put before every tensor's name, and others do not.
+        legacy_names: tensors of older files that the network no longer has: constants.
+    """
+
+    name: str
+    module_class: type[nn.Module]
+    build: Callable[[dict[str, Any]], nn.Module]
+    weights_stem: str
+    defaults: Mapping[str, Any]
+    prefix: str = ""
+    legacy_names: frozenset[str] = frozenset()
+
+
+def _diffusers_defaults(module_class: type[nn.Module], *no_content: str) -> dict[str, Any]:
+    """Every field of a diffusers class but those that change nothing about its output."""
+    parameters = list(inspect.signature(module_class.__init__).parameters.values())[1:]
+    return {
+        parameter.name: _as_json(parameter.default)
+        for parameter in parameters
+        if parameter.name not in no_content
+    }
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _clip_defaults() -> dict[str, Any]:
+    config = CLIPTextConfig()
+    computation = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
+    sizes = ("hidden_size", "projection_dim", "max_position_embeddings", "vocab_size")
+    return {name: getattr(config, name) for name in (*computation, *sizes)}
+
+
+def _text_encoder_kind(
+    name: str, module_class: type[CLIPTextModel] | type[CLIPTextModelWithProjection]
+) -> ComponentKind:
+    return ComponentKind(
+        name=name,
+        module_class=module_class,
+        build=lambda config: module_class(CLIPTextConfig.from_dict(config)),
+        weights_stem="model",
+        defaults=_clip_defaults(),
+        prefix="text_model.",
+        legacy_names=frozenset({"embeddings.position_ids"}),
+    )
+
+
+UNET = ComponentKind(
+    name="unet",
+    module_class=UNet2DConditionModel,
+    build=lambda config: cast("nn.Module", UNet2DConditionModel.from_config(config)),
+    weights_stem="diffusion_pytorch_model",
+    defaults=_diffusers_defaults(UNet2DConditionModel, "sample_size"),
+)
+VAE = ComponentKind(
+    name="vae",
+    module_class=AutoencoderKL,
+    build=lambda config: cast("nn.Module", AutoencoderKL.from_config(config)),
+    weights_stem="diffusion_pytorch_model",
+    defaults=_diffusers_defaults(AutoencoderKL, "sample_size", "force_upcast"),
+)
+TEXT_ENCODER = _text_encoder_kind("text_encoder", CLIPTextModel)
+TEXT_ENCODER_2 = _text_encoder_kind("text_encoder_2", CLIPTextModelWithProjection)
+
+
+class Component:
+    """One network's folder; nothing is read before it is asked for.
+
+    Args:
+        kind: what it must be.
+        folder: where its `config.json` and its weights are.
+    """
+
+    def __init__(self, kind: ComponentKind, folder: Path) -> None:
+        self.kind = kind
+        self.folder = folder
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The parsed `config.json`.
+
+        Raises:
+            ConfigError, CorruptError: when it is missing or cannot be read.
+            IncompatibleError: when it describes another class.
+        """
+        config = read_json(self.folder / "config.json")
+        class_name = config.get("_class_name") or (config.get("architectures") or [None])[0]
+        expected = self.kind.module_class.__name__
+        if class_name != expected:
+            raise IncompatibleError(
+                f"config.json describes the class {class_name}",
+                expected=expected,
+                where=str(self.folder),
+                action="use an SDXL checkpoint",
+            )
+        return config
+
+    def field(self, name: str) -> Any:
+        """Return one field of the configuration, or its default. Raises as `config`."""
+        return self.config.get(name, self.kind.defaults[name])
+
+    def size(self, name: str) -> int:
+        """Return a field that must be a whole number above zero.
+
+        Raises:
+            ConfigError, CorruptError: as `config`; IncompatibleError when it is none.
+        """
+        size = self.field(name)
+        if type(size) is not int or size < 1:
+            raise IncompatibleError(
+                f"config.json says that {name} is {size!r}",
+                expected="a whole number above zero",
+                where=str(self.folder),
+                action="use an SDXL checkpoint",
+            )
+        return size
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """The stored tensors by the name they have in every library version.
+
+        Raises:
+            ConfigError, CorruptError, IncompatibleError: as `stored_tensors`; IncompatibleError
+                also when they are not exactly those of the network in `config.json`.
+        """
+        stored = stored_tensors(self.folder, self.kind.weights_stem)
+        tensors = {self._plain_name(name): tensor for name, tensor in stored.items()}
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if name not in self.kind.legacy_names
+        }
+        with torch.device("meta"):
+            module = self._build()
+        shapes = {
+            self._plain_name(name): tuple(tensor.shape)
+            for name, tensor in module.state_dict().items()
+        }
+        self._compare(tensors, shapes)
+        return tensors
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor (name, dtype, shape, bytes) and the fields beside them.
+
+        Equal for the same weights in one file or many, whichever library version wrote them.
+
+        Raises:
+            ConfigError, CorruptError, IncompatibleError: as `tensors`.
+        """
+        fields = {
+            name: self.field(name)
+            for name, default in self.kind.defaults.items()
+            if self.field(name) != default
+        }
+        digests = tensor_digests(self.tensors)
+        tensors = {
+            name: [stored.dtype, list(stored.shape), digests[name]]
+            for name, stored in self.tensors.items()
+        }
+        return fingerprint({"fields": fields, "tensors": tensors})
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """Return the network in evaluation mode, frozen, with exactly the stored weights.
+
+        Args:
+            dtype: every weight is converted to it.
+            device: each tensor goes there as soon as it is read, so that memory holds the
+                network once and one tensor besides.
+
+        Raises:
+            ConfigError, CorruptError, IncompatibleError: as `tensors`; CorruptError also for
+                weights that are NaN or infinite.
+        """
+        tensors = self.tensors
+        # Sizes are known to be those of the files by now; buffers that no file holds are real.
+        with init_empty_weights(include_buffers=False):
+            module = self._build()
+        module_names = {self._plain_name(name): name for name in module.state_dict()}
+        weights: dict[str, torch.Tensor] = {}
+        not_finite: list[str] = []
+        for name, tensor in read_tensors(tensors):
+            if not torch.isfinite(tensor).all():
+                not_finite.append(name)
+            weights[module_names[name]] = tensor.to(device, dtype)
+        if not_finite:
+            raise CorruptError(
+                f"{len(not_finite)} tensors hold NaN or infinity: {name_list(not_finite)}",
+                expected="finite weights",
+                where=str(self.folder),
+                action="use an earlier save of this network; this one is broken",
+            )
+        module.load_state_dict(weights, assign=True)
+        return module.to(device).requires_grad_(False).eval()
+
+    def _build(self) -> nn.Module:
+        try:
+            return self.kind.build(self.config)
+        except Exception as error:
+            raise IncompatibleError(
+                f"config.json describes no {self.kind.module_class.__name__} ({error})",
+                where=str(self.folder),
+                action="use an SDXL checkpoint, or copy its folder again",
+            ) from error
+
+    def _plain_name(self, name: str) -> str:
+        return name.removeprefix(self.kind.prefix)
+
+    def _compare(
+        self, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        missing, extra = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+        misshapen = {
+            f"{name} {list(tensors[name].shape)} instead of {list(shapes[name])}"
+            for name in shapes.keys() & tensors.keys()
+            if tensors[name].shape != shapes[name]
+        }
+        faults = [
+            f"{len(names)} tensors {fault}: {name_list(names)}"
+            for fault, names in (
+                ("missing", missing),
+                ("too many", extra),
+                ("of another shape", misshapen),
+            )
+            if names
+        ]
+        if faults:
+            raise IncompatibleError(
+                "; ".join(faults),
+                expected=f"exactly the {len(shapes)} tensors of the network in config.json",
+                where=str(self.folder),
+                action="use a complete SDXL checkpoint; merge adapters before saving it",
+            )
+
+
+def require_folder(folder: Path, action: str) -> Path:
+    """Return `folder` when it is one.
+
+    Raises:
+        ConfigError: naming it, with `action` as what to do.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the checkpoint has no folder {folder.name}", where=str(folder.parent), action=action
+        )
+    return folder

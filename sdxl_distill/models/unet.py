@@ -1,0 +1,108 @@
+"""The UNet: loading it, the sizes that records take from it, and one prediction.
+
+Teacher and student go through the same `predict`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from sdxl_distill.errors import IncompatibleError
+from sdxl_distill.models.checkpoint import Checkpoint
+
+NUM_TIME_IDS = 6
+"""Original height and width, crop top and left, target height and width."""
+
+
+class UnetGeometry(NamedTuple):
+    """What a UNet takes.
+
+    Attributes:
+        channels: of latents and prediction.
+        hidden_size: of a text token: both encoders' widths together.
+        pooled_size: of the pooled text embedding.
+    """
+
+    channels: int
+    hidden_size: int
+    pooled_size: int
+
+
+def unet_geometry(checkpoint: Checkpoint) -> UnetGeometry:
+    """Read a UNet's sizes from its configuration, without its weights.
+
+    Raises:
+        ConfigError, CorruptError: when the configuration is missing or unreadable.
+        IncompatibleError: when it is not SDXL's kind of UNet: SD 1.5, inpainting, refiner.
+    """
+    unet = checkpoint.unet
+    if unet.field("addition_embed_type") != "text_time":
+        raise IncompatibleError(
+            f"a UNet with addition_embed_type {unet.field('addition_embed_type')!r}",
+            expected="SDXL's 'text_time'",
+            where=str(unet.folder),
+            action="use an SDXL checkpoint; SD 1.x and 2.x have another UNet",
+        )
+    channels, out_channels = unet.size("in_channels"), unet.size("out_channels")
+    time_size = unet.size("addition_time_embed_dim")
+    pooled_size = unet.size("projection_class_embeddings_input_dim") - NUM_TIME_IDS * time_size
+    if channels != out_channels or pooled_size < 1:
+        raise IncompatibleError(
+            f"{channels} channels in, {out_channels} out, {pooled_size} for pooled embeddings",
+            expected=f"a base UNet: equal channels, {NUM_TIME_IDS} time ids",
+            where=str(unet.folder),
+            action="use a base checkpoint, not an inpainting or a refiner one",
+        )
+    return UnetGeometry(channels, unet.size("cross_attention_dim"), pooled_size)
+
+
+def load_unet(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
+) -> UNet2DConditionModel:
+    """Load a UNet, frozen and in evaluation mode.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: as `unet_geometry` and `Component.load`.
+    """
+    unet_geometry(checkpoint)
+    return cast("UNet2DConditionModel", checkpoint.unet.load(dtype, device))
+
+
+def predict(
+    unet: nn.Module,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    pooled_embeds: torch.Tensor,
+    time_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Return the UNet's prediction, float32 [B, C, h, w].
+
+    Differentiable; callers that need no gradients say so with `torch.no_grad`. Timesteps and
+    time_ids are never rounded to the compute type: diffusers projects them to sinusoids in
+    float32, and bfloat16 would turn an original height of 1023 into 1024.
+
+    Args:
+        unet: an SDXL UNet, possibly compiled or wrapped for distributed training.
+        noisy_latents: [B, C, h, w], float32.
+        timesteps: [B], int64.
+        encoder_hidden_states: text embeddings [B, tokens, hidden_size], any float type.
+        pooled_embeds: [B, pooled_size], any float type.
+        time_ids: [B, 6], whole numbers of any type.
+    """
+    dtype = next(unet.parameters()).dtype
+    (prediction,) = unet(
+        noisy_latents.to(dtype),
+        timesteps.to(torch.int64),
+        encoder_hidden_states=encoder_hidden_states.to(dtype),
+        added_cond_kwargs={
+            "text_embeds": pooled_embeds.to(dtype),
+            "time_ids": time_ids.to(torch.float32),
+        },
+        return_dict=False,
+    )
+    return prediction.to(torch.float32)
