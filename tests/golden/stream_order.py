@@ -1,0 +1,53 @@
+"""The stream order of small tables: the golden file pins it for every version of numpy."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from sdxl_distill.stream.schedule import Schedule, ShardTable
+
+ROWS = [
+    (1024, 1024, 0, 2, 60),
+    (1024, 1024, 1, 0, 64),
+    (1024, 1024, 2, 1, 63),
+    (1024, 1024, 5, 0, 17),
+    (896, 1152, 0, 0, 40),
+    (896, 1152, 1, 64, 0),
+    (640, 1536, 0, 0, 3),
+]
+SETTINGS = {
+    "one lap is larger than the window": {"global_batch": 12, "lanes": 4, "window": 24},
+    "the window covers every lap": {"global_batch": 16, "num_draws": 3},
+    "every batch holds many laps": {"global_batch": 512, "lanes": 8, "window": 1},
+}
+
+
+def build() -> dict[str, object]:
+    """Return per setting: fingerprint, first batch, and SHA-256 of the batches of three epochs."""
+    return {name: _order(Schedule(_table(), seed=42, **s)) for name, s in SETTINGS.items()}
+
+
+def _table() -> ShardTable:
+    return ShardTable.from_rows(ROWS)
+
+
+def _order(schedule: Schedule) -> dict[str, object]:
+    batches = [b for e in range(3) for b in schedule.batches(e, 0, schedule.steps(e))]
+    digest = hashlib.sha256()
+    for batch in batches:
+        columns = [np.full(batch.slots.shape, batch.bucket), *batch[3:]]
+        digest.update(np.stack(columns).astype("<i8").tobytes())
+    first = batches[0]
+    return {
+        "fingerprint": schedule.fingerprint(),
+        "steps": [schedule.steps(epoch) for epoch in range(3)],
+        "first_batch": {
+            "bucket": first.bucket,
+            "shards": first.shards[:8].tolist(),
+            "records": first.records[:8].tolist(),
+            "draws": first.draws[:8].tolist(),
+        },
+        "batches_sha256": digest.hexdigest(),
+    }
