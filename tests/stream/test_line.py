@@ -103,7 +103,6 @@ def test_a_bucket_that_the_window_covers_has_one_line_for_all_laps() -> None:
 def test_the_lines_of_two_laps_are_kept() -> None:
     lines = lines_of(table_of([[10] * 64]))
     kept = [lines.line(0, 0), lines.line(0, 1)]
-    assert [lines.line(0, 0), lines.line(0, 1)] == kept
     assert all(lines.line(0, lap) is line for lap, line in enumerate(kept))
 
 
