@@ -1,0 +1,113 @@
+"""Captions beside images: `{stem}.txt`, `{stem}.caption` or `metadata.jsonl`, in that order.
+
+A caption file wins as soon as it is there, also when it is empty. Of several `metadata.jsonl`
+on the way up to the image folder, the nearest that names the image counts (the convention of
+Hugging Face's imagefolder). No caption anywhere is the empty caption.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sdxl_distill import fsio
+from sdxl_distill.errors import CorruptError
+
+CAPTION_SUFFIXES: Final = (".txt", ".caption")
+METADATA_NAME: Final = "metadata.jsonl"
+MAX_CAPTION_BYTES: Final = 1 << 20
+MAX_METADATA_BYTES: Final = 1 << 30
+_CAPTION_FIELDS: Final = ("text", "caption")
+
+
+def caption_name(image_name: str, names: Collection[str]) -> str | None:
+    """Return the name of an image's caption file among the names of its folder, or None."""
+    stem = posixpath.splitext(image_name)[0]
+    return next((stem + suffix for suffix in CAPTION_SUFFIXES if stem + suffix in names), None)
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file without white space around it.
+
+    Raises:
+        CorruptError: when it is gone, no UTF-8 or larger than `MAX_CAPTION_BYTES`.
+        StorageError: when the disk refused.
+    """
+    return _read_utf8(path, MAX_CAPTION_BYTES).strip()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return caption by file name, relative to the folder of this `metadata.jsonl`.
+
+    A line without `text` and `caption`, or with null there, means the empty caption.
+
+    Raises:
+        CorruptError: for a line that is no JSON or names no file, for two captions of one
+            file, and as `read_caption`.
+        StorageError: when the disk refused.
+    """
+    captions: dict[str, str] = {}
+    lines = _read_utf8(path, MAX_METADATA_BYTES).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        name, caption = _metadata_line(line, where)
+        if captions.setdefault(name, caption) != caption:
+            raise CorruptError(f"a second caption for {name!r}", expected="one", where=where)
+    return captions
+
+
+def metadata_caption(source: str, metadata: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Return the caption that the nearest `metadata.jsonl` above an image gives it, or None.
+
+    Args:
+        source: path of the image, relative to the image folder, with slashes.
+        metadata: what `read_metadata` returned, by folder in the same form (the top is "").
+    """
+    folder = source
+    while folder:
+        folder = posixpath.dirname(folder)
+        name = source[len(folder) + 1 :] if folder else source
+        if name in metadata.get(folder, {}):
+            return metadata[folder][name]
+    return None
+
+
+def _metadata_line(line: str, where: str) -> tuple[str, str]:
+    try:
+        fields: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"no JSON: {error}", where=where) from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
+        raise CorruptError("names no file", expected='an object with "file_name": "…"', where=where)
+    caption = next((fields[key] for key in _CAPTION_FIELDS if fields.get(key) is not None), "")
+    if not isinstance(caption, str) or not _is_unicode(caption):
+        raise CorruptError("the caption is no text", expected="a Unicode string", where=where)
+    return posixpath.normpath(fields["file_name"]), caption.strip()
+
+
+def _read_utf8(path: Path, max_bytes: int) -> str:
+    try:
+        return fsio.read_bytes(path, max_bytes).decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise CorruptError("is gone, or a link that leads nowhere", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise CorruptError(
+            f"byte {error.start} is no UTF-8",
+            expected="text in UTF-8",
+            where=str(path),
+            action="save the file as UTF-8",
+        ) from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a string of JSON has no half of a surrogate pair, which UTF-8 lacks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,179 @@
+"""The catalog: segments 0…n of a folder, read and checked as one table of images.
+
+Each segment names its predecessor's sha256, so a catalog is known by n alone. Rows stay in
+columns until a shard asks for its own: a million images are 300 MB as columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from sdxl_distill.catalog.segment import (
+    MAX_SEGMENT_BYTES,
+    SCHEMA,
+    CatalogRow,
+    Segment,
+    decode_segment,
+    segment_name,
+    segment_number,
+    to_rows,
+)
+from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.fsio import Directory
+
+
+class CatalogShard(NamedTuple):
+    """The rows of one shard: `num_rows` of the catalog from `first_row`, sorted by image id."""
+
+    bucket: Bucket
+    number: int
+    first_row: int
+    num_rows: int
+
+
+class KnownFile(NamedTuple):
+    """What a scan need not find out again about a file that did not change."""
+
+    image_id: str
+    num_bytes: int
+    mtime_ns: int
+    width: int
+    height: int
+
+
+class CataloguedImage(NamedTuple):
+    """Identity, source and caption digest of an image that has its shard."""
+
+    image_id: str
+    source: str
+    captions_sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """Segments 0…n; none at all is the empty catalog with n = -1."""
+
+    segments: tuple[Segment, ...] = ()
+
+    @classmethod
+    def load(cls, directory: Directory, n: int | None = None) -> Catalog:
+        """Read segments 0…n, or all there are.
+
+        Raises:
+            CorruptError: when one is missing or damaged.
+            IncompatibleError: when one does not follow on its predecessor.
+        """
+        if n is None:
+            numbers = map(segment_number, directory.names())
+            n = max((number for number in numbers if number is not None), default=-1)
+        segments: list[Segment] = []
+        for number in range(n + 1):
+            segment = _read_segment(directory, number)
+            _require_chain(segment, segments, number, str(directory.path / segment_name(number)))
+            segments.append(segment)
+        return cls(tuple(segments))
+
+    @property
+    def n(self) -> int:
+        """The catalog's version: number of its last segment, -1 when there is none."""
+        return len(self.segments) - 1
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the last segment's bytes, which vouches for all before; "" when empty."""
+        return self.segments[-1].sha256 if self.segments else ""
+
+    @property
+    def scan_started_ns(self) -> int:
+        """When the scan behind the last segment began, nanoseconds since 1970; 0 when empty."""
+        return self.segments[-1].header.scan_started_ns if self.segments else 0
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """All rows: segment after segment, each sorted by bucket, shard and image id."""
+        return pa.concat_tables([SCHEMA.empty_table(), *(s.table for s in self.segments)])
+
+    @property
+    def num_images(self) -> int:
+        """How many images have a shard."""
+        return self.table.num_rows
+
+    @cached_property
+    def shards(self) -> tuple[CatalogShard, ...]:
+        """Every shard, in the order of the rows."""
+        columns = ("bucket_width", "bucket_height", "shard")
+        places = np.stack([self.table[name].to_numpy() for name in columns], axis=1)
+        first_rows = np.flatnonzero(np.any(places[1:] != places[:-1], axis=1)) + 1
+        edges = [0, *first_rows.tolist(), len(places)] if len(places) else []
+        return tuple(
+            CatalogShard(
+                Bucket(int(places[start][0]), int(places[start][1])),
+                int(places[start][2]),
+                start,
+                stop - start,
+            )
+            for start, stop in pairwise(edges)
+        )
+
+    def rows(self, shard: CatalogShard) -> list[CatalogRow]:
+        """Return the images of one shard, sorted by image id."""
+        return to_rows(self.table.slice(shard.first_row, shard.num_rows))
+
+    def num_shards(self) -> dict[Bucket, int]:
+        """Return how many shards each bucket has; the next one gets that number."""
+        counts: dict[Bucket, int] = {}
+        for shard in self.shards:
+            counts[shard.bucket] = max(counts.get(shard.bucket, 0), shard.number + 1)
+        return counts
+
+    def known_files(self) -> dict[str, KnownFile]:
+        """Return what is known of each source; the latest row counts."""
+        columns = ("source", "image_id", "bytes", "mtime_ns", "width", "height")
+        return {source: KnownFile(*known) for source, *known in self._cells(columns)}
+
+    def images(self) -> Iterator[CataloguedImage]:
+        """Yield every image, in the order of the rows."""
+        for cells in self._cells(CataloguedImage._fields):
+            yield CataloguedImage(*cells)
+
+    def _cells(self, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+        return zip(*(self.table[name].to_pylist() for name in columns), strict=True)
+
+
+def _read_segment(directory: Directory, number: int) -> Segment:
+    name = segment_name(number)
+    where = str(directory.path / name)
+    try:
+        content = directory.read(name, MAX_SEGMENT_BYTES)
+    except FileNotFoundError as error:
+        raise CorruptError(
+            "there is no such catalog segment",
+            expected="all segments from 0 on",
+            where=where,
+            action="restore it from a copy, or build the latents set anew",
+        ) from error
+    return decode_segment(content, where)
+
+
+def _require_chain(segment: Segment, predecessors: list[Segment], number: int, where: str) -> None:
+    header = segment.header
+    if header.n != number:
+        raise IncompatibleError(
+            f"is segment {header.n} by its header", expected=f"{number}, its name", where=where
+        )
+    predecessor_sha256 = predecessors[-1].sha256 if predecessors else ""
+    if header.predecessor_sha256 != predecessor_sha256:
+        raise IncompatibleError(
+            f"follows on a segment of sha256 {header.predecessor_sha256 or 'none'}",
+            expected=f"{predecessor_sha256 or 'none'}, as its predecessor has",
+            where=where,
+            action="put the catalog's segments back as they were written",
+        )

@@ -1,0 +1,214 @@
+"""How a catalog grows by a scan: which images are new, and in which new shards they go.
+
+Planning is pure. Committed images keep bucket, shard and caption for ever: new ones go to new
+shards at the end, and a short last shard is never filled up. Publishing is create-only; who
+loses the race for a number plans once more against the winner.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.scan import BadImage, Scan, ScannedImage
+from sdxl_distill.catalog.segment import (
+    CatalogRow,
+    SegmentHeader,
+    encode_segment,
+    segment_name,
+)
+from sdxl_distill.core.bucket import Bucket, cover_crop, nearest_bucket
+from sdxl_distill.errors import IncompatibleError, StorageError
+from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.fsio import Directory
+
+OnChangedCaption = Literal["error", "keep"]
+_NUM_NAMES_IN_ERRORS: Final = 5
+_NUM_ATTEMPTS: Final = 2
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What a scan means for a catalog, for the closing summary; names are sources.
+
+    Attributes:
+        num_images: distinct images in the folder.
+        num_duplicates: further files with the bytes of one of these.
+        num_new: images that the catalog did not have.
+        num_empty_captions: of the distinct images.
+        new_per_bucket: `num_new` by bucket.
+        bad_images: left out, with reasons.
+        differing_captions: images whose duplicates have other captions; the first source's counts.
+        changed_captions: images in the catalog whose caption is another now; the old one stays.
+        deleted: images in the catalog that the folder no longer has; they stay.
+    """
+
+    num_images: int
+    num_duplicates: int
+    num_new: int
+    num_empty_captions: int
+    new_per_bucket: Mapping[Bucket, int]
+    bad_images: tuple[BadImage, ...]
+    differing_captions: tuple[str, ...]
+    changed_captions: tuple[str, ...]
+    deleted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The rows of the next segment, sorted, none when nothing is new; and the report."""
+
+    rows: tuple[CatalogRow, ...]
+    report: ScanReport
+
+
+def grow(
+    catalog: Catalog,
+    scan: Scan,
+    *,
+    buckets: Sequence[Bucket],
+    records_per_shard: int,
+    on_changed_caption: OnChangedCaption = "error",
+) -> Growth:
+    """Plan the next segment; touches nothing.
+
+    Args:
+        catalog: what is committed.
+        scan: what the folder holds now.
+        buckets: each image goes to the nearest.
+        records_per_shard: at most so many images in a shard.
+        on_changed_caption: what a changed caption of a committed image means.
+
+    Raises:
+        IncompatibleError: for changed captions with `on_changed_caption: error`.
+    """
+    files_by_id: dict[str, list[ScannedImage]] = {}
+    for file in sorted(scan.images, key=lambda file: file.source):
+        files_by_id.setdefault(file.image_id, []).append(file)
+    changed, deleted, committed = _compare(catalog, files_by_id)
+    if changed and on_changed_caption == "error":
+        raise _changed_captions_error(changed, str(scan.image_dir))
+    firsts = [files[0] for files in files_by_id.values()]
+    new = [file for file in firsts if file.image_id not in committed]
+    rows = _cut(new, catalog.num_shards(), buckets, records_per_shard)
+    report = ScanReport(
+        num_images=len(firsts),
+        num_duplicates=len(scan.images) - len(firsts),
+        num_new=len(new),
+        num_empty_captions=sum(not file.caption for file in firsts),
+        new_per_bucket=Counter(row.bucket for row in rows),
+        bad_images=scan.bad_images,
+        differing_captions=tuple(
+            files[0].source
+            for files in files_by_id.values()
+            if len({file.caption for file in files}) > 1
+        ),
+        changed_captions=tuple(sorted(changed)),
+        deleted=tuple(sorted(deleted)),
+    )
+    return Growth(rows, report)
+
+
+def extend_catalog(
+    directory: Directory,
+    scan: Scan,
+    *,
+    buckets: Sequence[Bucket],
+    records_per_shard: int,
+    on_changed_caption: OnChangedCaption = "error",
+) -> tuple[Catalog, ScanReport]:
+    """Publish what is new as the next segment and return the catalog with it.
+
+    No new image: no segment, and the catalog as it is.
+
+    Raises:
+        IncompatibleError: as `grow`.
+        StorageError: when others published twice in the meantime, or the disk refuses.
+    """
+    for _ in range(_NUM_ATTEMPTS):
+        catalog = Catalog.load(directory)
+        growth = grow(
+            catalog,
+            scan,
+            buckets=buckets,
+            records_per_shard=records_per_shard,
+            on_changed_caption=on_changed_caption,
+        )
+        if not growth.rows:
+            return catalog, growth.report
+        n = catalog.n + 1
+        header = SegmentHeader(n, catalog.sha256, scan.started_ns, len(growth.rows))
+        if directory.publish_bytes(segment_name(n), encode_segment(header, growth.rows)):
+            return Catalog.load(directory, n), growth.report
+    raise StorageError(
+        "other launches published catalog segments meanwhile, twice",
+        where=str(directory.path),
+        action="run again; the images that are new by then go to the next segment",
+    )
+
+
+def _compare(
+    catalog: Catalog, files_by_id: Mapping[str, Sequence[ScannedImage]]
+) -> tuple[list[str], list[str], set[str]]:
+    """Return sources of changed captions, sources that are gone, and all committed ids."""
+    changed: list[str] = []
+    deleted: list[str] = []
+    committed: set[str] = set()
+    for image in catalog.images():
+        committed.add(image.image_id)
+        files = files_by_id.get(image.image_id)
+        if files is None:
+            deleted.append(image.source)
+            continue
+        # A moved image is no longer at its source: then the first of its files speaks for it.
+        file = next((file for file in files if file.source == image.source), files[0])
+        if fingerprint([file.caption]) != image.captions_sha256:
+            changed.append(image.source)
+    return changed, deleted, committed
+
+
+def _cut(
+    new: Iterable[ScannedImage],
+    num_shards: Mapping[Bucket, int],
+    buckets: Sequence[Bucket],
+    records_per_shard: int,
+) -> tuple[CatalogRow, ...]:
+    by_bucket: dict[Bucket, list[ScannedImage]] = {}
+    for image in sorted(new, key=lambda image: image.image_id):
+        bucket = nearest_bucket(image.width, image.height, buckets)
+        by_bucket.setdefault(bucket, []).append(image)
+    return tuple(
+        _row(image, bucket, num_shards.get(bucket, 0) + position // records_per_shard)
+        for bucket in sorted(by_bucket)
+        for position, image in enumerate(by_bucket[bucket])
+    )
+
+
+def _row(image: ScannedImage, bucket: Bucket, shard: int) -> CatalogRow:
+    return CatalogRow(
+        image_id=image.image_id,
+        source=image.source,
+        num_bytes=image.num_bytes,
+        mtime_ns=image.mtime_ns,
+        width=image.width,
+        height=image.height,
+        bucket=bucket,
+        crop=cover_crop(image.width, image.height, bucket),
+        captions=(image.caption,),
+        shard=shard,
+    )
+
+
+def _changed_captions_error(changed: Sequence[str], where: str) -> IncompatibleError:
+    names = ", ".join(sorted(changed)[:_NUM_NAMES_IN_ERRORS])
+    more = ", …" if len(changed) > _NUM_NAMES_IN_ERRORS else ""
+    return IncompatibleError(
+        f"the captions of {len(changed)} images changed since they were catalogued: {names}{more}",
+        expected="the captions that their latents were committed with",
+        where=where,
+        action="put the captions back, set data.on_changed_caption to keep to go on with the old "
+        "ones, or build anew with cache.skip_existing false to use the new ones",
+    )

@@ -1,0 +1,278 @@
+"""A folder of images and captions → what is in it: identity, upright size and caption of each.
+
+Reads every file that the catalog does not know already, with threads. Bad images are listed
+with their reasons; a disk that refuses is an error, never a bad image. Hidden files are left
+out, links are followed, and a folder that links lead back to is entered once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from sdxl_distill.catalog.captions import (
+    METADATA_NAME,
+    caption_name,
+    metadata_caption,
+    read_caption,
+    read_metadata,
+)
+from sdxl_distill.catalog.catalog import Catalog, KnownFile
+from sdxl_distill.catalog.image import (
+    BadImageError,
+    read_image_file,
+    retry_once,
+    upright_size,
+)
+from sdxl_distill.core.image_id import image_id
+from sdxl_distill.errors import ConfigError
+from sdxl_distill.fsio import storage_errors
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+)
+# A file changed within one tick of the coarsest clock (FAT: 2 s) may keep its time.
+_COARSEST_MTIME_NS: Final = 2_000_000_000
+_FILES_IN_FLIGHT: Final = 1024
+_NOWHERE: Final = {errno.ENOENT, errno.ELOOP}
+
+Progress = Callable[[int, int], None]
+
+
+class ScannedImage(NamedTuple):
+    """One image file; sizes as `CatalogRow`."""
+
+    image_id: str
+    source: str
+    num_bytes: int
+    mtime_ns: int
+    width: int
+    height: int
+    caption: str
+
+
+class BadImage(NamedTuple):
+    """One image file that cannot become a record, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one look at the image folder found; both lists sorted by source."""
+
+    image_dir: Path
+    started_ns: int
+    images: tuple[ScannedImage, ...]
+    bad_images: tuple[BadImage, ...]
+
+
+class _Candidate(NamedTuple):
+    path: Path
+    source: str
+    caption_path: Path | None
+    metadata_caption: str
+
+
+class _KnownFiles(NamedTuple):
+    by_source: Mapping[str, KnownFile]
+    changed_before_ns: int
+
+    def find(self, source: str, status: os.stat_result) -> KnownFile | None:
+        known = self.by_source.get(source)
+        same = known is not None and (
+            (known.num_bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns)
+        )
+        return known if same and status.st_mtime_ns < self.changed_before_ns else None
+
+
+def scan_folder(
+    image_dir: str | Path,
+    catalog: Catalog,
+    *,
+    max_pixels: int,
+    on_bad_image: Literal["skip", "error"] = "skip",
+    rescan: bool = False,
+    num_threads: int = 8,
+    progress: Progress | None = None,
+) -> Scan:
+    """Look at every image below a folder.
+
+    Args:
+        image_dir: the folder.
+        catalog: files that it knows by source, size and time are not read again.
+        max_pixels: larger images are bad.
+        on_bad_image: `error` raises the first one in the order of sources.
+        rescan: read all files, known or not.
+        num_threads: of the pool that reads and hashes.
+        progress: called with (files done, files in all) after each file.
+
+    Raises:
+        ConfigError: when the folder is missing, or has no image, or no good one.
+        BadImageError: with `on_bad_image: error`.
+        CorruptError: when a caption file or `metadata.jsonl` is not what it should be.
+        StorageError: when the disk refuses, after one more try.
+    """
+    image_dir = Path(image_dir)
+    started_ns = time.time_ns()
+    candidates = _find_candidates(image_dir)
+    known = _KnownFiles(
+        {} if rescan else catalog.known_files(), catalog.scan_started_ns - _COARSEST_MTIME_NS
+    )
+    look = partial(_look, known=known, max_pixels=max_pixels)
+    images: list[ScannedImage] = []
+    bad_images: list[BadImage] = []
+    for num_done, found in enumerate(_map(look, candidates, num_threads), start=1):
+        if isinstance(found, ScannedImage):
+            images.append(found)
+        elif on_bad_image == "error":
+            raise found
+        else:
+            bad_images.append(BadImage(found.source, found.reason))
+        if progress is not None:
+            progress(num_done, len(candidates))
+    if not images:
+        source, reason = bad_images[0]
+        raise ConfigError(
+            f"none of the {len(bad_images)} images can be used; {source}: {reason}",
+            where=str(image_dir),
+            action="check data.image_dir and data.max_image_pixels",
+        )
+    return Scan(image_dir, started_ns, tuple(images), tuple(bad_images))
+
+
+def _find_candidates(image_dir: Path) -> list[_Candidate]:
+    if not image_dir.is_dir():
+        raise ConfigError(
+            "there is no such folder", where=str(image_dir), action="check data.image_dir"
+        )
+    metadata: dict[str, dict[str, str]] = {}
+    candidates: list[_Candidate] = []
+    for folder, names in _walk(image_dir):
+        if METADATA_NAME in names:
+            metadata[folder] = retry_once(
+                partial(read_metadata, image_dir / folder / METADATA_NAME)
+            )
+        for name in names:
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                source = f"{folder}/{name}" if folder else name
+                beside = caption_name(name, names)
+                candidates.append(
+                    _Candidate(
+                        image_dir / source,
+                        source,
+                        image_dir / folder / beside if beside else None,
+                        metadata_caption(source, metadata) or "",
+                    )
+                )
+    if not candidates:
+        raise ConfigError(
+            "there is no image in this folder",
+            expected=f"files that end in {' '.join(sorted(IMAGE_SUFFIXES))}",
+            where=str(image_dir),
+            action="check data.image_dir",
+        )
+    return sorted(candidates, key=lambda candidate: candidate.source)
+
+
+def _walk(image_dir: Path) -> Iterator[tuple[str, set[str]]]:
+    """Yield (folder relative to the top, names of its visible files), parents first."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        path = image_dir / folder
+        with storage_errors(path):
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+        folders, files = retry_once(partial(_list, path))
+        yield folder, files
+        inner = (f"{folder}/{name}" if folder else name for name in folders)
+        waiting.extend(sorted(inner, reverse=True))
+
+
+def _list(path: Path) -> tuple[set[str], set[str]]:
+    folders: set[str] = set()
+    files: set[str] = set()
+    with storage_errors(path), os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.name.startswith("."):
+                (folders if _is_folder(entry) else files).add(entry.name)
+    return folders, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link onto itself: opening it will say so
+            return False
+        raise
+
+
+def _map(
+    look: Callable[[_Candidate], ScannedImage | BadImageError],
+    candidates: list[_Candidate],
+    num_threads: int,
+) -> Iterator[ScannedImage | BadImageError]:
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="scan") as pool:
+        # A future for every file of a million would take a gigabyte.
+        for start in range(0, len(candidates), _FILES_IN_FLIGHT):
+            yield from pool.map(look, candidates[start : start + _FILES_IN_FLIGHT])
+
+
+def _look(
+    candidate: _Candidate, known: _KnownFiles, max_pixels: int
+) -> ScannedImage | BadImageError:
+    source = candidate.source
+    try:
+        _require_utf8(source)
+        # Before reading: a file that changes meanwhile shows another time at the next scan.
+        status = retry_once(partial(_status, candidate.path, source))
+        found = known.find(source, status)
+        if found is None:
+            content = read_image_file(candidate.path, source)
+            size = upright_size(content, source, max_pixels)
+            found = KnownFile(image_id(content), len(content), status.st_mtime_ns, *size)
+    except BadImageError as error:
+        return error
+    caption = candidate.metadata_caption
+    if candidate.caption_path is not None:
+        caption = retry_once(partial(read_caption, candidate.caption_path))
+    return ScannedImage(
+        found.image_id,
+        source,
+        found.num_bytes,
+        found.mtime_ns,
+        found.width,
+        found.height,
+        caption,
+    )
+
+
+def _require_utf8(source: str) -> None:
+    printable = source.encode(errors="backslashreplace").decode()
+    if printable != source:
+        raise BadImageError("its name is no UTF-8", where=printable, action="rename it")
+
+
+def _status(path: Path, source: str) -> os.stat_result:
+    with storage_errors(path):
+        try:
+            return path.stat()
+        except OSError as error:
+            if error.errno in _NOWHERE:
+                raise BadImageError(
+                    "is gone, or a link that leads nowhere", where=source
+                ) from error
+            raise
