@@ -1,5 +1,7 @@
 """Golden seeds, timesteps and noise; a change of any of them is a breaking change."""
 
+from __future__ import annotations
+
 import hashlib
 from typing import Any
 
