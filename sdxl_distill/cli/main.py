@@ -1,0 +1,94 @@
+"""`sdxl-distill COMMAND` and the scripts in tools/: find the command, run it, map its errors.
+
+A command module has `HELP`, `add_arguments(parser)` and `run(arguments)`; it imports torch,
+diffusers and the rest inside `run`, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from sdxl_distill.errors import DistillError
+
+COMMANDS = {
+    "build-latents": "encode a folder of images into the latents set",
+    "build-text": "encode the captions of a latents set with one pair of text encoders",
+    "build-shards": "run one teacher over the latents set and write its predictions set",
+    "verify-shards": "prove that a shard set is complete and valid",
+    "pack-shards": "turn a loose folder of records into a shard set",
+    "unpack-shards": "turn a shard set into a loose folder of records",
+    "train": "train the student on the joined sets of all teachers",
+    "export-student": "write a trained student as a diffusers folder",
+    "demo": "run everything on a tiny SDXL family and real photos, on a laptop CPU",
+}
+
+
+class Command(Protocol):
+    """What a module of a command offers."""
+
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        ...
+
+    def run(self, arguments: argparse.Namespace) -> int | None:
+        """Do the work; the exit code, None for 0."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return run_command(argv[0], argv[1:], prog=f"sdxl-distill {argv[0]}")
+    parser = argparse.ArgumentParser(
+        prog="sdxl-distill",
+        description="Distil several fine-tuned SDXL checkpoints into one student.",
+        epilog="`sdxl-distill COMMAND --help` explains a command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    parser.parse_args(argv)
+    raise AssertionError("argparse exits on an unknown command")
+
+
+def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one command; errors of ours become a message and their exit code.
+
+    Args:
+        name: one of `COMMANDS`.
+        argv: its arguments; None: those of the process.
+        prog: how the user called it.
+    """
+    command = cast(
+        "Command", importlib.import_module(f"sdxl_distill.cli.{name.replace('-', '_')}")
+    )
+    parser = argparse.ArgumentParser(
+        prog=prog, description=command.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    _configure_logging()
+    try:
+        return command.run(arguments) or 0
+    except DistillError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; committed work is kept, run the command again", file=sys.stderr)
+        return 130
+
+
+def _configure_logging() -> None:
+    """Warnings of every process, but messages of the main one only."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("sdxl_distill").setLevel(logging.INFO if is_main else logging.WARNING)

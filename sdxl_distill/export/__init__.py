@@ -1,0 +1,1 @@
+"""The trained student in formats that other programs load."""

@@ -1,0 +1,10 @@
+"""The command `sdxl-distill build-text` as a script, for `accelerate launch tools/build_text.py`."""
+
+from __future__ import annotations
+
+import sys
+
+from sdxl_distill.cli.main import run_command
+
+if __name__ == "__main__":
+    sys.exit(run_command("build-text"))
