@@ -80,7 +80,9 @@ class Launch:
             value = decision()
         except DistillError as error:
             parts = [error.found, error.expected, error.where, error.action]
-            branch = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            branch = next(
+                kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__
+            )
             self._tell(key, {"error": branch.__name__, "parts": parts})
             raise
         self._tell(key, {"value": value})

@@ -18,6 +18,7 @@ from functools import cache
 from types import TracebackType
 
 from sdxl_distill.build.heartbeat import Heartbeat, Observer, Timing
+from sdxl_distill.build.in_place import require_in_place, until_not_swept
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.world import World
@@ -90,11 +91,10 @@ class WorkQueue:
         self._own: dict[Claim, float] = {}
         self._durations: list[float] = []
         self._first_seen: dict[Claim, float] = {}
-        self._stopped = threading.Event()
         self._changed = threading.Event()
         with ExitStack() as undo:
             undo.push(self.heartbeat)
-            directory.probe_publication(exclusive=exclusive)
+            until_not_swept(directory, lambda: directory.probe_publication(exclusive=exclusive))
             self._claims.publication = directory.publication
             undo.pop_all()
 
@@ -102,8 +102,13 @@ class WorkQueue:
         """Look whether the index of a shard is there."""
         return self._directory.exists(f"{unit}{INDEX_SUFFIX}")
 
-    def claim_units(self, units: Sequence[str], world: World) -> Iterator[Claim]:
-        """Yield a claim on one shard after the other until all are committed or `stop`.
+    def claim_units(
+        self,
+        units: Sequence[str],
+        world: World,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Claim]:
+        """Yield a claim on one shard after the other until all are committed.
 
         The worker's own stride comes first, so that the workers of a launch seldom meet; then
         whatever is left or was held by the dead; at last what is held for too long. Waits while
@@ -112,23 +117,16 @@ class WorkQueue:
         Args:
             units: names of the shards without suffix, the same list for every worker.
             world: says which stride is this worker's own.
+            stop_requested: ends the walk when it becomes true, also while it waits.
+
+        Raises:
+            StorageError: when the set was withdrawn, or its folder cannot be written.
         """
-        yield from self._claim_each(units[world.rank :: world.size])
-        start = len(units) * world.rank // world.size
-        remaining = [*units[start:], *units[:start]]
-        while not self._stopped.is_set():
-            names = self._directory.names()
-            remaining = [unit for unit in remaining if f"{unit}{INDEX_SUFFIX}" not in names]
-            if not remaining:
-                return
-            claimed = False
-            for claim in self._claim_each(remaining):
-                claimed = True
+        for claim in self._walk(units, world):
+            if stop_requested():
+                return  # what was just claimed is given back by `close`
+            if claim is not None:
                 yield claim
-            if claimed:
-                continue
-            if straggler := self._claim_straggler(remaining):
-                yield straggler
             else:
                 self._changed.wait(self._timing.poll_seconds)
                 self._changed.clear()
@@ -144,11 +142,6 @@ class WorkQueue:
             if committed:
                 self._durations.append(self._clock() - started)
         self._claims.remove(claim.name)
-        self._changed.set()
-
-    def stop(self) -> None:
-        """Let `claim_units` end at its next step."""
-        self._stopped.set()
         self._changed.set()
 
     def sweep_temporaries(self) -> None:
@@ -177,7 +170,6 @@ class WorkQueue:
 
     def close(self) -> None:
         """Give back every claim, then the heartbeat: nothing of this worker is left."""
-        self.stop()
         with self._workers, self._claims, self.heartbeat:
             for claim in list(self._own):
                 self.release(claim, committed=False)
@@ -197,13 +189,30 @@ class WorkQueue:
         place = self._directory.path / BUILD_FOLDER / name
         return Directory(place, create=True, token=self._directory.token)
 
+    def _walk(self, units: Sequence[str], world: World) -> Iterator[Claim | None]:
+        """Yield claims, and None when there is nothing to claim at this moment."""
+        yield from self._claim_each(units[world.rank :: world.size])
+        start = len(units) * world.rank // world.size
+        remaining = [*units[start:], *units[:start]]
+        while remaining := self._uncommitted(remaining):
+            claimed = False
+            for claim in self._claim_each(remaining):
+                claimed = True
+                yield claim
+            if not claimed:
+                yield self._claim_straggler(remaining)
+
+    def _uncommitted(self, units: Sequence[str]) -> list[str]:
+        require_in_place(self._directory)
+        names = self._directory.names()
+        return [unit for unit in units if f"{unit}{INDEX_SUFFIX}" not in names]
+
     def _claim_each(self, candidates: Sequence[str]) -> Iterator[Claim]:
         holders = self._holders()
         for unit in candidates:
-            if self._stopped.is_set():
-                return
             if self.is_committed(unit):
                 continue
+            require_in_place(self._directory)
             claim = self._claim(unit, holders.get(unit))
             if claim is None:
                 continue
@@ -242,7 +251,10 @@ class WorkQueue:
         return self._make(Claim(longest.unit, longest.attempt + 1))
 
     def _make(self, claim: Claim) -> Claim | None:
-        if not self._claims.publish_bytes(claim.name, self._directory.token.encode("ascii")):
+        content = self._directory.token.encode("ascii")
+        if not until_not_swept(
+            self._directory, lambda: self._claims.publish_bytes(claim.name, content)
+        ):
             return None
         with self._lock:
             self._own[claim] = self._clock()

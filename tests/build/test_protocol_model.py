@@ -26,7 +26,9 @@ def test_no_interleaving_of_three_workers_breaks_an_invariant(withdraw: bool) ->
         ),
         pytest.param(Protocol(keep_orphan_tar=False), 10, id="F4 an orphan tar is replaced"),
         pytest.param(
-            Protocol(index_of_tar_there=False), 9, id="F5 the second builder publishes its own index"
+            Protocol(index_of_tar_there=False),
+            9,
+            id="F5 the second builder publishes its own index",
         ),
     ],
 )

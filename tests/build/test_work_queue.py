@@ -310,8 +310,9 @@ def test_waiting_ends_when_the_others_commit(tmp_path: Path) -> None:
 def test_waiting_ends_when_stopped(tmp_path: Path) -> None:
     with worker(tmp_path) as (_, queue), worker(tmp_path) as (_, other):
         assert other.claim(UNITS[0])
-        threading.Timer(0.1, queue.stop).start()
-        assert list(queue.claim_units(UNITS[:1], World())) == []
+        stop = threading.Event()
+        threading.Timer(0.1, stop.set).start()
+        assert list(queue.claim_units(UNITS[:1], World(), stop.is_set)) == []
 
 
 def test_a_worker_that_leaves_leaves_nothing(tmp_path: Path) -> None:
@@ -393,3 +394,14 @@ def test_a_file_in_place_of_the_build_folder_is_a_storage_error(tmp_path: Path) 
         WorkQueue(directory),
     ):
         pass
+
+
+def test_a_worker_whose_set_was_withdrawn_stops_instead_of_building_for_nobody(
+    tmp_path: Path,
+) -> None:
+    with worker(tmp_path / "set") as (_, queue):
+        walk = queue.claim_units(UNITS, World())
+        next(walk)
+        (tmp_path / "set").rename(tmp_path / "aside")
+        with pytest.raises(StorageError, match="withdrawn or moved"):
+            next(walk)
