@@ -23,3 +23,11 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     from sdxl_distill.demo.family import build_untrained_family
 
     return build_untrained_family(tmp_path_factory.mktemp("family"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if not torch.cuda.is_available():
+        for test in items:
+            if test.get_closest_marker("gpu"):
+                test.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
