@@ -7,6 +7,7 @@ check. Nothing of the text is repeated in an error.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Final, NoReturn, cast
 
 from sdxl_distill.errors import CorruptError
@@ -30,6 +31,7 @@ def parse_json(content: bytes, where: str, max_bytes: int) -> Any:
             content.decode("utf-8"),
             object_pairs_hook=_unique_names,
             parse_constant=_refuse_constant,
+            parse_float=_finite_float,
         )
     except (ValueError, RecursionError) as error:
         reason = error.args[0] if isinstance(error, _AmbiguousJsonError) else "cannot be parsed"
@@ -70,6 +72,13 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _AmbiguousJsonError(f"has the value {name}")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _AmbiguousJsonError("has a number that is too large")
+    return value
 
 
 def _is_shallow(value: Any, num_levels: int) -> bool:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Final, Literal, TypeAlias, cast
+
+import torch
 
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.safetensors_layout import (
+    TORCH_DTYPES,
     AnyTensor,
     SafetensorsHeader,
     TensorPlace,
@@ -146,24 +150,7 @@ class RecordHeader:
     def recreates_noise(self) -> bool:
         """Whether records hold a seed in place of the noise (layout `compact`)."""
         names = {place.name for place in self.places}
-        return "seed" in names and "noise" not in names
-
-    def require_schema(self, schema: RecordSchema, width: int, height: int, where: str) -> None:
-        """Check that the header holds exactly the tensors of `schema` in a bucket.
-
-        Raises:
-            CorruptError: when a name, dtype or shape differs; names the first.
-        """
-        expected = schema.resolve(width, height)
-        found = {place.name: (place.dtype, place.shape) for place in self.places}
-        for name in sorted(expected.keys() | found.keys()):
-            if found.get(name) != expected.get(name):
-                raise CorruptError(
-                    f"tensor {name} is {_spell(found.get(name))}",
-                    expected=_spell(expected.get(name)),
-                    where=where,
-                    action="rebuild this shard: run its builder with --repair",
-                )
+        return {"seed", "teacher_pred"} <= names and "noise" not in names
 
     def place(self, tensor_name: str) -> TensorPlace:
         """Return where a tensor lies in a record; KeyError when the schema has none such."""
@@ -179,6 +166,17 @@ class RecordHeader:
     def encode(self, tensors: Mapping[str, AnyTensor]) -> bytes:
         """Return the bytes of one record; ValueError when a tensor is not as declared."""
         return join_tensors(self.content, self.places, tensors)
+
+    def decode(self, record: bytearray) -> dict[str, torch.Tensor]:
+        """Return the tensors of one record's bytes, which they share."""
+        tensors: dict[str, torch.Tensor] = {}
+        for place in self.places:
+            dtype = TORCH_DTYPES[place.dtype]
+            flat = torch.frombuffer(
+                record, dtype=dtype, count=prod(place.shape), offset=place.offset
+            )
+            tensors[place.name] = flat.reshape(place.shape)
+        return tensors
 
 
 def encode_record(tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str]) -> bytes:
@@ -251,7 +249,3 @@ def _are_record_metadata(metadata: dict[str, str]) -> bool:
         and metadata.keys() <= {FINGERPRINT, SOURCE_SHA256}
         and all(_SHA256.fullmatch(digest) for digest in metadata.values())
     )
-
-
-def _spell(tensor: tuple[str, tuple[int, ...]] | None) -> str:
-    return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"

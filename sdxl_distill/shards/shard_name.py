@@ -11,7 +11,7 @@ from sdxl_distill.core.image_id import record_key
 MAX_SIDE_PX: Final = 8192
 MAX_NUMBER: Final = 999_999
 MAX_DRAWS: Final = 1024
-_SET_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+_SET_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHARD: Final = re.compile(r"([1-9]\d*)x([1-9]\d*)(?:-d([1-9]\d*))?-(\d{6})\.(?:tar|idx)", re.ASCII)
 _MEMBER: Final = re.compile(r"([0-9a-f]{32})_(\d+x\d+(?:_d\d+)?)\.(safetensors|json)", re.ASCII)
 

@@ -1,0 +1,165 @@
+"""Reads records of one shard by index: preadv into the caller's memory, digests checked there.
+
+Not mmap: a mapped file that somebody cuts kills the process. Nothing is parsed on the way, and
+both the read and the digest release the GIL, so threads scale.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from sdxl_distill.errors import CorruptError, DistillError
+from sdxl_distill.shards.digest import bytes_digest, rest_digest
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.index_layout import ACTION
+from sdxl_distill.shards.safetensors_layout import AnyTensor, TensorPlace, byte_view, dtype_of
+from sdxl_distill.shards.tar import read_at
+
+Buffer: TypeAlias = "AnyTensor | memoryview"
+
+
+class ShardReader:
+    """An open tar with its index; safe to share between threads.
+
+    The file is closed when the last reference is gone, so that a thread which still reads while
+    others let go of the reader never meets a descriptor that means another file.
+
+    Args:
+        descriptor: of the tar, which this object now owns.
+        index: of the tar.
+        diagnose: turns a CorruptError into the error to raise: the set knows whether the shard
+            was replaced while it was read.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        index: ShardIndex,
+        diagnose: Callable[[CorruptError], DistillError],
+    ) -> None:
+        self.index = index
+        self._descriptor = descriptor
+        self._diagnose = diagnose
+        weakref.finalize(self, os.close, descriptor)
+
+    def read_tensor_into(self, record: int, tensor_name: str, out: Buffer) -> None:
+        """Copy one tensor of one record into `out` and check its digest there.
+
+        Args:
+            record: number of the record in the shard.
+            tensor_name: of the schema.
+            out: contiguous tensor, array or bytes on the CPU of exactly the tensor's size; a
+                slice of a pinned batch, say. A tensor must have the stored dtype.
+
+        Raises:
+            CorruptError: when the bytes are not those of the index; `out` is then worthless.
+            StorageError: when the shard was replaced or the operating system refuses.
+            ValueError: when `out` has another size or dtype, or is not contiguous.
+        """
+        column = self.index.header.column(tensor_name)
+        place = self.index.header.places[column]
+        self._read(record, column, place, _bytes_of(out, place, 1))
+
+    def read_records(self, records: Sequence[int], tensor_name: str, out: Buffer) -> None:
+        """Copy one tensor of B records into `out` [B, …]; otherwise as `read_tensor_into`."""
+        column = self.index.header.column(tensor_name)
+        place = self.index.header.places[column]
+        buffer = _bytes_of(out, place, len(records))
+        for row, record in enumerate(records):
+            begin = row * place.num_bytes
+            self._read(record, column, place, buffer[begin : begin + place.num_bytes])
+
+    def read_record(self, record: int) -> dict[str, torch.Tensor]:
+        """Return all tensors of one record, its header and its sidecar checked too.
+
+        Raises:
+            CorruptError, StorageError: as `read_tensor_into`.
+        """
+        header = self.index.header
+        content = bytearray(header.record_bytes)
+        view = memoryview(content)
+        offset = int(self.index.offsets[record])
+        self._fill(view, offset, record)
+        self._check_rest(record, bytes(view[: len(header.content)]), self._sidecar(record))
+        for column, place in enumerate(header.places):
+            part = view[place.offset : place.offset + place.num_bytes]
+            self._check(record, column, place, part)
+        return header.decode(content)
+
+    def read_sidecar(self, record: int) -> bytes:
+        """Return the JSON beside a record; empty where there is none.
+
+        Raises:
+            CorruptError, StorageError: as `read_tensor_into`.
+        """
+        content = self._sidecar(record)
+        self._check_rest(record, self.index.header.content, content)
+        return content
+
+    def _sidecar(self, record: int) -> bytes:
+        content = bytearray(int(self.index.sidecar_sizes[record]))
+        if content:
+            self._fill(memoryview(content), self.index.sidecar_offset(record), record)
+        return bytes(content)
+
+    def _read(self, record: int, column: int, place: TensorPlace, buffer: memoryview) -> None:
+        self._fill(buffer, int(self.index.offsets[record]) + place.offset, record)
+        self._check(record, column, place, buffer)
+
+    def _fill(self, buffer: memoryview, offset: int, record: int) -> None:
+        try:
+            read_at(self._descriptor, buffer, offset, self._where(record))
+        except CorruptError as error:
+            raise self._diagnose(error) from error
+
+    def _check(self, record: int, column: int, place: TensorPlace, buffer: memoryview) -> None:
+        if bytes_digest(buffer) != self.index.digests[record, column]:
+            offset = int(self.index.offsets[record]) + place.offset
+            raise self._diagnose(
+                CorruptError(
+                    f"tensor {place.name} is damaged between bytes {offset} and "
+                    f"{offset + place.num_bytes}",
+                    expected="bytes with the digest of the index",
+                    where=self._where(record),
+                    action=ACTION,
+                )
+            )
+
+    def _check_rest(self, record: int, header: bytes, sidecar: bytes) -> None:
+        if (
+            header != self.index.header.content
+            or rest_digest(header, sidecar) != self.index.rest_digests[record]
+        ):
+            raise self._diagnose(
+                CorruptError(
+                    f"header or sidecar of the record at byte {self.index.offsets[record]} "
+                    "is damaged",
+                    expected="bytes with the digest of the index",
+                    where=self._where(record),
+                    action=ACTION,
+                )
+            )
+
+    def _where(self, record: int) -> str:
+        name = self.index.name
+        return f"set {name.set_id}, shard {name.tar}, key {self.index.key(record)}"
+
+
+def _bytes_of(out: Buffer, place: TensorPlace, num_records: int) -> memoryview:
+    if isinstance(out, memoryview):
+        buffer = out.cast("B")
+    else:
+        buffer = byte_view(out)
+        if dtype_of(out) != place.dtype:
+            raise ValueError(f"a buffer of {dtype_of(out)}, tensor {place.name} is {place.dtype}")
+    if len(buffer) != num_records * place.num_bytes:
+        raise ValueError(
+            f"a buffer of {len(buffer)} bytes, {num_records} × {place.name} has "
+            f"{num_records * place.num_bytes}"
+        )
+    return buffer

@@ -1,0 +1,281 @@
+"""`set.json`: what determines the content of a shard set, written before its first shard.
+
+Create-only: another configuration on the same folder meets it and is refused, with the fields
+that differ. Its fingerprint is in every record, so that a tar proves whose it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
+
+from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.fingerprint import canonical_json, differing_fields, fingerprint
+from sdxl_distill.shards.bounded_json import parse_json, require_names
+from sdxl_distill.shards.record import (
+    Layout,
+    RecordSchema,
+    latents_schema,
+    predictions_schema,
+    text_schema,
+)
+from sdxl_distill.shards.set_reference import SetReference, parse_reference
+from sdxl_distill.shards.shard_name import is_safe_set_id
+
+Kind: TypeAlias = Literal["latents", "text", "predictions"]
+
+FORMAT_VERSION: Final = 1
+SET_RECORD_NAME: Final = "set.json"
+MAX_SET_RECORD_BYTES: Final = 1 << 20
+MAX_COUNTER: Final = 1 << 53
+FIELDS: Final = frozenset(
+    {
+        "content",
+        "fingerprint",
+        "format_version",
+        "generation",
+        "id",
+        "kind",
+        "latents",
+        "layout",
+        "noise",
+        "noise_schedule",
+        "schema",
+        "text",
+    }
+)
+_MAX_TIMESTEPS: Final = 100_000
+
+
+@dataclass(frozen=True)
+class NoiseRecipe:
+    """From what a record's noise and timestep follow: see core/noise.py."""
+
+    algorithm: str
+    base_seed: int
+    min_timestep: int
+    max_timestep: int
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """The identity of one shard set.
+
+    Attributes:
+        kind: latents, text or predictions.
+        id: name of the set, of its folder and the beginning of its shards' names.
+        schema: tensors of every record.
+        content: whatever else determines content, as plain JSON: the models' fingerprints,
+            dtypes, `cache.version`, …; never a path, batch size, device or catalog.
+        layout, noise, noise_schedule: of a predictions set, else None.
+        latents: the latents set of a text or predictions set.
+        text: the text set of a predictions set in layout `compact`.
+        generation: counts the withdrawals of a set where no folder can be renamed; else 0.
+    """
+
+    kind: Kind
+    id: str
+    schema: RecordSchema
+    content: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    layout: Layout | None = None
+    noise: NoiseRecipe | None = None
+    noise_schedule: NoiseSchedule | None = None
+    latents: SetReference | None = None
+    text: SetReference | None = None
+    generation: int = 0
+
+    def content_fields(self) -> dict[str, Any]:
+        """Return every field that determines content: exactly what the fingerprint covers."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "schema": self.schema.to_json(),
+            "content": dict(self.content),
+            "layout": self.layout,
+            "noise": None if self.noise is None else asdict(self.noise),
+            "noise_schedule": (
+                None if self.noise_schedule is None else self.noise_schedule.to_json()
+            ),
+            "latents": None if self.latents is None else self.latents.fingerprint,
+            "text": None if self.text is None else self.text.fingerprint,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON of `content_fields`, 64 hex digits."""
+        return fingerprint(self.content_fields())
+
+    def require_same(self, found: SetRecord, where: str) -> None:
+        """Check that the record `found` in a folder describes the set that is to be built.
+
+        Raises:
+            IncompatibleError: naming every field that differs, with both values.
+        """
+        expected = {**self.content_fields(), "id": self.id}
+        differences = differing_fields({**found.content_fields(), "id": found.id}, expected)
+        if differences:
+            fields = ", ".join(f"{path} {old!r}, not {new!r}" for path, old, new in differences)
+            raise IncompatibleError(
+                f"the set there was built with {fields}",
+                where=where,
+                action="choose another folder or id, or rebuild with cache.skip_existing: false",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of `set.json`."""
+        return {
+            **self.content_fields(),
+            "fingerprint": self.fingerprint,
+            "generation": self.generation,
+            "id": self.id,
+            "latents": None if self.latents is None else asdict(self.latents),
+            "text": None if self.text is None else asdict(self.text),
+        }
+
+    def to_bytes(self) -> bytes:
+        """Return the content of `set.json`."""
+        return canonical_json(self.to_json())
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> SetRecord:
+        """Read the content of `set.json`.
+
+        Raises:
+            CorruptError: when it is not byte for byte what `to_bytes` writes.
+            IncompatibleError: when a newer version wrote it.
+        """
+        record = cls.from_json(parse_json(content, where, MAX_SET_RECORD_BYTES), where)
+        if record.to_bytes() != content:
+            raise CorruptError("bytes that are not a set record's own", where=where)
+        return record
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> SetRecord:
+        """Read the fields of `set.json`, which a manifest repeats.
+
+        Raises:
+            CorruptError: for a missing, unknown or absurd field, or another fingerprint than
+                the fields have.
+            IncompatibleError: when a newer version wrote it.
+        """
+        check_version(value, where)
+        fields = require_names(value, set(FIELDS), where)
+        if (
+            fields["kind"] not in get_args(Kind)
+            or fields["layout"] not in (None, *get_args(Layout))
+            or not (isinstance(fields["id"], str) and is_safe_set_id(fields["id"]))
+            or not isinstance(fields["content"], dict)
+            or not is_counter(fields["generation"])
+        ):
+            raise CorruptError("a set record with absurd fields", where=where)
+        record = cls(
+            kind=fields["kind"],
+            id=fields["id"],
+            schema=RecordSchema.from_json(fields["schema"], where),
+            content=cast("dict[str, Any]", fields["content"]),
+            layout=fields["layout"],
+            noise=_parse_recipe(fields["noise"], where),
+            noise_schedule=_parse_schedule(fields["noise_schedule"], where),
+            latents=parse_reference(fields["latents"], where),
+            text=parse_reference(fields["text"], where),
+            generation=fields["generation"],
+        )
+        if not (_has_fields_of_its_kind(record) and _has_required_tensors(record)):
+            raise CorruptError(
+                f"fields or tensors that a {record.kind} set does not have, or lacks",
+                expected="those of docs/format.md",
+                where=where,
+            )
+        if fields["fingerprint"] != record.fingerprint:
+            raise CorruptError("another fingerprint than the fields have", where=where)
+        return record
+
+
+def is_counter(value: Any) -> bool:
+    """Whether a JSON value is a whole number from 0 to 2⁵³."""
+    return type(value) is int and 0 <= value <= MAX_COUNTER
+
+
+def check_version(value: Any, where: str) -> None:
+    """Refuse the JSON of a newer version before anything unknown in it is called corrupt.
+
+    Raises:
+        IncompatibleError: when `format_version` is greater than ours.
+    """
+    version = cast("dict[str, Any]", value).get("format_version") if isinstance(value, dict) else 0
+    if type(version) is int and version > FORMAT_VERSION:
+        raise IncompatibleError(
+            f"format version {version}",
+            expected=f"at most {FORMAT_VERSION}",
+            where=where,
+            action="install a newer sdxl_distill",
+        )
+
+
+def _has_fields_of_its_kind(record: SetRecord) -> bool:
+    predictions = (record.layout, record.noise, record.noise_schedule)
+    if record.kind == "predictions":
+        is_compact = record.layout == "compact"
+        has_own = all(value is not None for value in predictions)
+        return has_own and bool(record.latents) and bool(record.text) == is_compact
+    has_none = all(value is None for value in (*predictions, record.text))
+    return has_none and bool(record.latents) == (record.kind == "text")
+
+
+def _has_required_tensors(record: SetRecord) -> bool:
+    try:
+        required = _required_schema(record)
+    except (KeyError, ValueError):
+        return False
+    return set(required.tensors) <= set(record.schema.tensors)
+
+
+def _required_schema(record: SetRecord) -> RecordSchema:
+    """Return the schema of the record's kind with the lengths that its own schema gives."""
+    specs = {spec.name: spec for spec in record.schema.tensors}
+    lengths = {name: cast("tuple[int, ...]", spec.shape) for name, spec in specs.items()}
+    if record.kind == "latents":
+        return latents_schema(lengths["latents"][0])
+    if record.layout == "compact":
+        channels, dtype = lengths["teacher_pred"][0], specs["teacher_pred"].dtype
+        return predictions_schema("compact", dtype, channels, 0, 0, 0)
+    num_tokens, hidden_size = lengths["encoder_hidden_states"]
+    (pooled_size,) = lengths["pooled_embeds"]
+    if record.kind == "text":
+        return text_schema(num_tokens, hidden_size, pooled_size)
+    channels, dtype = lengths["teacher_pred"][0], specs["teacher_pred"].dtype
+    return predictions_schema("full", dtype, channels, num_tokens, hidden_size, pooled_size)
+
+
+def _parse_recipe(value: Any, where: str) -> NoiseRecipe | None:
+    if value is None:
+        return None
+    fields = require_names(value, set(NoiseRecipe.__dataclass_fields__), where)
+    steps = fields["min_timestep"], fields["max_timestep"]
+    if not (
+        isinstance(fields["algorithm"], str)
+        and type(fields["base_seed"]) is int
+        and all(is_counter(step) and step <= _MAX_TIMESTEPS for step in steps)
+        and steps[0] < steps[1]
+    ):
+        raise CorruptError("a noise recipe with absurd fields", where=where)
+    return NoiseRecipe(**fields)
+
+
+def _parse_schedule(value: Any, where: str) -> NoiseSchedule | None:
+    if value is None:
+        return None
+    fields = require_names(value, set(NoiseSchedule.__dataclass_fields__), where)
+    betas = fields["beta_start"], fields["beta_end"]
+    if not (
+        all(type(beta) in (int, float) and math.isfinite(beta) and 0 <= beta < 1 for beta in betas)
+        and is_counter(fields["num_train_timesteps"])
+        and fields["num_train_timesteps"] <= _MAX_TIMESTEPS
+        and type(fields["zero_terminal_snr"]) is bool
+    ):
+        raise CorruptError("a noise schedule with absurd fields", where=where)
+    return NoiseSchedule.from_json(fields)

@@ -1,0 +1,273 @@
+"""Opens a complete shard set: manifest at open, an index at its first use, a tensor when copied."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, TypeVar
+
+import torch
+
+from sdxl_distill.errors import (
+    ConfigError,
+    CorruptError,
+    DistillError,
+    IncompatibleError,
+    StorageError,
+)
+from sdxl_distill.fsio import open_regular, read_bytes
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.index_layout import ACTION, MAX_INDEX_BYTES
+from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from sdxl_distill.shards.reader import ShardReader
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.shard_entry import ShardEntry
+from sdxl_distill.shards.shard_name import ShardName
+
+T = TypeVar("T")
+
+EMPTY_RECORD_NAME: Final = "empty.safetensors"
+_MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
+_CACHED_INDICES: Final = 1024
+
+
+def open_shard_set(path: str | Path, *, max_open_shards: int = 128) -> ShardSet:
+    """Open a complete shard set; reads `set.json` and `manifest.json` and no shard.
+
+    Args:
+        path: folder of the set.
+        max_open_shards: how many tars are kept open at once.
+
+    Raises:
+        ConfigError: when there is no set, or it is not complete yet.
+        CorruptError: when one of the two files is damaged.
+        IncompatibleError: when they do not belong together or a newer version wrote them.
+        StorageError: when the operating system refuses.
+    """
+    directory = Path(path)
+    record = SetRecord.from_bytes(
+        _read_or_explain(directory, SET_RECORD_NAME, MAX_SET_RECORD_BYTES),
+        str(directory / SET_RECORD_NAME),
+    )
+    manifest = Manifest.from_bytes(
+        _read_or_explain(directory, MANIFEST_NAME, MAX_MANIFEST_BYTES),
+        str(directory / MANIFEST_NAME),
+    )
+    if manifest.record != record:
+        raise IncompatibleError(
+            f"a manifest of generation {manifest.record.generation} of set "
+            f"{manifest.record.fingerprint[:12]}…",
+            expected=f"generation {record.generation} of {record.fingerprint[:12]}…",
+            where=str(directory / MANIFEST_NAME),
+            action="finish building this set, or copy it anew",
+        )
+    return ShardSet(directory, manifest, max_open_shards=max_open_shards)
+
+
+class ShardSet:
+    """A complete set on disk, safe to share between threads; use as a context or `close` it.
+
+    ```
+    with open_shard_set("cache/teacher_predictions/teacher_v1") as shard_set:
+        for name in shard_set.manifest.names():
+            reader = shard_set.reader(name)
+            reader.read_tensor_into(0, "teacher_pred", batch[0])
+    ```
+
+    Attributes:
+        directory: folder of the set.
+        manifest: as it was when the set was opened.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, *, max_open_shards: int) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._indices = lru_cache(_CACHED_INDICES)(self._load_index)
+        self._readers = lru_cache(max_open_shards)(self._open_reader)
+
+    @property
+    def id(self) -> str:
+        """Name of the set."""
+        return self.manifest.record.id
+
+    def index(self, name: ShardName) -> ShardIndex:
+        """Return the index of a shard, checked against the manifest; the last ones are kept.
+
+        Raises:
+            KeyError: when the manifest has no such shard.
+            CorruptError: when the index is missing, damaged or not the manifest's.
+            StorageError: when the set was replaced since it was opened.
+        """
+        return self._indices(name)
+
+    def reader(self, name: ShardName) -> ShardReader:
+        """Return a shard opened for reading; the last `max_open_shards` are kept open.
+
+        Raises:
+            KeyError, CorruptError, StorageError: as `index`; also for the tar.
+        """
+        return self._readers(name)
+
+    def read_empty_record(self) -> dict[str, torch.Tensor]:
+        """Return the embeddings of the empty caption, which a text set holds beside its shards.
+
+        Raises:
+            CorruptError: when the file is missing or not the manifest's.
+        """
+        path = self.directory / EMPTY_RECORD_NAME
+        try:
+            content = read_bytes(path, _MAX_EMPTY_RECORD_BYTES)
+        except FileNotFoundError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != self.manifest.empty_sha256:
+            raise self._diagnose(
+                CorruptError("is missing or damaged", where=str(path), action=ACTION)
+            )
+        return RecordHeader.parse(content, str(path)).decode(bytearray(content))
+
+    def open_referenced(
+        self, kind: Literal["latents", "text"], place: str | Path | None = None
+    ) -> ShardSet:
+        """Open the latents or the text set that this set was made from.
+
+        Args:
+            kind: which of the two.
+            place: its folder, where it is no longer at the recorded place.
+
+        Raises:
+            ConfigError: when there is no recorded place, or nothing at it.
+            IncompatibleError: when another set lies there.
+        """
+        record = self.manifest.record
+        reference = record.latents if kind == "latents" else record.text
+        assert reference is not None, f"a {record.kind} set has no {kind} set"
+        directory = Path(place) if place is not None else reference.resolve(self.directory)
+        if directory is None:
+            raise ConfigError(
+                f"set {self.id} does not say where its {kind} set lies",
+                where=str(self.directory),
+                action=f"name the folder of the {kind} set in the configuration",
+            )
+        return _open_as(directory, reference, kind, self.id)
+
+    def close(self) -> None:
+        """Let go of all indices and open tars."""
+        self._indices.cache_clear()
+        self._readers.cache_clear()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _load_index(self, name: ShardName) -> ShardIndex:
+        entry = self.manifest.entry(name)
+        try:
+            content = _read_again(
+                self.directory / name.idx, lambda path: read_bytes(path, MAX_INDEX_BYTES)
+            )
+            index = ShardIndex.from_bytes(content, name)
+            self._check_index(index, entry)
+        except CorruptError as error:
+            raise self._diagnose(error) from error
+        return index
+
+    def _check_index(self, index: ShardIndex, entry: ShardEntry) -> None:
+        record = self.manifest.record
+        header = RecordHeader.build(
+            record.schema, entry.width, entry.height, record.fingerprint, entry.source_sha256
+        )
+        if ShardEntry.of(index) != entry or index.header.content != header.content:
+            raise CorruptError(
+                f"an index with digest {index.digest[:12]}…",
+                expected=f"{entry.index_digest[:12]}…, as the manifest says",
+                where=f"set {self.id}, {index.name.idx}",
+                action=ACTION,
+            )
+
+    def _open_reader(self, name: ShardName) -> ShardReader:
+        index = self.index(name)
+        try:
+            descriptor = _read_again(self.directory / name.tar, open_regular)
+        except CorruptError as error:
+            raise self._diagnose(error) from error
+        reader = ShardReader(descriptor, index, self._diagnose)
+        num_bytes = os.fstat(descriptor).st_size
+        if num_bytes != index.tar_bytes:
+            raise self._diagnose(
+                CorruptError(
+                    f"{num_bytes} bytes",
+                    expected=f"{index.tar_bytes} bytes",
+                    where=f"set {self.id}, shard {name.tar}",
+                    action=ACTION,
+                )
+            )
+        return reader
+
+    def _diagnose(self, error: CorruptError) -> DistillError:
+        """Return `error`, or what explains it: that the set is no longer the one opened."""
+        path = self.directory / MANIFEST_NAME
+        try:
+            content = read_bytes(path, MAX_MANIFEST_BYTES)
+        except (FileNotFoundError, CorruptError):
+            content = b""
+        if content == self.manifest.to_bytes():
+            return error
+        return StorageError(
+            f"the set was replaced while reading ({error.found})",
+            expected="the manifest that was there when the set was opened",
+            where=error.where,
+            action="wait until the set is complete, then run again",
+        )
+
+
+def _open_as(directory: Path, reference: SetReference, kind: str, set_id: str) -> ShardSet:
+    opened = open_shard_set(directory)
+    found = opened.manifest.record.fingerprint
+    if found != reference.fingerprint:
+        raise IncompatibleError(
+            f"set {opened.id} has fingerprint {found[:12]}…",
+            expected=f"{reference.fingerprint[:12]}…, the {kind} set of {set_id}",
+            where=str(directory),
+            action=f"name the right {kind} folder in the configuration, or rebuild {set_id}",
+        )
+    return opened
+
+
+def _read_or_explain(directory: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        return read_bytes(directory / name, max_bytes)
+    except FileNotFoundError as error:
+        is_set = name == MANIFEST_NAME
+        raise ConfigError(
+            "this shard set is not complete yet" if is_set else "there is no shard set",
+            expected=f"a file {name}",
+            where=str(directory),
+            action="run its builder until it reports the set complete, or check the path",
+        ) from error
+
+
+def _read_again(path: Path, read: Callable[[Path], T]) -> T:
+    """Return `read(path)`; once more after listing the folder, where NFS remembers an absence."""
+    with suppress(FileNotFoundError):
+        return read(path)
+    try:
+        sorted(path.parent.iterdir())
+        return read(path)
+    except FileNotFoundError as error:
+        raise CorruptError(
+            "is missing", expected="a file", where=str(path), action=ACTION
+        ) from error
