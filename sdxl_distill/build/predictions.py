@@ -1,0 +1,235 @@
+"""What a predictions set holds: one teacher's answer for every image and draw.
+
+Noise and timestep follow from the image's id, so every teacher is asked the same question.
+UNet batches are cut by the shard alone: who builds it does not show in its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from sdxl_distill.build.alignment import holds_same_keys, latents_name, planned_after
+from sdxl_distill.build.shard_builder import EncodedRecord, PlannedShard
+from sdxl_distill.core.noise import noise, noise_seed, timestep
+from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
+from sdxl_distill.errors import NumericalError
+from sdxl_distill.models.unet import predict
+from sdxl_distill.shards.digest import tensor_digest
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.reader import ShardReader
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
+from sdxl_distill.shards.set_record import NoiseRecipe
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.shard_set import ShardSet
+
+
+class TeacherInput(NamedTuple):
+    """What a teacher is asked for B records, on the CPU.
+
+    Attributes:
+        keys: of the records.
+        seeds: of their noise, int64 [B].
+        timesteps: int64 [B].
+        noise: float16 [B, C, H/8, W/8].
+        latents: scaled, float16 [B, C, H/8, W/8].
+        time_ids: int32 [B, 6].
+        encoder_hidden_states: float16 [B, T, D].
+        pooled_embeds: float16 [B, P].
+    """
+
+    keys: list[str]
+    seeds: torch.Tensor
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+    encoder_hidden_states: torch.Tensor
+    pooled_embeds: torch.Tensor
+
+
+class TeacherAnswer(NamedTuple):
+    """The same with the prediction, [B, C, H/8, W/8] in the cache's dtype, on the CPU."""
+
+    question: TeacherInput
+    prediction: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen UNet and how it is asked.
+
+    Attributes:
+        unet: loaded on `device`, possibly compiled.
+        noise_schedule: of its checkpoint.
+        device: where it runs.
+        dtype: what predictions are stored in.
+    """
+
+    unet: nn.Module
+    noise_schedule: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def predict(self, question: TeacherInput) -> torch.Tensor:
+        """Return the predictions, [B, C, H/8, W/8] of the stored dtype on the CPU.
+
+        Raises:
+            NumericalError: when one is NaN, infinite or beyond the dtype's range; names the keys.
+        """
+        alphas = torch.from_numpy(self.noise_schedule.alphas_cumprod())[question.timesteps]
+        noisy_latents = add_noise(question.latents, question.noise, alphas)
+        prediction = predict(
+            self.unet,
+            noisy_latents.to(self.device),
+            question.timesteps.to(self.device),
+            question.encoder_hidden_states.to(self.device),
+            question.pooled_embeds.to(self.device),
+            question.time_ids.to(self.device),
+        )
+        stored = prediction.to("cpu", self.dtype)
+        is_finite = stored.isfinite().flatten(1).all(dim=1)
+        if not bool(is_finite.all()):
+            keys = [
+                f"{key} (timestep {int(step)})"
+                for key, step, good in zip(
+                    question.keys, question.timesteps, is_finite, strict=True
+                )
+                if not good
+            ]
+            raise NumericalError(
+                f"the prediction of {', '.join(keys)} is NaN, infinite or beyond {self.dtype}",
+                expected="finite predictions",
+                where="teacher",
+                action="try teacher.use_bf16: false and cache.dtype: fp32; if it stays, the "
+                "checkpoint is broken",
+            )
+        return stored
+
+
+def read_question(
+    latents: ShardSet,
+    text: ShardSet,
+    recipe: NoiseRecipe,
+    name: ShardName,
+    records: Sequence[int],
+) -> TeacherInput:
+    """Return what any teacher is asked for some records of a shard.
+
+    Args:
+        latents: the latents set.
+        text: the text set of the same latents.
+        recipe: base seed and range of timesteps.
+        name: of the predictions shard: bucket, number and draw.
+        records: their numbers in the shard.
+
+    Raises:
+        CorruptError, StorageError: when latents or embeddings cannot be read.
+    """
+    latents_reader = latents.reader(latents_name(latents, name))
+    text_reader = text.reader(latents_name(text, name))
+    ids = [latents_reader.index.image_id(record) for record in records]
+    seeds = [noise_seed(image_id, recipe.base_seed, name.draw) for image_id in ids]
+    steps = [
+        timestep(image_id, recipe.base_seed, name.draw, recipe.min_timestep, recipe.max_timestep)
+        for image_id in ids
+    ]
+
+    def read(reader: ShardReader, tensor_name: str) -> torch.Tensor:
+        place = reader.index.header.place(tensor_name)
+        out = torch.empty((len(records), *place.shape), dtype=TORCH_DTYPES[place.dtype])
+        reader.read_records(records, tensor_name, out)
+        return out
+
+    latents_batch = read(latents_reader, "latents")
+    num_channels = latents_batch.shape[1]
+    return TeacherInput(
+        keys=[latents_reader.index.key(record) for record in records],
+        seeds=torch.tensor(seeds, dtype=torch.int64),
+        timesteps=torch.tensor(steps, dtype=torch.int64),
+        noise=torch.from_numpy(
+            np.stack([noise(seed, name.width, name.height, num_channels) for seed in seeds])
+        ),
+        latents=latents_batch,
+        time_ids=read(latents_reader, "time_ids"),
+        encoder_hidden_states=read(text_reader, "encoder_hidden_states"),
+        pooled_embeds=read(text_reader, "pooled_embeds"),
+    )
+
+
+class PredictionsContent:
+    """Content of a predictions set, for `shard_builder.build_shards`.
+
+    Args:
+        teacher_id: name of the set.
+        teacher: the model.
+        latents: the set that the teacher follows.
+        text: the text set of the same latents.
+        recipe: base seed and range of timesteps.
+        num_draws: (timestep, noise) pairs of each image.
+        batch_size: records that the UNet predicts at once.
+    """
+
+    def __init__(
+        self,
+        teacher_id: str,
+        teacher: Teacher,
+        latents: ShardSet,
+        text: ShardSet,
+        recipe: NoiseRecipe,
+        num_draws: int,
+        batch_size: int,
+    ) -> None:
+        self._teacher_id = teacher_id
+        self._teacher = teacher
+        self._latents = latents
+        self._text = text
+        self._recipe = recipe
+        self._num_draws = num_draws
+        self._batch_size = batch_size
+
+    def planned(self) -> list[PlannedShard]:
+        """Return a shard for every latents shard and draw."""
+        return planned_after(self._latents, self._teacher_id, self._num_draws)
+
+    def accepts(self, index: ShardIndex) -> bool:
+        """Whether a tar holds exactly the keys of its latents shard."""
+        return holds_same_keys(index, self._latents)
+
+    def read(self, shard: PlannedShard) -> Iterator[TeacherInput]:
+        """Yield what the teacher is asked for the records of a shard."""
+        for start in range(0, shard.num_records, self._batch_size):
+            records = range(start, min(start + self._batch_size, shard.num_records))
+            yield read_question(self._latents, self._text, self._recipe, shard.name, records)
+
+    def compute(self, batch: TeacherInput) -> TeacherAnswer:
+        """Run the UNet."""
+        return TeacherAnswer(batch, self._teacher.predict(batch))
+
+    def encode(self, result: TeacherAnswer, header: RecordHeader) -> Iterator[EncodedRecord]:
+        """Yield one record for each image, with the tensors that the layout has."""
+        question = result.question
+        is_full = any(place.name == "noise" for place in header.places)
+        height, width = (8 * size for size in result.prediction.shape[-2:])
+        for row, key in enumerate(question.keys):
+            tensors = {
+                "teacher_pred": result.prediction[row],
+                "timestep": question.timesteps[row : row + 1],
+                "seed": question.seeds[row : row + 1],
+                "resolution": torch.tensor([width, height], dtype=torch.int32),
+            }
+            if is_full:
+                tensors |= {
+                    "noise": question.noise[row],
+                    "encoder_hidden_states": question.encoder_hidden_states[row],
+                    "pooled_embeds": question.pooled_embeds[row],
+                }
+            digest = None if is_full else tensor_digest(question.noise[row])
+            yield EncodedRecord(key, header.encode(tensors), noise_digest=digest)

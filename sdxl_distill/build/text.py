@@ -1,0 +1,113 @@
+"""What a text set holds: the embeddings of each image's caption, and of the empty caption."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from sdxl_distill.build.alignment import holds_same_keys, latents_name, planned_after
+from sdxl_distill.build.shard_builder import EncodedRecord, PlannedShard
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.models.text_encoder import TextEmbeddings, TextEncoders
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.shard_set import ShardSet
+
+_CAPTIONS_AT_ONCE: Final = 16
+_CACHED_CAPTIONS: Final = 1024  # 310 KiB each with SDXL's encoders
+
+
+class CaptionBatch(NamedTuple):
+    """Keys and captions of some records of one shard."""
+
+    keys: list[str]
+    captions: list[str]
+
+
+class EmbeddingBatch(NamedTuple):
+    """The same captions encoded."""
+
+    keys: list[str]
+    embeddings: list[TextEmbeddings]
+
+
+class TextContent:
+    """Content of a text set, for `shard_builder.build_shards`.
+
+    A caption that many images share is encoded once by each worker that meets it.
+
+    Args:
+        text_set_id: name of the set.
+        latents: whose sidecars hold the captions.
+        encoders: loaded.
+    """
+
+    def __init__(self, text_set_id: str, latents: ShardSet, encoders: TextEncoders) -> None:
+        self._text_set_id = text_set_id
+        self._latents = latents
+        self._encoders = encoders
+        self._embed: Callable[[str], TextEmbeddings] = lru_cache(_CACHED_CAPTIONS)(self._encode_new)
+        self.num_truncated = 0
+        """Distinct captions met by this worker whose end the encoders do not see."""
+
+    def planned(self) -> list[PlannedShard]:
+        """Return a shard for every latents shard."""
+        return planned_after(self._latents, self._text_set_id)
+
+    def accepts(self, index: ShardIndex) -> bool:
+        """Whether a tar holds exactly the keys of its latents shard."""
+        return holds_same_keys(index, self._latents)
+
+    def read(self, shard: PlannedShard) -> Iterator[CaptionBatch]:
+        """Yield the captions of a shard, the first of each image."""
+        reader = self._latents.reader(latents_name(self._latents, shard.name))
+        keys = reader.index.keys()
+        for start in range(0, len(keys), _CAPTIONS_AT_ONCE):
+            records = range(start, min(start + _CAPTIONS_AT_ONCE, len(keys)))
+            captions = [
+                _first_caption(reader.read_sidecar(record), keys[record]) for record in records
+            ]
+            yield CaptionBatch([keys[record] for record in records], captions)
+
+    def compute(self, batch: CaptionBatch) -> EmbeddingBatch:
+        """Encode the captions."""
+        return EmbeddingBatch(batch.keys, [self._embed(caption) for caption in batch.captions])
+
+    def encode(self, result: EmbeddingBatch, header: RecordHeader) -> Iterator[EncodedRecord]:
+        """Yield one record for each image."""
+        for key, embeddings in zip(result.keys, result.embeddings, strict=True):
+            yield EncodedRecord(key, header.encode(text_tensors(embeddings)))
+
+    def _encode_new(self, caption: str) -> TextEmbeddings:
+        self.num_truncated += self._encoders.is_truncated(caption)
+        return self._encoders.encode([caption])
+
+
+def text_tensors(embeddings: TextEmbeddings) -> dict[str, torch.Tensor]:
+    """Return the tensors of the record of one caption, whose embeddings are [1, …]."""
+    return {
+        "encoder_hidden_states": embeddings.hidden[0],
+        "pooled_embeds": embeddings.pooled[0],
+    }
+
+
+def _first_caption(sidecar: bytes, key: str) -> str:
+    try:
+        fields: Any = json.loads(sidecar)
+        caption = fields["captions"][0]
+    except (ValueError, LookupError, TypeError) as error:
+        raise CorruptError(
+            "a sidecar without captions",
+            expected='JSON with "captions": [text, …]',
+            where=f"latents set, key {key}",
+            action="rebuild the latents set",
+        ) from error
+    if not isinstance(caption, str):
+        raise CorruptError(
+            f"a caption of type {type(caption).__name__}", where=f"latents set, key {key}"
+        )
+    return caption
