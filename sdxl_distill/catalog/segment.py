@@ -176,6 +176,7 @@ def decode_segment(content: bytes, where: str) -> Segment:
             expected=f"{header.num_rows} rows of columns {SCHEMA.names}",
             where=where,
         )
+    table = table.replace_schema_metadata()
     return Segment(header, table, hashlib.sha256(content).hexdigest())
 
 
