@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 
 from sdxl_distill.build.in_place import until_not_swept
+from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory, LostDirectoryError, StagedFile, storage_errors
 from sdxl_distill.shards.index import ShardIndex
@@ -22,11 +23,12 @@ from sdxl_distill.shards.tar_index import index_of_tar
 REPAIR = "run the builder once with --repair: it keeps the good shards and rebuilds this one"
 
 
-def publish_set_record(directory: Directory, record: SetRecord) -> None:
-    """Write `set.json`, or check that the one there describes the same set.
+def publish_set_record(directory: Directory, record: SetRecord) -> SetRecord:
+    """Write `set.json`, or check that the one there describes the same set; return that one.
 
     Call it before the first claim and before any model is loaded: a folder that belongs to
-    another configuration is refused here.
+    another configuration is refused here. The record returned may name other places of the
+    sets it was made from.
 
     Raises:
         IncompatibleError: naming every field that differs.
@@ -35,7 +37,7 @@ def publish_set_record(directory: Directory, record: SetRecord) -> None:
     """
     content = record.to_bytes()
     if until_not_swept(directory, lambda: directory.publish_bytes(SET_RECORD_NAME, content)):
-        return
+        return record
     where = str(directory.path / SET_RECORD_NAME)
     try:
         content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
@@ -43,6 +45,15 @@ def publish_set_record(directory: Directory, record: SetRecord) -> None:
     except CorruptError as error:
         raise _to_be_repaired(error, where) from error
     record.require_same(found, where)
+    return found
+
+
+def shard_header(record: SetRecord, shard: PlannedShard) -> RecordHeader:
+    """Return the header that every record of a shard must have, byte for byte."""
+    name = shard.name
+    return RecordHeader.build(
+        record.schema, name.width, name.height, record.fingerprint, shard.source_sha256
+    )
 
 
 def adopt_shard(

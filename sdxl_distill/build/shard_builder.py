@@ -7,43 +7,27 @@ and committed. There is no barrier: a worker ends when every shard of the set is
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from sdxl_distill.build.commit import adopt_shard, commit_shard
+from sdxl_distill.build.commit import adopt_shard, commit_shard, shard_header
 from sdxl_distill.build.pipeline import run_pipeline
+from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.build.progress import shown_progress
+from sdxl_distill.build.stop_request import StopRequest
 from sdxl_distill.build.work_queue import Claim, WorkQueue
-from sdxl_distill.errors import Preempted
 from sdxl_distill.fsio import Directory, LostDirectoryError
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord
-from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.world import World
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PlannedShard:
-    """One unit of work.
-
-    Attributes:
-        name: of the shard.
-        num_records: that it will hold, at most; for progress.
-        source_sha256: of the latents shard that it is made from; None in a latents set.
-    """
-
-    name: ShardName
-    num_records: int
-    source_sha256: str | None = None
 
 
 class EncodedRecord(NamedTuple):
@@ -116,10 +100,9 @@ def build_shards(
     shards: Sequence[PlannedShard],
     content: ShardContent[Batch, Result],
     world: World,
+    stop: StopRequest,
 ) -> BuildSummary:
     """Build what is missing, together with all other workers; end when all is committed.
-
-    Call it from the main thread: SIGTERM and SIGUSR1 are listened to.
 
     Args:
         directory: of the set, opened before it was looked at.
@@ -128,17 +111,17 @@ def build_shards(
         shards: all shards of the set, the same list for every worker.
         content: what is in them.
         world: this worker among those of its launch; rank 0 shows the progress of all.
+        stop: ends the build between two batches.
 
     Raises:
-        Preempted: after a signal; own claims and temporary files are gone.
+        Preempted: when asked to stop; own claims and temporary files are gone.
         CorruptError: when a tar without index is damaged or of another set.
         StorageError: when the disk is full or refuses, or the set was withdrawn.
         BaseException: whatever `content` raises; nothing of the shard is committed then.
     """
     num_records = {str(shard.name): shard.num_records for shard in shards}
     progress = shown_progress(directory, queue, num_records) if world.is_main else nullcontext()
-    stop = _Stop()
-    with _listening(stop), progress:
+    with progress:
         return _ShardWorker(directory, queue, record, shards, content, world, stop).run()
 
 
@@ -146,16 +129,6 @@ class _Claimed(NamedTuple):
     claim: Claim
     shard: PlannedShard
     header: RecordHeader
-
-
-@dataclass
-class _Stop:
-    """Whether the stages are to end early: asked from outside, or because one failed."""
-
-    requested: bool = False
-
-    def request(self) -> None:
-        self.requested = True
 
 
 class _End:
@@ -176,7 +149,7 @@ class _ShardWorker(Generic[Batch, Result]):
         shards: Sequence[PlannedShard],
         content: ShardContent[Batch, Result],
         world: World,
-        stop: _Stop,
+        stop: StopRequest,
     ) -> None:
         self._directory = directory
         self._queue = queue
@@ -185,6 +158,7 @@ class _ShardWorker(Generic[Batch, Result]):
         self._content = content
         self._world = world
         self._stop = stop
+        self._where = str(directory.path)
         self._summary = BuildSummary(num_shards=len(shards))
 
     def run(self) -> BuildSummary:
@@ -203,13 +177,13 @@ class _ShardWorker(Generic[Batch, Result]):
             if self._adopt(claimed):
                 continue
             for batch in self._content.read(claimed.shard):
-                self._check_for_stop()
+                self._stop.check(self._where)
                 yield claimed, batch
             yield claimed, _END
-        self._check_for_stop()
+        self._stop.check(self._where)
 
     def _compute(self, step: tuple[_Claimed, Batch | _End]) -> tuple[_Claimed, Result | _End]:
-        self._check_for_stop()
+        self._stop.check(self._where)
         claimed, batch = step
         return claimed, batch if isinstance(batch, _End) else self._content.compute(batch)
 
@@ -254,31 +228,16 @@ class _ShardWorker(Generic[Batch, Result]):
 
     def _claimed(self, claim: Claim) -> _Claimed:
         shard = self._shards[claim.unit]
-        header = RecordHeader.build(
-            self._record.schema,
-            shard.name.width,
-            shard.name.height,
-            self._record.fingerprint,
-            shard.source_sha256,
-        )
-        return _Claimed(claim, shard, header)
+        return _Claimed(claim, shard, shard_header(self._record, shard))
 
     def _adopt(self, claimed: _Claimed) -> bool:
         """Commit the tar that a dead worker left without its index, if there is one."""
-        name = claimed.shard.name
-        if not adopt_shard(self._directory, name, claimed.header, self._content.accepts):
+        name, accepts = claimed.shard.name, self._content.accepts
+        if adopt_shard(self._directory, name, claimed.header, accepts) is None:
             return False
         self._summary.num_adopted += 1
         self._queue.release(claimed.claim, committed=False)
         return True
-
-    def _check_for_stop(self) -> None:
-        if self._stop.requested:
-            raise Preempted(
-                "asked to stop",
-                where=str(self._directory.path),
-                action="run the same command again; committed shards are kept",
-            )
 
 
 def _until_end(
@@ -289,15 +248,3 @@ def _until_end(
     while not isinstance(result, _End):
         yield result
         _, result = next(steps)
-
-
-@contextmanager
-def _listening(stop: _Stop) -> Iterator[None]:
-    """Take SIGTERM and SIGUSR1 within the block as the wish to stop."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda *_: stop.request()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -80,13 +80,13 @@ class WorkQueue:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
-        self._timing = timing or Timing()
+        self.timing = timing or Timing()
         self._clock = clock
         self._claims = self._open("claims")
         self._workers = self._open("workers")
         # First of all, so that no temporary file is ever without an owner to ask about.
-        self.heartbeat = Heartbeat(self._workers, self._timing)
-        self.observer = Observer(self._workers, self._timing, clock)
+        self.heartbeat = Heartbeat(self._workers, self.timing)
+        self.observer = Observer(self._workers, self.timing, clock)
         self._lock = threading.Lock()
         self._own: dict[Claim, float] = {}
         self._durations: list[float] = []
@@ -128,7 +128,7 @@ class WorkQueue:
             if claim is not None:
                 yield claim
             else:
-                self._changed.wait(self._timing.poll_seconds)
+                self._changed.wait(self.timing.poll_seconds)
                 self._changed.clear()
 
     def claim(self, unit: str) -> Claim | None:
@@ -238,8 +238,8 @@ class WorkQueue:
         with self._lock:
             if not self._durations:
                 return None
-            limit = self._timing.straggler_factor * statistics.median(self._durations)
-        limit = max(limit, self._timing.heartbeat_seconds)
+            limit = self.timing.straggler_factor * statistics.median(self._durations)
+        limit = max(limit, self.timing.heartbeat_seconds)
         holders = self._holders()
         held = [holders[unit] for unit in remaining if unit in holders]
         watched = {claim: self._first_seen[claim] for claim in held if claim in self._first_seen}
