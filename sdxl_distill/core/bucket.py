@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 
@@ -44,6 +45,12 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
     Ties go to the bucket whose area is nearest to the image's, then to the wider one, so that
     the choice does not depend on the order of the list.
     """
+    return _nearest(width, height, tuple(buckets))
+
+
+# Cameras make millions of images in a handful of sizes.
+@lru_cache(maxsize=1 << 16)
+def _nearest(width: int, height: int, buckets: tuple[Bucket, ...]) -> Bucket:
     aspect = math.log(width / height)
 
     def distance(bucket: Bucket) -> tuple[float, float, int]:
