@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
@@ -25,15 +25,14 @@ from sdxl_distill.models.component import (
     VAE,
     Component,
     ComponentKind,
-    require_folder,
 )
 from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 _MAX_TRAIN_TIMESTEPS = 100_000
-TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 class Checkpoint:
@@ -89,7 +88,7 @@ class Checkpoint:
         )
         try:
             folder = Path(snapshot_download(reference, local_files_only=True))
-        except LocalEntryNotFoundError as error:
+        except (LocalEntryNotFoundError, HFValidationError) as error:
             raise ConfigError(
                 "there is no such folder, and the hub's cache on this machine does not hold it",
                 where=reference,
@@ -120,7 +119,7 @@ class Checkpoint:
     @cached_property
     def tokenizer_folders(self) -> tuple[Path, Path]:
         """Both tokenizers' folders. Raises as `vae`."""
-        first, second = (self._folder(name, _TOKENIZER_CLASSES) for name in TOKENIZERS)
+        first, second = (self._folder(name, _TOKENIZER_CLASSES) for name in _TOKENIZERS)
         return first, second
 
     def unet_fingerprint(self) -> str:
@@ -164,7 +163,7 @@ class Checkpoint:
             CorruptError: when a field is of the wrong type.
             IncompatibleError: when it is a scheduler without betas, or with trained ones.
         """
-        path = require_folder(self.folder / "scheduler", self._action) / "scheduler_config.json"
+        path = self._existing("scheduler") / "scheduler_config.json"
         config = read_json(path)
         if config.get("trained_betas") is not None:
             raise IncompatibleError("trained_betas are set", expected="null", where=str(path))
@@ -221,4 +220,13 @@ class Checkpoint:
                 where=str(self.folder),
                 action="use an SDXL checkpoint",
             )
-        return require_folder(self.folder / name, self._action)
+        return self._existing(name)
+
+    def _existing(self, name: str) -> Path:
+        if not (self.folder / name).is_dir():
+            raise ConfigError(
+                f"the checkpoint has no folder {name}",
+                where=str(self.folder),
+                action=self._action,
+            )
+        return self.folder / name
