@@ -1,0 +1,1 @@
+"""The student's training: optimizer, step, loop, checkpoints and what is logged."""
