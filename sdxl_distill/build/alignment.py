@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdxl_distill.build.shard_builder import PlannedShard
+from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet

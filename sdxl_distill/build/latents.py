@@ -7,7 +7,7 @@ longer the one that was scanned, is left out of its shard; the manifest lists it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sdxl_distill.build.shard_builder import EncodedRecord, PlannedShard
+from sdxl_distill.build.plan import PlannedShard
+from sdxl_distill.build.shard_builder import EncodedRecord
 from sdxl_distill.catalog.catalog import Catalog, CatalogShard
 from sdxl_distill.catalog.image import BadImageError, fit_to_bucket, read_image, read_image_file
 from sdxl_distill.catalog.segment import CatalogRow
@@ -116,13 +117,6 @@ class LatentsContent:
         self._batch_size = batch_size
         self._num_threads = num_threads
 
-    def planned(self) -> list[PlannedShard]:
-        """Return every shard of the catalog."""
-        return [
-            PlannedShard(ShardName(LATENTS_ID, *shard.bucket, shard.number), shard.num_rows)
-            for shard in self._catalog.shards
-        ]
-
     def accepts(self, index: ShardIndex) -> bool:
         """Whether a tar holds images of this shard only; some may not have decoded."""
         keys = {row.key for row in self._rows(index.name)}
@@ -157,7 +151,15 @@ class LatentsContent:
         return self._catalog.rows(self._shards[Bucket(name.width, name.height), name.number])
 
 
-def undecodable_keys(catalog: Catalog, indices: Sequence[ShardIndex]) -> set[str]:
+def planned_latents(catalog: Catalog) -> list[PlannedShard]:
+    """Return every shard of a catalog."""
+    return [
+        PlannedShard(ShardName(LATENTS_ID, *shard.bucket, shard.number), shard.num_rows)
+        for shard in catalog.shards
+    ]
+
+
+def undecodable_keys(catalog: Catalog, indices: Iterable[ShardIndex]) -> set[str]:
     """Return the keys of the catalog that no shard holds."""
     committed = set(chain.from_iterable(index.keys() for index in indices))
     return {row.key for shard in catalog.shards for row in catalog.rows(shard)} - committed

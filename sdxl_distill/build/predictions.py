@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdxl_distill.build.alignment import holds_same_keys, latents_name, planned_after
-from sdxl_distill.build.shard_builder import EncodedRecord, PlannedShard
+from sdxl_distill.build.alignment import holds_same_keys, latents_name
+from sdxl_distill.build.plan import PlannedShard
+from sdxl_distill.build.shard_builder import EncodedRecord
 from sdxl_distill.core.noise import noise, noise_seed, timestep
 from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.errors import NumericalError
@@ -168,36 +169,26 @@ class PredictionsContent:
     """Content of a predictions set, for `shard_builder.build_shards`.
 
     Args:
-        teacher_id: name of the set.
         teacher: the model.
         latents: the set that the teacher follows.
         text: the text set of the same latents.
         recipe: base seed and range of timesteps.
-        num_draws: (timestep, noise) pairs of each image.
         batch_size: records that the UNet predicts at once.
     """
 
     def __init__(
         self,
-        teacher_id: str,
         teacher: Teacher,
         latents: ShardSet,
         text: ShardSet,
         recipe: NoiseRecipe,
-        num_draws: int,
         batch_size: int,
     ) -> None:
-        self._teacher_id = teacher_id
         self._teacher = teacher
         self._latents = latents
         self._text = text
         self._recipe = recipe
-        self._num_draws = num_draws
         self._batch_size = batch_size
-
-    def planned(self) -> list[PlannedShard]:
-        """Return a shard for every latents shard and draw."""
-        return planned_after(self._latents, self._teacher_id, self._num_draws)
 
     def accepts(self, index: ShardIndex) -> bool:
         """Whether a tar holds exactly the keys of its latents shard."""

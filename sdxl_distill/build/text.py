@@ -9,8 +9,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from sdxl_distill.build.alignment import holds_same_keys, latents_name, planned_after
-from sdxl_distill.build.shard_builder import EncodedRecord, PlannedShard
+from sdxl_distill.build.alignment import holds_same_keys, latents_name
+from sdxl_distill.build.plan import PlannedShard
+from sdxl_distill.build.shard_builder import EncodedRecord
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.models.text_encoder import TextEmbeddings, TextEncoders
 from sdxl_distill.shards.index import ShardIndex
@@ -41,22 +42,16 @@ class TextContent:
     A caption that many images share is encoded once by each worker that meets it.
 
     Args:
-        text_set_id: name of the set.
         latents: whose sidecars hold the captions.
         encoders: loaded.
     """
 
-    def __init__(self, text_set_id: str, latents: ShardSet, encoders: TextEncoders) -> None:
-        self._text_set_id = text_set_id
+    def __init__(self, latents: ShardSet, encoders: TextEncoders) -> None:
         self._latents = latents
         self._encoders = encoders
         self._embed: Callable[[str], TextEmbeddings] = lru_cache(_CACHED_CAPTIONS)(self._encode_new)
         self.num_truncated = 0
         """Distinct captions met by this worker whose end the encoders do not see."""
-
-    def planned(self) -> list[PlannedShard]:
-        """Return a shard for every latents shard."""
-        return planned_after(self._latents, self._text_set_id)
 
     def accepts(self, index: ShardIndex) -> bool:
         """Whether a tar holds exactly the keys of its latents shard."""

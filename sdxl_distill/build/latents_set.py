@@ -1,0 +1,176 @@
+"""From a configuration to the latents set: scan, catalog, VAE, shards, manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+
+from sdxl_distill.build.commit import publish_set_record
+from sdxl_distill.build.latents import (
+    IMAGE_PIPELINE,
+    LATENTS_ID,
+    ImageReader,
+    LatentsContent,
+    planned_latents,
+    undecodable_keys,
+)
+from sdxl_distill.build.launch import Launch
+from sdxl_distill.build.repair import repair_set
+from sdxl_distill.build.set_builder import BuiltSet, build_set
+from sdxl_distill.build.withdrawal import CATALOG_FOLDER, withdraw_for_rebuild
+from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.growth import ScanReport, extend_catalog
+from sdxl_distill.catalog.scan import Progress, scan_folder
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.device import resolve_device
+from sdxl_distill.fsio import Directory
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import latents_schema
+from sdxl_distill.shards.set_record import SetRecord
+
+_COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MAX_DECODERS: Final = 8
+
+
+class BuiltLatents(NamedTuple):
+    """The complete set, and on rank 0 what the scan found."""
+
+    built: BuiltSet
+    report: ScanReport | None
+
+
+def build_latents_set(
+    config: BuilderConfig,
+    launch: Launch,
+    *,
+    rebuild: bool = False,
+    repair: bool = False,
+    rescan: bool = False,
+    scan_progress: Progress | None = None,
+) -> BuiltLatents:
+    """Build what is missing of the latents set, beside any other workers.
+
+    Args:
+        config: of the builder.
+        launch: this process among those started with it.
+        rebuild: set the present set aside and build anew.
+        repair: keep the good shards of a damaged set and build the others.
+        rescan: read every image again, known or not.
+        scan_progress: shows the scan, on rank 0.
+
+    Raises:
+        ConfigError: for a missing or empty image folder, or no VAE.
+        IncompatibleError: for a VAE that is not SDXL's kind, a folder of another
+            configuration, or changed captions.
+        CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
+    """
+    path = Path(config.data.latent_cache.cache_dir)
+    if rebuild:
+        withdraw_for_rebuild(launch, path)
+    report: list[ScanReport] = []
+
+    def decide() -> dict[str, object]:
+        record = latents_record(config)
+        catalog, found = _scan(config, path, record, rescan, scan_progress)
+        report.append(found)
+        if repair:
+            content = _content(config, catalog, launch)
+            repair_set(path, record, planned_latents(catalog), content.accepts)
+        return {"record": record.to_json(), "catalog": catalog.n}
+
+    decision = launch.decide("latents", decide)
+    record = SetRecord.from_json(decision["record"], "launch")
+    with Directory(path / CATALOG_FOLDER) as directory:
+        catalog = Catalog.load(directory, decision["catalog"])
+    built = build_set(
+        path,
+        record,
+        planned_latents(catalog),
+        partial(_content, config, catalog, launch),
+        partial(_describe, catalog),
+        launch.world,
+        catalog=catalog.n,
+        exclusive=config.cache.exclusive,
+    )
+    return BuiltLatents(built, report[0] if report else None)
+
+
+def latents_record(config: BuilderConfig) -> SetRecord:
+    """Return the identity of the latents set that a configuration describes.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when its VAE is missing, damaged or of
+            another kind.
+    """
+    checkpoint = Checkpoint.resolve(config.vae_source)
+    return SetRecord(
+        kind="latents",
+        id=LATENTS_ID,
+        schema=latents_schema(latent_channels(checkpoint)),
+        content={
+            "buckets": sorted(list(bucket) for bucket in config.buckets),
+            "image_pipeline": IMAGE_PIPELINE,
+            "records_per_shard": config.data.records_per_shard,
+            "vae": checkpoint.vae_fingerprint(),
+            "vae_dtype": config.data.latent_cache.dtype,
+        },
+    )
+
+
+def _scan(
+    config: BuilderConfig,
+    path: Path,
+    record: SetRecord,
+    rescan: bool,
+    progress: Progress | None,
+) -> tuple[Catalog, ScanReport]:
+    # Another configuration must be refused before it adds to this one's catalog.
+    with Directory(path, create=True) as directory:
+        publish_set_record(directory, record)
+    with Directory(path / CATALOG_FOLDER, create=True) as directory:
+        scan = scan_folder(
+            config.data.image_dir,
+            Catalog.load(directory),
+            max_pixels=config.data.max_image_pixels,
+            on_bad_image=config.data.on_bad_image,
+            rescan=rescan,
+            progress=progress,
+        )
+        return extend_catalog(
+            directory,
+            scan,
+            buckets=config.buckets,
+            records_per_shard=config.data.records_per_shard,
+            on_changed_caption=config.data.on_changed_caption,
+        )
+
+
+def _content(config: BuilderConfig, catalog: Catalog, launch: Launch) -> LatentsContent:
+    settings = config.data.latent_cache
+    device = resolve_device(config.device, launch.world.local_rank)
+    vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
+    cores = (os.cpu_count() or 1) // launch.world.local_size
+    return LatentsContent(
+        catalog,
+        ImageReader(
+            Path(config.data.image_dir), config.data.max_image_pixels, config.data.on_bad_image
+        ),
+        partial(encode_images, vae),
+        settings.batch_size,
+        num_threads=max(1, min(cores, _MAX_DECODERS)),
+    )
+
+
+def _describe(
+    catalog: Catalog, _directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+) -> Manifest:
+    indices = list(indices)
+    return Manifest.build(record, catalog.n, indices, undecodable_keys(catalog, indices))

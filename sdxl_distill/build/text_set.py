@@ -1,0 +1,119 @@
+"""From a configuration to the text set of a latents set and one pair of text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from sdxl_distill.build.alignment import holds_same_keys, planned_after
+from sdxl_distill.build.launch import Launch
+from sdxl_distill.build.repair import repair_set
+from sdxl_distill.build.set_builder import BuiltSet, build_set
+from sdxl_distill.build.text import TextContent, text_tensors
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.device import resolve_device
+from sdxl_distill.fsio import Directory
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.text_encoder import TextEncoders, text_geometry
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import FINGERPRINT, encode_record, text_schema
+from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
+
+_MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
+_ID_DIGITS: Final = 12
+
+
+def build_text_set(
+    config: BuilderConfig, latents: ShardSet, launch: Launch, *, repair: bool = False
+) -> tuple[Path, BuiltSet]:
+    """Build what is missing of the text set, beside any other workers.
+
+    Args:
+        config: its `text_source` names the encoders, `cache.output_dir` the parent folder.
+        latents: the set whose captions are encoded.
+        launch: this process among those started with it.
+        repair: keep the good shards of a damaged set and build the others.
+
+    Returns:
+        The folder of the set, and what was built.
+
+    Raises:
+        ConfigError, IncompatibleError: when the encoders are missing or of another kind.
+        CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
+    """
+    output_dir = Path(config.cache.output_dir)
+
+    def decide() -> dict[str, object]:
+        record = text_record(config, latents, output_dir)
+        if repair:
+            repair_set(
+                output_dir / record.id,
+                record,
+                planned_after(latents, record.id),
+                partial(holds_same_keys, latents=latents),
+            )
+        return record.to_json()
+
+    record = SetRecord.from_json(launch.decide("text", decide), "launch")
+    path, shards = output_dir / record.id, planned_after(latents, record.id)
+    content = partial(_content, config, latents, launch, path, record)
+    built = build_set(
+        path,
+        record,
+        shards,
+        content,
+        partial(_describe, latents.manifest.catalog),
+        launch.world,
+        catalog=latents.manifest.catalog,
+        exclusive=config.cache.exclusive,
+    )
+    return path, built
+
+
+def text_record(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> SetRecord:
+    """Return the identity of the text set; its id is made of its fingerprint.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when the encoders are missing or damaged.
+    """
+    checkpoint = Checkpoint.resolve(config.text_source)
+    geometry = text_geometry(checkpoint)
+    record = SetRecord(
+        kind="text",
+        id="text",
+        schema=text_schema(geometry.num_tokens, geometry.hidden_size, geometry.pooled_size),
+        content={"text": checkpoint.text_fingerprint()},
+        latents=SetReference(latents.manifest.record.fingerprint),
+    )
+    record = replace(record, id=f"text-{record.fingerprint[:_ID_DIGITS]}")
+    reference = SetReference.between(
+        latents.manifest.record.fingerprint, output_dir / record.id, latents.directory
+    )
+    return replace(record, latents=reference)
+
+
+def _content(
+    config: BuilderConfig, latents: ShardSet, launch: Launch, path: Path, record: SetRecord
+) -> TextContent:
+    device = resolve_device(config.device, launch.world.local_rank)
+    encoders = TextEncoders.load(Checkpoint.resolve(config.text_source), device)
+    # Before any shard, so that a set whose shards are all there has its empty record too.
+    empty = encode_record(text_tensors(encoders.encode([""])), {FINGERPRINT: record.fingerprint})
+    with Directory(path) as directory:
+        directory.publish_bytes(EMPTY_RECORD_NAME, empty)
+    return TextContent(latents, encoders)
+
+
+def _describe(
+    catalog: int, directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+) -> Manifest:
+    empty = directory.read(EMPTY_RECORD_NAME, _MAX_EMPTY_RECORD_BYTES)
+    digest = hashlib.sha256(empty).hexdigest()
+    return Manifest.build(record, catalog, indices, empty_sha256=digest)

@@ -1,0 +1,72 @@
+"""`build-latents`: a folder of images and captions becomes the latents set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+
+if TYPE_CHECKING:
+    from sdxl_distill.catalog.scan import Progress
+
+HELP = """Encode a folder of images into the latents set that all teachers and the trainer read.
+
+Run it again when images were added: new ones go to new shards, the others stay as they are.
+Any number of processes share the work: accelerate launch tools/build_latents.py --config C"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument("--rescan", action="store_true", help="read every image again")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="set the present latents aside and build anew"
+    )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="keep the good shards of a damaged set and build the others",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build the set."""
+    from pathlib import Path
+
+    from sdxl_distill.config.builder import BuilderConfig
+
+    config = config_of(arguments, BuilderConfig)
+    if config is None:
+        return
+    from sdxl_distill.build.latents_set import build_latents_set
+    from sdxl_distill.build.launch import Launch
+    from sdxl_distill.cli.build_summary import print_build_summary, print_scan_report
+    from sdxl_distill.world import World
+
+    launch = Launch(World.from_environment())
+    done = build_latents_set(
+        config,
+        launch,
+        rebuild=arguments.rebuild,
+        repair=arguments.repair,
+        rescan=arguments.rescan,
+        scan_progress=_scan_progress(),
+    )
+    if done.report is not None:
+        print_scan_report(done.report, done.built.manifest.undecodable)
+        print_build_summary(Path(config.data.latent_cache.cache_dir), done.built)
+
+
+def _scan_progress() -> Progress:
+    from tqdm import tqdm
+
+    bar = tqdm(desc="scan", unit="file", delay=1)
+
+    def show(num_done: int, num_files: int) -> None:
+        bar.total = num_files
+        bar.update(num_done - bar.n)
+        if num_done == num_files:
+            bar.close()
+
+    return show

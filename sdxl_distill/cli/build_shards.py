@@ -1,0 +1,56 @@
+"""`build-shards`: one teacher's predictions for every image and draw."""
+
+from __future__ import annotations
+
+import argparse
+
+from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+
+HELP = """Run one teacher over the latents set and write its predictions set.
+
+Run it once for every teacher, on as many GPUs and nodes as there are:
+  accelerate launch tools/build_shards.py --config C
+Kill it whenever you like: the same command goes on where it was."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="keep the good shards of a damaged set and build the others",
+    )
+    parser.add_argument(
+        "--withdraw-only",
+        action="store_true",
+        help="set the present set aside for cache.skip_existing: false and stop; once, before "
+        "a job array whose tasks cannot agree on it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build the set."""
+    from pathlib import Path
+
+    from sdxl_distill.config.builder import BuilderConfig
+
+    config = config_of(arguments, BuilderConfig)
+    if config is None:
+        return
+    path = Path(config.cache.output_dir) / config.teacher.teacher_id
+    if arguments.withdraw_only:
+        from sdxl_distill.build.withdrawal import withdraw_set
+
+        print(f"{path} was set aside as {withdraw_set(path)}")
+        return
+    from sdxl_distill.build.launch import Launch
+    from sdxl_distill.build.predictions_set import build_predictions_set
+    from sdxl_distill.cli.build_summary import print_build_summary
+    from sdxl_distill.world import World
+
+    world = World.from_environment()
+    done = build_predictions_set(config, Launch(world), repair=arguments.repair)
+    if world.is_main:
+        print_build_summary(done.text_path, done.text)
+        print_build_summary(path, done.predictions)

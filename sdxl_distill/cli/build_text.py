@@ -1,0 +1,44 @@
+"""`build-text`: the captions of a latents set, encoded by one pair of text encoders."""
+
+from __future__ import annotations
+
+import argparse
+
+from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+
+HELP = """Encode the captions of the latents set into a text set.
+
+build-shards does this by itself for the encoders of its configuration. Use this command for a
+student with other text encoders:
+  sdxl-distill build-text --config C --set model.text_encoder_id=STUDENT"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="keep the good shards of a damaged set and build the others",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Build the set."""
+    from sdxl_distill.config.builder import BuilderConfig
+
+    config = config_of(arguments, BuilderConfig)
+    if config is None:
+        return
+    from sdxl_distill.build.launch import Launch
+    from sdxl_distill.build.predictions_set import open_latents
+    from sdxl_distill.build.text_set import build_text_set
+    from sdxl_distill.cli.build_summary import print_build_summary
+    from sdxl_distill.world import World
+
+    world = World.from_environment()
+    path, built = build_text_set(
+        config, open_latents(config), Launch(world), repair=arguments.repair
+    )
+    if world.is_main:
+        print_build_summary(path, built)
