@@ -20,6 +20,7 @@ from sdxl_distill.errors import CorruptError
 from sdxl_distill.shards.bounded_json import parse_json, require_names
 
 MAX_HEADER_BYTES: Final = 64 * 1024
+# In the library's own order of dtypes; tensors are stored from the last to the first.
 ITEM_BYTES: Final = {"U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8}
 TORCH_DTYPES: Final = {
     "U8": torch.uint8,
@@ -39,6 +40,7 @@ _DTYPE_OF_NUMPY: Final = {
     np.dtype(np.int64): "I64",
     np.dtype(np.uint64): "U64",
 }
+_DTYPE_RANK: Final = {dtype: rank for rank, dtype in enumerate(ITEM_BYTES)}
 _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
 
@@ -71,8 +73,8 @@ class SafetensorsHeader(NamedTuple):
 def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> SafetensorsHeader:
-    """Lay out tensors given as name → (dtype, shape): widest dtype first, then by name."""
-    ordered = sorted(tensors.items(), key=lambda entry: (-ITEM_BYTES[entry[1][0]], entry[0]))
+    """Lay out tensors given as name → (dtype, shape): widest dtypes first, then by name."""
+    ordered = sorted(tensors.items(), key=lambda entry: (-_DTYPE_RANK[entry[1][0]], entry[0]))
     fields: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
     begin = 0
     for name, (dtype, shape) in ordered:

@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.fingerprint import canonical_json, differing_fields, fingerprint
-from sdxl_distill.shards.bounded_json import parse_json, require_names
+from sdxl_distill.fingerprint import differing_fields, fingerprint
+from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.record import (
     Layout,
     RecordSchema,
@@ -23,12 +23,12 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
+from sdxl_distill.shards.sealed_json import FORMAT_VERSION, seal, unseal
 from sdxl_distill.shards.set_reference import SetReference, parse_reference
 from sdxl_distill.shards.shard_name import is_safe_set_id
 
 Kind: TypeAlias = Literal["latents", "text", "predictions"]
 
-FORMAT_VERSION: Final = 1
 SET_RECORD_NAME: Final = "set.json"
 MAX_SET_RECORD_BYTES: Final = 1 << 20
 MAX_COUNTER: Final = 1 << 53
@@ -126,7 +126,7 @@ class SetRecord:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields of `set.json`."""
+        """Return the fields of `set.json`, which a manifest repeats."""
         return {
             **self.content_fields(),
             "fingerprint": self.fingerprint,
@@ -138,7 +138,7 @@ class SetRecord:
 
     def to_bytes(self) -> bytes:
         """Return the content of `set.json`."""
-        return canonical_json(self.to_json())
+        return seal(self.to_json())
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> SetRecord:
@@ -148,21 +148,16 @@ class SetRecord:
             CorruptError: when it is not byte for byte what `to_bytes` writes.
             IncompatibleError: when a newer version wrote it.
         """
-        record = cls.from_json(parse_json(content, where, MAX_SET_RECORD_BYTES), where)
-        if record.to_bytes() != content:
-            raise CorruptError("bytes that are not a set record's own", where=where)
-        return record
+        return cls.from_json(unseal(content, where, MAX_SET_RECORD_BYTES), where)
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> SetRecord:
-        """Read the fields of `set.json`, which a manifest repeats.
+        """Build from what `to_json` returned; it may come from a stranger.
 
         Raises:
             CorruptError: for a missing, unknown or absurd field, or another fingerprint than
                 the fields have.
-            IncompatibleError: when a newer version wrote it.
         """
-        check_version(value, where)
         fields = require_names(value, set(FIELDS), where)
         if (
             fields["kind"] not in get_args(Kind)
@@ -198,22 +193,6 @@ class SetRecord:
 def is_counter(value: Any) -> bool:
     """Whether a JSON value is a whole number from 0 to 2⁵³."""
     return type(value) is int and 0 <= value <= MAX_COUNTER
-
-
-def check_version(value: Any, where: str) -> None:
-    """Refuse the JSON of a newer version before anything unknown in it is called corrupt.
-
-    Raises:
-        IncompatibleError: when `format_version` is greater than ours.
-    """
-    version = cast("dict[str, Any]", value).get("format_version") if isinstance(value, dict) else 0
-    if type(version) is int and version > FORMAT_VERSION:
-        raise IncompatibleError(
-            f"format version {version}",
-            expected=f"at most {FORMAT_VERSION}",
-            where=where,
-            action="install a newer sdxl_distill",
-        )
 
 
 def _has_fields_of_its_kind(record: SetRecord) -> bool:

@@ -109,15 +109,26 @@ class ShardWriter:
 
 
 class _HashingFile:
-    """The few methods that a tar stream needs of a file, with a SHA-256 on the way."""
+    """The few methods that a tar stream needs of a file, with a SHA-256 on the way.
+
+    A tar that was given up writes its last bytes when it is collected: they go nowhere when the
+    file has failed or is closed by then.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
+        self._has_failed = False
         self.num_bytes = 0
 
     def write(self, content: bytes) -> int:
-        self._file.write(content)
+        if self._has_failed or self._file.closed:
+            return len(content)
+        try:
+            self._file.write(content)
+        except OSError:
+            self._has_failed = True
+            raise
         self._sha256.update(content)
         self.num_bytes += len(content)
         return len(content)

@@ -1,0 +1,132 @@
+"""A finding of the verifier: a typed error that was written down instead of raised.
+
+Every finding says set, shard, key, what is wrong and what to do. A shard with thousands of faults
+gives a few findings and a count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sdxl_distill.errors import (
+    ConfigError,
+    CorruptError,
+    DistillError,
+    IncompatibleError,
+    NumericalError,
+    StorageError,
+)
+
+MAX_PER_SHARD: Final = 5
+_WORST_FIRST: Final = (
+    CorruptError,
+    IncompatibleError,
+    NumericalError,
+    StorageError,
+    ConfigError,
+    DistillError,
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        error: what is wrong and what to do; its branch decides the exit code.
+        set_id: of the set; the folder's name where there is none.
+        shard: file name of the shard, or of whatever file is wrong; None for the set itself.
+        key: of the record; None for the whole shard.
+    """
+
+    error: DistillError
+    set_id: str
+    shard: str | None = None
+    key: str | None = None
+
+    def __str__(self) -> str:
+        place = f"set {self.set_id}"
+        if self.shard is not None:
+            place += f", {self.shard}"
+        if self.key is not None:
+            place += f", key {self.key}"
+        text = f"{type(self.error).__name__}: {place}: {self.error.found}"
+        if self.error.expected:
+            text += f"; expected {self.error.expected}"
+        if self.error.action:
+            text += f"\n  → {self.error.action}"
+        return text
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as JSON values."""
+        return {
+            "error": type(self.error).__name__,
+            "exit_code": self.error.exit_code,
+            "set": self.set_id,
+            "shard": self.shard,
+            "key": self.key,
+            "found": self.error.found,
+            "expected": self.error.expected,
+            "action": self.error.action,
+        }
+
+
+class FindingList:
+    """The findings of one shard, or of one file: the first five, and a count of the others.
+
+    Args:
+        set_id: of the set.
+        shard: file name that the findings are about; None for the set itself.
+    """
+
+    def __init__(self, set_id: str, shard: str | None = None) -> None:
+        self._set_id = set_id
+        self._shard = shard
+        self._shown: list[Finding] = []
+        self._untold: list[DistillError] = []
+
+    def __len__(self) -> int:
+        return len(self._shown) + len(self._untold)
+
+    def add(self, error: DistillError, key: str | None = None) -> None:
+        """Write down one more."""
+        if len(self._shown) < MAX_PER_SHARD:
+            self._shown.append(Finding(error, self._set_id, self._shard, key))
+        else:
+            self._untold.append(error)
+
+    @contextmanager
+    def collecting(self, key: str | None = None) -> Iterator[None]:
+        """Write down the error of ours that ends the block, instead of passing it on."""
+        try:
+            yield
+        except DistillError as error:
+            self.add(error, key)
+
+    def all(self) -> list[Finding]:
+        """Return the findings, the last of which may be a count."""
+        if not self._untold:
+            return list(self._shown)
+        worst = worst_branch(self._untold)
+        rest = worst(
+            f"{len(self._untold)} more of the kind",
+            action="look at the first ones: what repairs those repairs these",
+        )
+        return [*self._shown, Finding(rest, self._set_id, self._shard)]
+
+
+def worst_branch(errors: Iterable[DistillError]) -> type[DistillError]:
+    """Return the branch of the exception tree that counts most among at least one error."""
+    found = list(errors)
+    return next(
+        branch for branch in _WORST_FIRST if any(isinstance(error, branch) for error in found)
+    )
+
+
+def exit_code_of(findings: Iterable[Finding]) -> int:
+    """Return the exit code of the worst finding; 0 when there is none."""
+    errors = [finding.error for finding in findings]
+    return worst_branch(errors).exit_code if errors else 0

@@ -1,0 +1,149 @@
+"""Whether a record says what it must: values, where digests only prove that bytes are unchanged.
+
+Noise, seed and timestep follow from the image's id and are computed again; the rest has to be
+finite and plausible. What a tensor is follows from its name (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from sdxl_distill.core.bucket import Bucket, cover_crop
+from sdxl_distill.core.noise import noise, noise_seed, timestep
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.shards.digest import tensor_digest
+from sdxl_distill.shards.set_record import NoiseRecipe
+
+_MAX_SEED = 1 << 32
+
+
+class RecordPlace(NamedTuple):
+    """Which image, bucket and draw a record is of."""
+
+    image_id: str
+    width: int
+    height: int
+    draw: int
+
+
+def wrong_values(
+    tensors: Mapping[str, torch.Tensor],
+    place: RecordPlace,
+    recipe: NoiseRecipe | None,
+    action: str,
+) -> Iterator[CorruptError]:
+    """Yield what is wrong with the tensors of a record.
+
+    Args:
+        tensors: of the record, of the dtypes and shapes that its schema wants.
+        place: of the record.
+        recipe: of the noise and the timesteps; None when it is not known: then the noise is only
+            compared with the seed beside it.
+        action: what to do about it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            num_bad = int((~tensor.isfinite()).sum())
+            yield CorruptError(
+                f"{name} has {num_bad} values that are NaN or infinite",
+                expected="finite values",
+                action=action,
+            )
+    yield from _wrong_draw(tensors, place, recipe, action)
+    if "resolution" in tensors:
+        yield from _unequal(tensors, "resolution", [place.width, place.height], action)
+    if "time_ids" in tensors:
+        yield from _implausible_time_ids(tensors["time_ids"].tolist(), place, action)
+
+
+def check_sidecar(content: bytes, action: str) -> None:
+    """Check the JSON beside a record of latents: it holds the captions.
+
+    Raises:
+        CorruptError: when it is missing, no JSON, or without a list of captions.
+    """
+    try:
+        fields: Any = json.loads(content)
+        captions = cast("list[Any]", fields["captions"])
+        is_good = bool(captions) and all(isinstance(caption, str) for caption in captions)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        is_good = False
+    if not is_good:
+        raise CorruptError(
+            "the sidecar is missing, or has no captions",
+            expected='JSON with "captions": [text, …]',
+            action=action,
+        )
+
+
+def _wrong_draw(
+    tensors: Mapping[str, torch.Tensor],
+    place: RecordPlace,
+    recipe: NoiseRecipe | None,
+    action: str,
+) -> Iterator[CorruptError]:
+    if "seed" not in tensors:
+        return
+    if recipe is not None:
+        seed = noise_seed(place.image_id, recipe.base_seed, place.draw)
+        yield from _unequal(tensors, "seed", [seed], action)
+        step = timestep(
+            place.image_id,
+            recipe.base_seed,
+            place.draw,
+            recipe.min_timestep,
+            recipe.max_timestep,
+        )
+        yield from _unequal(tensors, "timestep", [step], action)
+    seed = int(tensors["seed"])
+    if not 0 <= seed < _MAX_SEED:
+        yield CorruptError(f"seed {seed}", expected="a number of 32 bits", action=action)
+    elif "noise" in tensors:
+        stored = tensors["noise"]
+        expected = noise(seed, place.width, place.height, stored.shape[0])
+        if tensor_digest(stored) != tensor_digest(expected):
+            yield CorruptError(
+                "the noise is not what its seed gives",
+                expected=f"the noise of seed {seed}",
+                action=action,
+            )
+
+
+def _unequal(
+    tensors: Mapping[str, torch.Tensor], name: str, expected: list[int], action: str
+) -> Iterator[CorruptError]:
+    found = tensors[name].tolist()
+    if found != expected:
+        yield CorruptError(
+            f"{name} is {_spell(found)}", expected=f"{_spell(expected)}", action=action
+        )
+
+
+def _implausible_time_ids(
+    time_ids: list[int], place: RecordPlace, action: str
+) -> Iterator[CorruptError]:
+    """A crop lies inside the image that was resized to cover the bucket."""
+    original_height, original_width, top, left, *target = time_ids
+    is_plausible = target == [place.height, place.width] and min(original_height, original_width) > 0
+    if is_plausible:
+        bucket = Bucket(place.width, place.height)
+        crop = cover_crop(original_width, original_height, bucket)
+        is_plausible = (
+            0 <= left <= crop.resized_width - place.width
+            and 0 <= top <= crop.resized_height - place.height
+        )
+    if not is_plausible:
+        yield CorruptError(
+            f"time_ids are {time_ids}",
+            expected="height and width of the image, a crop inside it, "
+            f"{place.height}, {place.width}",
+            action=action,
+        )
+
+
+def _spell(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else str(values)

@@ -1,0 +1,213 @@
+"""The set record: what the fingerprint covers, what a stranger may not say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.shards.record import RecordSchema, TensorSpec, predictions_schema
+from sdxl_distill.shards.sealed_json import seal
+from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_reference import SetReference, is_safe_place
+
+KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predictions", "compact")]
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def record(request, sets) -> SetRecord:
+    return sets.start(*request.param).record
+
+
+@pytest.fixture
+def predictions(sets) -> SetRecord:
+    return sets.start().record
+
+
+def test_a_record_is_read_back(record: SetRecord) -> None:
+    assert SetRecord.from_bytes(record.to_bytes(), "x") == record
+
+
+def test_every_flipped_byte_is_refused(record: SetRecord) -> None:
+    content = record.to_bytes()
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 0x01
+        with pytest.raises(CorruptError):
+            SetRecord.from_bytes(bytes(flipped), "x")
+
+
+CONTENT_CHANGES: dict[str, Any] = {
+    "schema": predictions_schema("full", "BF16", 4, 3, 4, 5),
+    "content": {"teacher": "4" * 64, "version": "1"},
+    "noise_schedule": NoiseSchedule(zero_terminal_snr=True),
+    "latents": SetReference("9" * 64, "../latents"),
+}
+
+
+@pytest.mark.parametrize("field", CONTENT_CHANGES)
+def test_the_fingerprint_covers_what_determines_content(field: str, predictions: SetRecord) -> None:
+    other = replace(predictions, **{field: CONTENT_CHANGES[field]})
+    assert other.fingerprint != predictions.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"id": "b"}, {"generation": 4}, {"latents": SetReference("1" * 64, "../../elsewhere")}],
+    ids=str,
+)
+def test_the_fingerprint_does_not_cover_names_and_places(
+    change: dict, predictions: SetRecord
+) -> None:
+    assert replace(predictions, **change).fingerprint == predictions.fingerprint
+
+
+def test_another_configuration_is_refused_with_the_fields_that_differ(
+    predictions: SetRecord,
+) -> None:
+    found = replace(
+        predictions,
+        content={"teacher": "3" * 64, "version": "2"},
+        noise=replace(predictions.noise, base_seed=7),  # type: ignore[type-var]
+    )
+    with pytest.raises(IncompatibleError) as caught:
+        predictions.require_same(found, "cache/teacher.v1")
+    assert "content.version '2', not '1'" in caught.value.found
+    assert "noise.base_seed 7, not 42" in caught.value.found
+    assert "teacher" not in caught.value.found
+
+
+def test_the_same_configuration_from_another_place_is_accepted(predictions: SetRecord) -> None:
+    moved = replace(predictions, latents=SetReference("1" * 64, None))
+    predictions.require_same(moved, "x")
+
+
+def signed(record: SetRecord, change: dict[str, Any]) -> bytes:
+    """Encode a record with fields changed and the fingerprint that its fields then have."""
+    fields = record.to_json() | change
+    covered = {**record.content_fields(), **change}
+    for name in ("latents", "text"):
+        if isinstance(covered[name], dict):
+            covered[name] = covered[name].get("fingerprint")
+    covered = {name: covered[name] for name in record.content_fields()}
+    if "fingerprint" not in change:
+        fields["fingerprint"] = fingerprint(covered)
+    return seal(fields)
+
+
+def test_the_forger_of_these_tests_can_sign(predictions: SetRecord) -> None:
+    assert SetRecord.from_bytes(signed(predictions, {"content": {}}), "x").content == {}
+
+
+SCHEMA = predictions_schema("full", "F16", 4, 3, 4, 5)
+LIES: list[dict[str, Any]] = [
+    {"kind": "images"},
+    {"kind": []},
+    {"kind": "latents"},
+    {"id": "../up"},
+    {"id": 7},
+    {"layout": "wide"},
+    {"layout": None},
+    {"layout": "compact"},
+    {"content": []},
+    {"generation": -1},
+    {"generation": True},
+    {"generation": 1 << 60},
+    {"fingerprint": "0" * 64},
+    {"noise": None},
+    {"noise": {"algorithm": "a", "base_seed": 1, "min_timestep": 5, "max_timestep": 5}},
+    {"noise": {"algorithm": 1, "base_seed": 1, "min_timestep": 0, "max_timestep": 5}},
+    {"noise": {"algorithm": "a", "base_seed": 1, "min_timestep": 0, "max_timestep": 10**9}},
+    {"noise": {"algorithm": "a"}},
+    {"noise_schedule": None},
+    {"noise_schedule": NoiseSchedule().to_json() | {"num_train_timesteps": 10**12}},
+    {"noise_schedule": NoiseSchedule().to_json() | {"num_train_timesteps": "many"}},
+    {"noise_schedule": NoiseSchedule().to_json() | {"beta_start": "0.1"}},
+    {"noise_schedule": NoiseSchedule().to_json() | {"beta_end": 2}},
+    {"noise_schedule": NoiseSchedule().to_json() | {"zero_terminal_snr": 1}},
+    {"noise_schedule": NoiseSchedule().to_json() | {"extra": 1}},
+    {"latents": None},
+    {"latents": {"fingerprint": "1" * 64, "place": "../../../../etc"}},
+    {"latents": {"fingerprint": "1" * 63, "place": "../latents"}},
+    {"latents": {"fingerprint": "1" * 64}},
+    {"text": {"fingerprint": "1" * 64, "place": None}},
+    {"schema": RecordSchema(SCHEMA.tensors[1:]).to_json()},
+    {"schema": RecordSchema((TensorSpec("seed", "I64", (2,)), *SCHEMA.tensors[3:])).to_json()},
+]
+
+
+@pytest.mark.parametrize("change", LIES, ids=lambda change: str(change)[:70])
+def test_a_record_that_lies_with_a_right_fingerprint_is_refused(
+    change: dict[str, Any], predictions: SetRecord
+) -> None:
+    with pytest.raises(CorruptError):
+        SetRecord.from_bytes(signed(predictions, change), "x")
+
+
+def test_an_unknown_prediction_type_is_refused(predictions: SetRecord) -> None:
+    schedule = NoiseSchedule().to_json() | {"prediction_type": "flow"}
+    with pytest.raises(IncompatibleError, match="flow"):
+        SetRecord.from_bytes(signed(predictions, {"noise_schedule": schedule}), "x")
+
+
+def test_unknown_and_missing_fields_are_refused(predictions: SetRecord) -> None:
+    fields = predictions.to_json()
+    for changed in ({**fields, "host": "node7"}, {"id": fields["id"]}):
+        with pytest.raises(CorruptError):
+            SetRecord.from_bytes(seal(changed), "x")
+
+
+def test_an_optional_tensor_of_a_later_version_is_accepted(predictions: SetRecord) -> None:
+    schema = RecordSchema((*SCHEMA.tensors, TensorSpec("mask", "F16", (1, "H/8", "W/8"))))
+    record = replace(predictions, schema=schema)
+    assert SetRecord.from_bytes(record.to_bytes(), "x") == record
+
+
+def test_a_newer_version_asks_for_a_newer_program(predictions: SetRecord) -> None:
+    content = seal(predictions.to_json() | {"format_version": 2, "novelty": True})
+    with pytest.raises(IncompatibleError, match="format version 2"):
+        SetRecord.from_bytes(content, "x")
+
+
+@pytest.mark.parametrize(
+    ("place", "is_safe"),
+    [
+        ("../latents", True),
+        ("../../../mein Vorrat/.cache/latents", True),
+        ("latents", True),
+        ("../../../../latents", False),
+        ("../a/../../../../b", False),
+        ("a/../b", False),
+        ("/etc", False),
+        ("", False),
+        (".", False),
+        ("../", False),
+        ("..//a", False),
+        ("a\x00b", False),
+        ("a\nb", False),
+        ("..\\a", False),
+        ("/".join("a" * 33), False),
+    ],
+)
+def test_a_place_climbs_three_folders_at_most(place: str, is_safe: bool) -> None:
+    assert is_safe_place(place) == is_safe
+
+
+def test_a_reference_finds_its_set_again(tmp_path: Path) -> None:
+    predictions, latents = tmp_path / "predictions/teacher", tmp_path / "latents"
+    reference = SetReference.between("1" * 64, predictions, latents)
+    assert reference.place == "../../latents"
+    resolved = reference.resolve(predictions)
+    assert resolved is not None
+    assert resolved.resolve() == latents.resolve()
+
+
+def test_a_set_too_far_away_gets_no_place(tmp_path: Path) -> None:
+    reference = SetReference.between("1" * 64, tmp_path / "a/b/c/d", tmp_path / "latents")
+    assert reference == SetReference("1" * 64, None)
+    assert reference.resolve(tmp_path) is None
