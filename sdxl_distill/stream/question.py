@@ -1,0 +1,113 @@
+"""The question of one draw, seed, noise and timestep, and the text that went with it.
+
+Every teacher must have been asked the same, or its answers cannot be averaged. The digests in
+the indices prove it without reading a tensor twice.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+
+from sdxl_distill.core.noise import noise_seed, timestep
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.shards.digest import bytes_digest
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.reader import ShardReader
+from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
+from sdxl_distill.shards.set_record import NoiseRecipe
+
+_TEXT_TENSORS: Final = ("encoder_hidden_states", "pooled_embeds")
+_MAX_TEXT_DISTANCE: Final = 1e-2
+"""Relative distance between two encodings of one caption on different devices: rounding moves
+them by less (bfloat16 by 0.8 %), another caption by tens of percent."""
+
+
+class Question(NamedTuple):
+    """Seed and timestep that follow from an image's id and a draw."""
+
+    seed: int
+    timestep: int
+
+
+def expected_question(image_id: str, recipe: NoiseRecipe, draw: int) -> Question:
+    """Return what a teacher must have been asked."""
+    return Question(
+        noise_seed(image_id, recipe.base_seed, draw),
+        timestep(image_id, recipe.base_seed, draw, recipe.min_timestep, recipe.max_timestep),
+    )
+
+
+def require_question(index: ShardIndex, record: int, question: Question) -> None:
+    """Check that a record's stored seed and timestep are the expected ones.
+
+    Raises:
+        CorruptError: naming the tensor, the set, the shard and the key.
+    """
+    for name, value in question._asdict().items():
+        expected = bytes_digest(value.to_bytes(8, "little"))
+        if index.tensor_digests(name)[record] != expected:
+            raise CorruptError(
+                f"the {name} is not what follows from the image's id",
+                expected=f"{name} {value}",
+                where=_where(index, record),
+                action="rebuild this shard: run its builder with --repair",
+            )
+
+
+def require_noise(index: ShardIndex, record: int, digest: int, origin: str) -> None:
+    """Check that a teacher saw the noise that the batch holds.
+
+    Args:
+        index: of the teacher's shard.
+        record: its number in the shard.
+        digest: of the batch's noise.
+        origin: where that came from.
+
+    Raises:
+        IncompatibleError: naming the set, the shard and the key.
+    """
+    if index.tensor_digests("noise")[record] != digest:
+        raise IncompatibleError(
+            "the teacher saw other noise",
+            expected=f"the noise of {origin}",
+            where=_where(index, record),
+            action="rebuild the set with the numpy version of constraints.txt",
+        )
+
+
+def require_close_text(text: ShardReader, other: ShardReader, record: int) -> None:
+    """Check that two sets of the same text encoders hold one caption's embeddings.
+
+    Those of different devices may differ by rounding; only then they are read and compared.
+
+    Raises:
+        IncompatibleError: naming both sets, the shard and the key.
+        CorruptError, StorageError: when they cannot be read.
+    """
+    for name in _TEXT_TENSORS:
+        digests = (reader.index.tensor_digests(name)[record] for reader in (text, other))
+        if len(set(digests)) == 1:
+            continue
+        expected, found = (_read(reader, record, name) for reader in (text, other))
+        distance = torch.linalg.vector_norm(found - expected)
+        if not distance <= _MAX_TEXT_DISTANCE * torch.linalg.vector_norm(expected):
+            raise IncompatibleError(
+                f"{name} are those of another caption",
+                expected=f"those of set {text.index.name.set_id}",
+                where=_where(other.index, record),
+                action="rebuild the set from the captions of today's latents",
+            )
+
+
+def _read(reader: ShardReader, record: int, name: str) -> torch.Tensor:
+    place = reader.index.header.place(name)
+    out = torch.empty(place.shape, dtype=TORCH_DTYPES[place.dtype])
+    reader.read_tensor_into(record, name, out)
+    return out.to(torch.float32)
+
+
+def _where(index: ShardIndex, record: int) -> str:
+    name = index.name
+    return f"set {name.set_id}, shard {name.tar}, key {index.key(record)}"

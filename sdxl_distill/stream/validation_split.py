@@ -1,0 +1,71 @@
+"""The validation split: images that are never trained on, chosen by their ids alone.
+
+An image is held out ⇔ the first 32 bits of its id < fraction · 2³²: the same in every run and for
+every set. Keys are sorted, so these records lead each shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from sdxl_distill.shards.shard_set import ShardSet
+from sdxl_distill.stream.alignment import AlignedShard
+from sdxl_distill.stream.permutation import Int64s
+from sdxl_distill.stream.schedule import Batch
+from sdxl_distill.stream.shard_table import ShardTable
+
+
+def num_held_out(latents: ShardSet, shard: AlignedShard, fraction: float) -> int:
+    """Return how many records at the start of a shard are held out.
+
+    The manifest's first and last key answer for nearly all shards; only a shard that the
+    threshold cuts needs its index.
+    """
+    threshold = math.ceil(fraction * 2**32)
+    name = shard.name(latents, 0)
+    entry = latents.manifest.entry(name)
+    if entry.first_id is None or entry.last_id is None or _prefix(entry.first_id) >= threshold:
+        return 0
+    if _prefix(entry.last_id) < threshold:
+        return shard.num_records
+    prefixes = latents.index(name).ids[:, :4].copy().view(">u4").reshape(-1)
+    return int(np.searchsorted(prefixes, threshold))
+
+
+def validation_reads(
+    table: ShardTable, max_records: int, *, rank: int, world: int
+) -> Iterator[Batch]:
+    """Yield what one rank reads to validate: every `world`-th held-out record, in draw 0.
+
+    Args:
+        table: its `first` counts the held-out records of each shard.
+        max_records: of one batch.
+        rank: whose share.
+        world: number of ranks; the shares of all are every held-out record once.
+    """
+    step = 0
+    for bucket in range(len(table.buckets)):
+        rows = np.flatnonzero((table.bucket == bucket) & (table.first > 0))
+        rows = rows[np.argsort(table.number[rows])]
+        if not rows.size:
+            continue
+        shards = np.repeat(rows, table.first[rows])[rank::world]
+        records = np.concatenate([np.arange(first) for first in table.first[rows].tolist()])[
+            rank::world
+        ]
+        for start in range(0, len(shards), max_records):
+            piece = slice(start, start + max_records)
+            yield _draw_0(step, bucket, shards[piece], records[piece])
+            step += 1
+
+
+def _draw_0(step: int, bucket: int, shards: Int64s, records: Int64s) -> Batch:
+    slots = np.arange(len(shards))
+    return Batch(0, step, bucket, shards, records, np.zeros_like(records), slots)
+
+
+def _prefix(image_id: str) -> int:
+    return int(image_id[:8], 16)
