@@ -68,9 +68,7 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         argv: its arguments; None: those of the process.
         prog: how the user called it.
     """
-    command = cast(
-        "Command", importlib.import_module(f"sdxl_distill.cli.{name.replace('-', '_')}")
-    )
+    command = cast("Command", importlib.import_module(f"sdxl_distill.cli.{name.replace('-', '_')}"))
     parser = argparse.ArgumentParser(
         prog=prog, description=command.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -15,7 +15,7 @@ import torch
 
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.fsio import TEMPORARY_PREFIX, new_token, storage_errors
-from sdxl_distill.models.checkpoint import TOKENIZERS, Checkpoint
+from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
 from sdxl_distill.models.tokenizer import load_tokenizer
 
@@ -78,8 +78,8 @@ def _write(
     del unet
     for component in (base.vae, *text.text_encoders):
         _save_component(component, folder, dtype)
-    for name, source in zip(TOKENIZERS, text.tokenizer_folders, strict=True):
-        load_tokenizer(source).save_pretrained(folder / name)
+    for source in text.tokenizer_folders:
+        load_tokenizer(source).save_pretrained(folder / source.name)
     shutil.copytree(base.folder / "scheduler", folder / "scheduler")
     shutil.copyfile(base.folder / "model_index.json", folder / "model_index.json")
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from sdxl_distill.train.reduction import sum_over_ranks
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -33,7 +35,7 @@ class Agreement:
         flags = torch.stack(
             [torch.tensor(float(stop), device=numbers.device), (~numbers.isfinite()).any().float()]
         )
-        flags = self._accelerator.reduce(flags, reduction="sum")
+        flags = sum_over_ranks(self._accelerator, flags)
         if flags.is_cuda:
             self._flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
             self._copied = torch.cuda.Event()

@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sdxl_distill.train.reduction import sum_over_ranks
+
 PREFIX: Final = "distill"
 
 
@@ -81,7 +83,7 @@ class RunReport:
     ) -> None:
         """Write the means over all ranks' records since the last log."""
         own = torch.tensor([self._num_records, self._waited_seconds], device=grad_norm.device)
-        totals = self._accelerator.reduce(torch.cat([self._loss_sums, own]), reduction="sum")
+        totals = sum_over_ranks(self._accelerator, torch.cat([self._loss_sums, own]))
         *losses, num_records, waited_seconds = totals.tolist()
         seconds = time.perf_counter() - self._started_seconds
         images_per_second = num_records / seconds

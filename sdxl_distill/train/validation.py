@@ -12,6 +12,7 @@ from torch import nn
 
 from sdxl_distill.core.ema import Ema
 from sdxl_distill.stream.batch import JoinedBatch
+from sdxl_distill.train.reduction import sum_over_ranks
 from sdxl_distill.train.step import DistillationStep
 
 
@@ -31,7 +32,7 @@ def validation_losses(
     for batch in batches:
         totals[:-1] += step.losses(batch.to(step.device)).sums()
         totals[-1] += len(batch)
-    totals = accelerator.reduce(totals, reduction="sum")
+    totals = sum_over_ranks(accelerator, totals)
     return (totals[:-1] / totals[-1].clamp(min=1)).tolist()
 
 

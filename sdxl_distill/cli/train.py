@@ -1,0 +1,53 @@
+"""`train`: the student learns the weighted average of all teachers' predictions."""
+
+from __future__ import annotations
+
+import argparse
+
+from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+
+HELP = """Train the student on the joined shard sets of all teachers, then export it.
+
+On any number of processes and nodes: accelerate launch train.py --config C
+SIGTERM and SIGUSR1 save a checkpoint at the next step and exit with 75; run again with
+--resume latest to go on, bit for bit as if nothing had happened."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        metavar="latest|PATH",
+        help="go on from the newest checkpoint of the run (from the start where there is none), "
+        "or from the one in the folder PATH",
+    )
+    parser.add_argument("--no-export", action="store_true", help="do not export the student")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and export."""
+    from sdxl_distill.config.distill import DistillConfig
+
+    config = config_of(arguments, DistillConfig)
+    if config is None:
+        return
+    from sdxl_distill.train.run_folder import RunFolder
+    from sdxl_distill.train.session import train
+    from sdxl_distill.world import World
+
+    is_main = World.from_environment().is_main
+    folder = RunFolder.of(config)
+    if is_main:
+        print(f"run folder: {folder.path} (its config.json is the resolved configuration)")
+        print(f"logs: tensorboard --logdir {config.training.tensorboard.base_dir}")
+    summary = train(config, arguments.resume)
+    if not is_main:
+        return
+    print(f"{config.run.name}: {summary.global_step} steps, {summary.seconds:.1f} s in this run")
+    for tag, value in sorted(summary.losses.items()):
+        print(f"  {tag}: {value:.6g}")
+    if not arguments.no_export:
+        from sdxl_distill.export.student import export_student
+
+        print(f"exported to {export_student(config, overwrite=True)}")
