@@ -6,9 +6,9 @@ gives a few findings and a count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Final
 
 from sdxl_distill.errors import (
@@ -21,13 +21,12 @@ from sdxl_distill.errors import (
 )
 
 MAX_PER_SHARD: Final = 5
-_WORST_FIRST: Final = (
+_WORST_FIRST: Final[tuple[type[DistillError], ...]] = (
     CorruptError,
     IncompatibleError,
     NumericalError,
     StorageError,
     ConfigError,
-    DistillError,
 )
 
 
@@ -98,13 +97,9 @@ class FindingList:
         else:
             self._untold.append(error)
 
-    @contextmanager
-    def collecting(self, key: str | None = None) -> Iterator[None]:
-        """Write down the error of ours that ends the block, instead of passing it on."""
-        try:
-            yield
-        except DistillError as error:
-            self.add(error, key)
+    def collecting(self, key: str | None = None) -> Collecting:
+        """Return a context that writes down the error of ours that ends its block."""
+        return Collecting(self, key)
 
     def all(self) -> list[Finding]:
         """Return the findings, the last of which may be a count."""
@@ -118,11 +113,38 @@ class FindingList:
         return [*self._shown, Finding(rest, self._set_id, self._shard)]
 
 
+class Collecting:
+    """Ends its block at the first error of ours, and goes on after it.
+
+    Args:
+        findings: where the error is written down.
+        key: of the record that the block is about.
+    """
+
+    def __init__(self, findings: FindingList, key: str | None) -> None:
+        self._findings = findings
+        self._key = key
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if isinstance(error, DistillError):
+            self._findings.add(error, self._key)
+            return True
+        return False
+
+
 def worst_branch(errors: Iterable[DistillError]) -> type[DistillError]:
     """Return the branch of the exception tree that counts most among at least one error."""
-    found = list(errors)
+    found = {type(error) for error in errors}
     return next(
-        branch for branch in _WORST_FIRST if any(isinstance(error, branch) for error in found)
+        branch for branch in _WORST_FIRST if any(issubclass(kind, branch) for kind in found)
     )
 
 

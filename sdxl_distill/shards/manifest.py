@@ -156,8 +156,10 @@ class Manifest:
 
     def _check(self, where: str) -> None:
         kind = self.record.kind
-        if (self.empty_sha256 is not None) != (kind == "text") or (
-            self.undecodable and kind != "latents"
+        if (
+            (self.empty_sha256 is not None) != (kind == "text")
+            or (self.undecodable and kind != "latents")
+            or (self.draws > 1 and kind != "predictions")
         ):
             raise CorruptError(f"fields that a {kind} set does not have, or lacks", where=where)
         if self.empty_sha256 is not None and not is_sha256(self.empty_sha256):

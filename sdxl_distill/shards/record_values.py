@@ -57,7 +57,7 @@ def wrong_values(
     if "resolution" in tensors:
         yield from _unequal(tensors, "resolution", [place.width, place.height], action)
     if "time_ids" in tensors:
-        yield from _implausible_time_ids(tensors["time_ids"].tolist(), place, action)
+        yield from _implausible_time_ids(_integers(tensors["time_ids"]), place, action)
 
 
 def check_sidecar(content: bytes, action: str) -> None:
@@ -116,7 +116,7 @@ def _wrong_draw(
 def _unequal(
     tensors: Mapping[str, torch.Tensor], name: str, expected: list[int], action: str
 ) -> Iterator[CorruptError]:
-    found = tensors[name].tolist()
+    found = _integers(tensors[name])
     if found != expected:
         yield CorruptError(
             f"{name} is {_spell(found)}", expected=f"{_spell(expected)}", action=action
@@ -128,7 +128,9 @@ def _implausible_time_ids(
 ) -> Iterator[CorruptError]:
     """A crop lies inside the image that was resized to cover the bucket."""
     original_height, original_width, top, left, *target = time_ids
-    is_plausible = target == [place.height, place.width] and min(original_height, original_width) > 0
+    is_plausible = (
+        target == [place.height, place.width] and min(original_height, original_width) > 0
+    )
     if is_plausible:
         bucket = Bucket(place.width, place.height)
         crop = cover_crop(original_width, original_height, bucket)
@@ -143,6 +145,10 @@ def _implausible_time_ids(
             f"{place.height}, {place.width}",
             action=action,
         )
+
+
+def _integers(tensor: torch.Tensor) -> list[int]:
+    return [int(value) for value in tensor]
 
 
 def _spell(values: list[int]) -> str:

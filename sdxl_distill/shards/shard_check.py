@@ -1,16 +1,14 @@
 """Verifies one shard: its index against the manifest, its tar against both, every value.
 
-Nothing is raised but programming errors: what is wrong is collected, and the check goes on as far
-as the damage lets it.
+What is wrong is collected, not raised, and the check goes on as far as the damage lets it.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 
-from sdxl_distill.errors import CorruptError, DistillError
+from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.finding import Finding, FindingList
 from sdxl_distill.shards.index import ShardIndex
@@ -30,7 +28,7 @@ class CheckedShard:
 
     Attributes:
         name: of the shard.
-        index: stored, or when that is damaged that of the tar; None when neither can be read.
+        index: stored, or where that is damaged the tar's; None when neither can be read.
         findings: what is wrong; empty for a good shard.
     """
 
@@ -53,68 +51,120 @@ def check_shard(
         directory: of the set.
         record: of the set.
         name: of the shard.
-        entry: what the manifest says of it; None in a set without a manifest.
+        entry: what the manifest says of it; None where there is no manifest.
         quick: look at the index and at the size of the tar only.
     """
-    return _ShardCheck(directory, record, name, entry).run(quick=quick)
+    findings = FindingList(record.id, name.tar)
+    stored: ShardIndex | None = None
+    with findings.collecting():
+        stored = _stored_index(directory, record, name, entry)
+    index = stored
+    with findings.collecting(), os.fdopen(_open_tar(directory, name), "rb") as tar:
+        _require_size(tar.fileno(), entry, stored)
+        if not quick:
+            index = _check_content(tar.fileno(), record, name, entry, stored, findings)
+    return CheckedShard(name, index, findings.all())
 
 
-class _ShardCheck:
-    def __init__(
-        self, directory: Directory, record: SetRecord, name: ShardName, entry: ShardEntry | None
-    ) -> None:
-        self._directory = directory
-        self._record = record
-        self._name = name
-        self._entry = entry
-        self._findings = FindingList(record.id, name.tar)
+def _stored_index(
+    directory: Directory, record: SetRecord, name: ShardName, entry: ShardEntry | None
+) -> ShardIndex:
+    try:
+        content = directory.read(name.idx, MAX_INDEX_BYTES)
+    except FileNotFoundError as error:
+        raise CorruptError("the index is missing", expected=name.idx, action=ACTION) from error
+    index = ShardIndex.from_bytes(content, name)
+    if index.header.content != _header(record, name, index.header.source_sha256).content:
+        raise CorruptError(
+            f"the index is one of records of set {index.header.fingerprint[:12]}…",
+            expected=f"records of set {record.fingerprint[:12]}… with its schema",
+            action=ACTION,
+        )
+    found = ShardEntry.of(index)
+    if entry is not None and found != entry:
+        pairs = zip(found._fields, found, entry, strict=True)
+        fields = ", ".join(field for field, left, right in pairs if left != right)
+        raise CorruptError(
+            f"the index differs from the manifest in {fields}",
+            expected="the shard that the manifest lists",
+            action=ACTION,
+        )
+    return index
 
-    def run(self, *, quick: bool) -> CheckedShard:
-        stored = self._stored_index()
-        index = stored
-        with self._findings.collecting(), os.fdopen(self._open(), "rb") as tar:
-            has_size = self._has_expected_size(tar.fileno(), stored)
-            if not quick:
-                computed = self._computed_index(tar.fileno(), stored) if has_size else None
-                index = stored or computed
-                num_findings = len(self._findings)
-                if index is not None:
-                    self._check_records(tar.fileno(), index)
-                if len(self._findings) == num_findings:
-                    self._compare(stored, computed)
-        return CheckedShard(self._name, index, self._findings.all())
 
-    def _open(self) -> int:
-        return self._found(lambda: self._directory.open(self._name.tar), "the tar is missing")
+def _open_tar(directory: Directory, name: ShardName) -> int:
+    try:
+        return directory.open(name.tar)
+    except FileNotFoundError as error:
+        raise CorruptError("the tar is missing", expected=name.tar, action=ACTION) from error
 
-    def _stored_index(self) -> ShardIndex | None:
-        """Return the index file's content when it is good and of this set."""
-        with self._findings.collecting():
-            content = _present(self._directory, self._name.idx)
-            index = ShardIndex.from_bytes(content, self._name)
-            self._require_header(index)
-            self._require_entry(index)
-            return index
+
+def _require_size(descriptor: int, entry: ShardEntry | None, stored: ShardIndex | None) -> None:
+    """Compare sizes first: of a tar that was cut, nothing needs to be read."""
+    known = entry or stored
+    num_bytes = os.fstat(descriptor).st_size
+    if known is not None and num_bytes != known.tar_bytes:
+        raise CorruptError(
+            f"the tar has {num_bytes} bytes", expected=f"{known.tar_bytes}", action=ACTION
+        )
+
+
+def _check_content(
+    descriptor: int,
+    record: SetRecord,
+    name: ShardName,
+    entry: ShardEntry | None,
+    stored: ShardIndex | None,
+    findings: FindingList,
+) -> ShardIndex | None:
+    """Read the tar strictly and every record by index; return the index that counts."""
+    computed: ShardIndex | None = None
+    with findings.collecting():
+        source = _source_sha256(descriptor, name, entry, stored)
+        computed = index_of_tar(descriptor, name, _header(record, name, source))
+    index = stored or computed
+    if index is None:
         return None
-
-    def _require_header(self, index: ShardIndex) -> None:
-        if index.header.content != self._header(index.header.source_sha256).content:
-            raise CorruptError(
-                f"the index is one of records of set {index.header.fingerprint[:12]}…",
-                expected=f"records of set {self._record.fingerprint[:12]}…, its schema and source",
+    num_before = len(findings)
+    _check_records(descriptor, record, index, findings)
+    is_explained = len(findings) > num_before
+    if computed is not None and computed.digest != index.digest and not is_explained:
+        findings.add(
+            CorruptError(
+                f"the index is not that of the tar, whose SHA-256 is {computed.tar_sha256[:12]}…",
+                expected=f"{index.tar_sha256[:12]}…",
                 action=ACTION,
             )
+        )
+    return index
 
-    def _require_entry(self, index: ShardIndex) -> None:
-        found = ShardEntry.of(index)
-        if self._entry is not None and found != self._entry:
-            fields = [
-                field
-                for field, left, right in zip(found._fields, found, self._entry, strict=True)
-                if left != right
-            ]
-            raise CorruptError(
-                f"the index differs from the manifest in {', '.join(fields)}",
-                expected="the shard that the manifest lists",
-                action=ACTION,
-            )
+
+def _check_records(
+    descriptor: int, record: SetRecord, index: ShardIndex, findings: FindingList
+) -> None:
+    name = index.name
+    reader = ShardReader(os.dup(descriptor), index, diagnose=lambda error: error)
+    for number in range(index.num_records):
+        key = index.key(number)
+        place = RecordPlace(index.image_id(number), name.width, name.height, name.draw)
+        with findings.collecting(key):
+            tensors = reader.read_record(number)
+            for error in wrong_values(tensors, place, record.noise, ACTION):
+                findings.add(error, key)
+            if record.kind == "latents":
+                check_sidecar(reader.read_sidecar(number), ACTION)
+
+
+def _source_sha256(
+    descriptor: int, name: ShardName, entry: ShardEntry | None, stored: ShardIndex | None
+) -> str | None:
+    if entry is not None:
+        return entry.source_sha256
+    header = stored.header if stored is not None else header_of_tar(descriptor, name)
+    return None if header is None else header.source_sha256
+
+
+def _header(record: SetRecord, name: ShardName, source_sha256: str | None) -> RecordHeader:
+    return RecordHeader.build(
+        record.schema, name.width, name.height, record.fingerprint, source_sha256
+    )

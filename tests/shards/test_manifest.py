@@ -78,6 +78,16 @@ def test_shards_that_are_twice_or_lack_a_draw_are_refused(rows: list[int], sets)
         Manifest.build(small.record, 0, [small.indices[row] for row in rows])
 
 
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_only_predictions_have_draws(kind: str, sets) -> None:
+    small = sets.start(kind)
+    for draw in range(2):
+        small.add_shard(ShardName(small.record.id, 64, 64, 0, draw), [])
+    empty_sha256 = "0" * 64 if kind == "text" else None
+    with pytest.raises(CorruptError, match=f"a {kind} set does not have"):
+        Manifest.build(small.record, 0, small.indices, (), empty_sha256)
+
+
 def test_draws_with_other_keys_are_refused(sets, ids) -> None:
     small = sets.start()
     for draw in range(2):

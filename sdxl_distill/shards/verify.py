@@ -1,0 +1,139 @@
+"""Verifies one shard set alone, without a GPU: complete, undamaged, and saying what it must.
+
+Set record, manifest and every shard are checked as far as damage elsewhere allows, and findings
+are collected. A set that is still being built is checked too, and reported as incomplete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from sdxl_distill.fsio import Directory
+from sdxl_distill.shards.finding import Finding, exit_code_of
+from sdxl_distill.shards.set_check import (
+    check_empty_record,
+    check_identity,
+    check_ids,
+    check_recipe,
+    check_strangers,
+    incomplete,
+    read_manifest,
+    read_set_record,
+)
+from sdxl_distill.shards.shard_check import CheckedShard, check_shard
+from sdxl_distill.shards.shard_entry import ShardEntry
+from sdxl_distill.shards.shard_name import ShardName
+
+Progress = Callable[[int, int], None]
+"""Called with how many shards (or files) are done, and how many there are."""
+
+
+@dataclass
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        set_id: of the set; the folder's name where it cannot be read.
+        kind: latents, text or predictions; None where it cannot be read.
+        num_records: in all shards and draws.
+        num_shards: in all draws; 0 for loose files.
+        num_draws: of each image.
+        num_bytes: of all tars, or of all loose files.
+        findings: empty for a set that is complete and valid.
+    """
+
+    set_id: str
+    kind: str | None = None
+    num_records: int = 0
+    num_shards: int = 0
+    num_draws: int = 1
+    num_bytes: int = 0
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the worst finding; 0 when there is none."""
+        return exit_code_of(self.findings)
+
+
+def show_nothing(num_done: int, num_all: int) -> None:
+    """Be the `Progress` of who wants none."""
+    del num_done, num_all
+
+
+def verify_set(
+    path: str | Path,
+    *,
+    quick: bool = False,
+    num_threads: int = 1,
+    on_progress: Progress = show_nothing,
+) -> Verification:
+    """Verify a shard set.
+
+    Args:
+        path: folder of the set.
+        quick: read set record, manifest and indices, and compare the sizes of the tars, which
+            stay closed.
+        num_threads: shards that are read at once.
+        on_progress: called after each shard.
+
+    Raises:
+        ConfigError: when there is no such folder.
+        StorageError: when it cannot be listed.
+    """
+    with Directory(path) as directory:
+        names = directory.names()
+        record, findings = read_set_record(directory)
+        manifest, more = read_manifest(directory)
+        result = Verification(directory.path.resolve().name, findings=findings + more)
+        if manifest is not None:
+            result.findings += check_identity(record or manifest.record, manifest)
+            record = manifest.record
+            entries = dict(zip(manifest.names(), manifest.shards, strict=True))
+        elif record is not None:
+            committed, finding = incomplete(record, names)
+            result.findings += [] if more else [finding]
+            entries = dict.fromkeys(committed)
+        else:
+            return result
+        result.set_id, result.kind = record.id, record.kind
+        result.findings += check_strangers(record, names, entries, complete=manifest is not None)
+        if record.kind == "text":
+            result.findings += check_empty_record(directory, record, manifest)
+        unknown_noise = check_recipe(record)
+        result.findings += unknown_noise
+        check = partial(check_shard, directory, record, quick=quick or bool(unknown_noise))
+        shards = _check_all(check, entries, num_threads, on_progress)
+    _add_up(result, shards)
+    indices = [shard.index for shard in shards if shard.index is not None]
+    undecodable = () if manifest is None else manifest.undecodable
+    result.findings += check_ids(record, indices, undecodable)
+    return result
+
+
+def _check_all(
+    check: Callable[[ShardName, ShardEntry | None], CheckedShard],
+    entries: Mapping[ShardName, ShardEntry | None],
+    num_threads: int,
+    on_progress: Progress,
+) -> list[CheckedShard]:
+    shards: list[CheckedShard] = []
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="verify") as pool:
+        for shard in pool.map(check, entries.keys(), entries.values()):
+            shards.append(shard)
+            on_progress(len(shards), len(entries))
+    return shards
+
+
+def _add_up(result: Verification, shards: list[CheckedShard]) -> None:
+    for shard in shards:
+        result.findings += shard.findings
+        if shard.index is not None:
+            result.num_records += shard.index.num_records
+            result.num_bytes += shard.index.tar_bytes
+    result.num_shards = len(shards)
+    result.num_draws = 1 + max((shard.name.draw for shard in shards), default=0)
