@@ -8,7 +8,8 @@ or rounds differently (docs/decisions/0002-create-only-publication.md).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sdxl_distill.build.in_place import until_not_swept
 from sdxl_distill.build.plan import PlannedShard
@@ -39,11 +40,9 @@ def publish_set_record(directory: Directory, record: SetRecord) -> SetRecord:
     if until_not_swept(directory, lambda: directory.publish_bytes(SET_RECORD_NAME, content)):
         return record
     where = str(directory.path / SET_RECORD_NAME)
-    try:
+    with naming_repair(where):
         content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
         found = SetRecord.from_bytes(content, where)
-    except CorruptError as error:
-        raise _to_be_repaired(error, where) from error
     record.require_same(found, where)
     return found
 
@@ -74,18 +73,15 @@ def adopt_shard(
         CorruptError: when it is damaged or of another set; names `--repair`.
         StorageError: when the operating system refuses.
     """
-    try:
-        descriptor = directory.open(name.tar)
-    except FileNotFoundError:
-        return None
-    except CorruptError as error:
-        raise _to_be_repaired(error, str(directory.path / name.tar)) from error
-    try:
-        index = index_of_tar(descriptor, name, header)
-    except CorruptError as error:
-        raise _to_be_repaired(error, str(directory.path / name.tar)) from error
-    finally:
-        os.close(descriptor)
+    with naming_repair(str(directory.path / name.tar)):
+        try:
+            descriptor = directory.open(name.tar)
+        except FileNotFoundError:
+            return None
+        try:
+            index = index_of_tar(descriptor, name, header)
+        finally:
+            os.close(descriptor)
     if not accepts(index):
         raise CorruptError(
             f"the tar holds {index.num_records} records with other keys than this shard's",
@@ -137,5 +133,12 @@ def commit_shard(
     return adopted
 
 
-def _to_be_repaired(error: CorruptError, where: str) -> CorruptError:
-    return CorruptError(error.found, expected=error.expected, where=where, action=REPAIR)
+@contextmanager
+def naming_repair(where: str) -> Iterator[None]:
+    """Let a CorruptError of the block say which file of the set it is, and name `--repair`."""
+    try:
+        yield
+    except CorruptError as error:
+        raise CorruptError(
+            error.found, expected=error.expected, where=where, action=REPAIR
+        ) from error

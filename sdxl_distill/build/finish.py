@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from sdxl_distill.build.commit import REPAIR, shard_header
+from sdxl_distill.build.commit import REPAIR, naming_repair, shard_header
 from sdxl_distill.build.in_place import require_in_place, until_not_swept
 from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.build.stop_request import StopRequest
 from sdxl_distill.build.withdrawal import discard_withdrawn
 from sdxl_distill.build.work_queue import WorkQueue
-from sdxl_distill.errors import CorruptError, DistillError, IncompatibleError
+from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
@@ -97,39 +97,30 @@ def _indices(
     directory: Directory, queue: WorkQueue, record: SetRecord, shards: Sequence[PlannedShard]
 ) -> Iterator[ShardIndex]:
     for shard in shards:
-        try:
-            yield _index(directory, record, shard)
-        except FileNotFoundError as error:
-            raise CorruptError(
-                "is missing, although its pair was committed",
-                where=str(error.filename),
-                action=REPAIR,
-            ) from error
+        with naming_repair(str(directory.path / shard.name.idx)):
+            index = _index(directory, record, shard)
+        yield index
         queue.heartbeat.show_progress()
 
 
 def _index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
-    name, where = shard.name, str(directory.path / shard.name.idx)
-    index = ShardIndex.from_bytes(directory.read(name.idx, MAX_INDEX_BYTES), name)
-    expected = shard_header(record, shard)
-    if index.header.source_sha256 != expected.source_sha256:
-        raise _stale(where)
-    descriptor = directory.open(name.tar)
+    name, expected = shard.name, shard_header(record, shard)
+    try:
+        index = ShardIndex.from_bytes(directory.read(name.idx, MAX_INDEX_BYTES), name)
+        descriptor = directory.open(name.tar)
+    except FileNotFoundError as error:
+        raise CorruptError("the index or its tar, once committed, is missing") from error
     num_bytes = os.fstat(descriptor).st_size
     os.close(descriptor)
+    if index.header.source_sha256 != expected.source_sha256:
+        raise IncompatibleError(
+            "the shard was made from another latents shard than the one there today",
+            where=str(directory.path / name.idx),
+            action=REPAIR,
+        )
     if index.header.content != expected.content or num_bytes != index.tar_bytes:
         raise CorruptError(
             f"an index of another set, or of a tar of {index.tar_bytes} bytes",
             expected=f"an index of set {record.id} and its tar of {num_bytes} bytes",
-            where=where,
-            action=REPAIR,
         )
     return index
-
-
-def _stale(where: str) -> DistillError:
-    return IncompatibleError(
-        "the shard was made from another latents shard than the one there today",
-        where=where,
-        action=REPAIR,
-    )

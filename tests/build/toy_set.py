@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(manifest.digest, summary)
     return 0
+
+
+def work(arguments: Sequence[str], log: str) -> None:
+    """Be one worker; the body of a process."""
+    with Path(log).open("a") as out, redirect_stdout(out), redirect_stderr(out):
+        code = main(arguments)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
