@@ -92,7 +92,10 @@ def _count_buckets(places: set[tuple[int, int, int]]) -> Counter[Bucket]:
 
 
 def _spell(counts: Counter[Bucket]) -> str:
-    return ", ".join(f"{count} shards of {bucket}" for bucket, count in counts.items())
+    return ", ".join(
+        f"{count} {'shard' if count == 1 else 'shards'} of {bucket}"
+        for bucket, count in counts.items()
+    )
 
 
 def _missing(missing: Mapping[ShardSet, Counter[Bucket]]) -> IncompatibleError:

@@ -118,7 +118,7 @@ class Join:
             readers = {each: each.reader(shard.name(each, draw)) for each in self._sets.all}
             for column in columns:
                 column.read(readers, record, row, len(batch))
-            self._answer(batch, row, readers, record, draw)
+            self._fill_question(batch, row, readers, record, draw)
             keys.append(readers[self._sets.latents].index.key(record))
         return keys
 
@@ -138,7 +138,7 @@ class Join:
             columns.append(Column(self._noise_source, "noise", byte_view(batch.noise)))
         return columns
 
-    def _answer(
+    def _fill_question(
         self, batch: JoinedBatch, row: int, readers: Readers, record: int, draw: int
     ) -> None:
         """Fill in what follows from the id, and check that every teacher was asked the same."""
