@@ -50,6 +50,8 @@ class Finding:
         place = f"set {self.set_id}"
         if self.shard is not None:
             place += f", {self.shard}"
+        elif self.error.where:
+            place += f", {self.error.where}"
         if self.key is not None:
             place += f", key {self.key}"
         text = f"{type(self.error).__name__}: {place}: {self.error.found}"
@@ -67,6 +69,7 @@ class Finding:
             "set": self.set_id,
             "shard": self.shard,
             "key": self.key,
+            "where": self.error.where,
             "found": self.error.found,
             "expected": self.error.expected,
             "action": self.error.action,
@@ -74,16 +77,20 @@ class Finding:
 
 
 class FindingList:
-    """The findings of one shard, or of one file: the first five, and a count of the others.
+    """The findings of one shard, or of one file: the first few, and a count of the others.
 
     Args:
         set_id: of the set.
         shard: file name that the findings are about; None for the set itself.
+        limit: how many are kept.
     """
 
-    def __init__(self, set_id: str, shard: str | None = None) -> None:
+    def __init__(
+        self, set_id: str, shard: str | None = None, *, limit: int = MAX_PER_SHARD
+    ) -> None:
         self._set_id = set_id
         self._shard = shard
+        self._limit = limit
         self._shown: list[Finding] = []
         self._untold: list[DistillError] = []
 
@@ -92,7 +99,7 @@ class FindingList:
 
     def add(self, error: DistillError, key: str | None = None) -> None:
         """Write down one more."""
-        if len(self._shown) < MAX_PER_SHARD:
+        if len(self._shown) < self._limit:
             self._shown.append(Finding(error, self._set_id, self._shard, key))
         else:
             self._untold.append(error)
@@ -107,7 +114,7 @@ class FindingList:
             return list(self._shown)
         worst = worst_branch(self._untold)
         rest = worst(
-            f"{len(self._untold)} more of the kind",
+            f"{len(self._untold)} more findings",
             action="look at the first ones: what repairs those repairs these",
         )
         return [*self._shown, Finding(rest, self._set_id, self._shard)]

@@ -44,6 +44,7 @@ class Verification:
         num_draws: of each image.
         num_bytes: of all tars, or of all loose files.
         findings: empty for a set that is complete and valid.
+        notes: what else the user should know: what could not be checked, what was drawn.
     """
 
     set_id: str
@@ -53,6 +54,7 @@ class Verification:
     num_draws: int = 1
     num_bytes: int = 0
     findings: list[Finding] = field(default_factory=list[Finding])
+    notes: list[str] = field(default_factory=list[str])
 
     @property
     def exit_code(self) -> int:

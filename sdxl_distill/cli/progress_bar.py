@@ -1,0 +1,25 @@
+"""A progress bar on stderr for commands that count what is done of a known number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def progress_bar(
+    description: str, unit: str, *, hidden: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that is told how many are done and how many there are.
+
+    The bar is hidden too where stderr is no terminal.
+    """
+    with tqdm(desc=description, unit=unit, delay=1, disable=hidden or None) as bar:
+
+        def show(num_done: int, num_all: int) -> None:
+            bar.total = num_all
+            bar.update(num_done - bar.n)
+
+        yield show

@@ -1,0 +1,25 @@
+"""`--threads`, the same on every command that reads many shards at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def add_threads_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the option."""
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=positive_number,
+        default=os.cpu_count() or 1,
+        help="shards that are read at once (default: %(default)s)",
+    )
+
+
+def positive_number(text: str) -> int:
+    """Parse a whole number from 1; argparse explains the ValueError."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
