@@ -1,0 +1,138 @@
+"""What README.md shows is true: its Python runs, its commands exist, its figures are today's."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import re
+import runpy
+import shlex
+import sys
+import warnings
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+from sdxl_distill.cli.main import COMMANDS
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import disk_table
+from shard_sets import ShardSets
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
+TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/running.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for found, body in BLOCK.findall(text) if found == language]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return every command line of a page's bash blocks, cut into words."""
+    text = "".join(blocks((ROOT / page).read_text("utf-8"), "bash"))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def ours(words: list[str]) -> tuple[str, list[str]] | None:
+    """Return our command and its arguments; None where a line calls something else."""
+    for at, word in enumerate(words):
+        script = re.fullmatch(r"(?:tools/)?(\w+)\.py", word)
+        if script and (ROOT / word).is_file():
+            return script[1].replace("_", "-"), words[at + 1 :]
+        if word.endswith("sdxl-distill"):
+            return words[at + 1], words[at + 2 :]
+    return None
+
+
+ALL_COMMANDS = [words for page in PAGES for words in commands(page)]
+OUR_COMMANDS = [found for words in ALL_COMMANDS if (found := ours(words))]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sets that README reads, of a few small records each."""
+    root = tmp_path_factory.mktemp("readme")
+    sets = ShardSets(root / "cache", {(1024, 1024, 0): 12, (1024, 1024, 1): 12})
+    sets.latents()
+    for teacher in ("teacher_v8", "teacher_chaos"):
+        sets.teacher(teacher, folder="teacher_predictions")
+    return root
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["stream", "webdataset"])
+def test_the_python_of_the_readme_runs(number, cache, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "program.py"
+    program.write_text(blocks(README, "python")[number], "utf-8")
+    monkeypatch.chdir(cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
+        runpy.run_path(str(program))
+        gc.collect()
+    printed = capsys.readouterr().out
+    assert ("1 steps in the first epoch", "_1024x1024 ")[number] in printed
+
+
+def test_the_readme_streams_in_ten_lines():
+    assert len([line for line in blocks(README, "python")[0].splitlines() if line]) <= 10
+
+
+def test_pages_show_our_commands():
+    assert {name for name, _ in OUR_COMMANDS} >= set(COMMANDS) - {"demo"}
+
+
+@pytest.mark.parametrize(("name", "arguments"), OUR_COMMANDS, ids=lambda value: str(value)[:60])
+def test_every_command_of_the_pages_is_one(name, arguments):
+    assert name in COMMANDS
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"sdxl_distill.cli.{name.replace('-', '_')}").add_arguments(parser)
+    parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize("words", ALL_COMMANDS, ids=lambda words: " ".join(words)[:60])
+def test_scripts_files_and_targets_of_the_pages_exist(words):
+    if words[0] == "make":
+        assert words[1] in TARGETS
+    for word in words:
+        if re.match(r"(tools|launch|tests)/", word) or word.endswith(".py"):
+            assert (ROOT / word).is_file(), word
+
+
+def test_the_makefile_has_the_targets_that_the_readme_lists():
+    [listed] = re.findall(r"^Makefile +(.*)$", README, re.M)
+    assert set(listed.split()) <= set(TARGETS)
+
+
+def test_the_disk_table_is_computed_from_todays_records():
+    [table] = re.findall(r"<!-- disk table: .*? -->\n(.*?)\n<!-- end -->", README, re.S)
+    assert table == disk_table.table()
+
+
+def test_each_further_draw_costs_what_the_readme_says():
+    sizes = [disk_table.predictions_bytes(1024, layout) for layout in ("full", "compact")]
+    full, compact = (f"{disk_table.NUM_IMAGES * size / 1e9:.0f} GB" for size in sizes)
+    assert f"{full} in `full` and {compact} in" in " ".join(README.split())
+    text = disk_table.NUM_IMAGES * disk_table.text_bytes(1024) / 1e9
+    assert f"the text set ({text:.0f} GB)" in " ".join(README.split())
+
+
+def test_the_file_tree_names_every_place():
+    [tree] = [body for body in blocks(README, "") if body.startswith("sdxl_distill/")]
+    named = {line.split()[0].strip("/") for line in tree.splitlines() if line.strip()}
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").splitlines()]
+    top = [
+        path.name
+        for path in ROOT.iterdir()
+        if not path.name.startswith(".")
+        and not any(fnmatch(path.name, pattern) for pattern in [*ignored, "README.md"])
+    ]
+    package = [path.name for path in (ROOT / "sdxl_distill").glob("[a-z]*.py")]
+    folders = [path.parent.name for path in (ROOT / "sdxl_distill").glob("*/__init__.py")]
+    pages = [path.name for path in [*ROOT.glob("tools/*.py"), *ROOT.glob("docs/*.md")]]
+    assert {*top, *package, *folders, *pages} - named == set()
