@@ -20,10 +20,9 @@ import torch
 
 from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.build.shard_builder import EncodedRecord
-from sdxl_distill.catalog.catalog import Catalog, CatalogShard
+from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.image import BadImageError, fit_to_bucket, read_image, read_image_file
 from sdxl_distill.catalog.segment import CatalogRow
-from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.micro_conditioning import time_ids
 from sdxl_distill.fingerprint import canonical_json
@@ -91,11 +90,43 @@ class ImageReader:
         return fit_to_bucket(pixels, row.bucket)
 
 
+class LatentsPlan:
+    """Which images each shard of the latents set holds, by the shard's name.
+
+    Args:
+        catalog: of the images.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._shards = {
+            ShardName(LATENTS_ID, *shard.bucket, shard.number): shard for shard in catalog.shards
+        }
+
+    @property
+    def shards(self) -> list[PlannedShard]:
+        """Every shard of the catalog."""
+        return [PlannedShard(name, shard.num_rows) for name, shard in self._shards.items()]
+
+    def rows(self, name: ShardName) -> list[CatalogRow]:
+        """Return the images of a shard in the order of their keys."""
+        return self._catalog.rows(self._shards[name])
+
+    def accepts(self, index: ShardIndex) -> bool:
+        """Whether a tar holds images of its shard only; some may not have decoded."""
+        return {row.key for row in self.rows(index.name)}.issuperset(index.keys())
+
+    def undecodable(self, indices: Iterable[ShardIndex]) -> set[str]:
+        """Return the keys of the catalog that none of the shards holds."""
+        committed = set(chain.from_iterable(index.keys() for index in indices))
+        return {row.key for name in self._shards for row in self.rows(name)} - committed
+
+
 class LatentsContent:
     """Content of the latents set, for `shard_builder.build_shards`.
 
     Args:
-        catalog: which image is in which shard.
+        plan: which image is in which shard.
         images: where their pixels come from.
         encode_images: uint8 [B, H, W, 3] → scaled latents float16 [B, C, H/8, W/8].
         batch_size: images that are encoded at once.
@@ -104,27 +135,25 @@ class LatentsContent:
 
     def __init__(
         self,
-        catalog: Catalog,
+        plan: LatentsPlan,
         images: ImageReader,
         encode_images: Callable[[torch.Tensor], torch.Tensor],
         batch_size: int,
         num_threads: int,
     ) -> None:
-        self._catalog = catalog
-        self._shards = {_place(shard): shard for shard in catalog.shards}
+        self._plan = plan
         self._images = images
         self._encode_images = encode_images
         self._batch_size = batch_size
         self._num_threads = num_threads
 
     def accepts(self, index: ShardIndex) -> bool:
-        """Whether a tar holds images of this shard only; some may not have decoded."""
-        keys = {row.key for row in self._rows(index.name)}
-        return keys.issuperset(index.keys())
+        """As `LatentsPlan.accepts`."""
+        return self._plan.accepts(index)
 
     def read(self, shard: PlannedShard) -> Iterator[PixelBatch]:
         """Yield the shard's images that decode, in the order of their keys."""
-        rows = self._rows(shard.name)
+        rows = self._plan.rows(shard.name)
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode") as pool:
             for start in range(0, len(rows), self._batch_size):
                 batch = rows[start : start + self._batch_size]
@@ -146,27 +175,6 @@ class LatentsContent:
                 "time_ids": time_ids(row.width, row.height, row.crop, row.bucket),
             }
             yield EncodedRecord(row.key, header.encode(tensors), canonical_json(_sidecar(row)))
-
-    def _rows(self, name: ShardName) -> list[CatalogRow]:
-        return self._catalog.rows(self._shards[Bucket(name.width, name.height), name.number])
-
-
-def planned_latents(catalog: Catalog) -> list[PlannedShard]:
-    """Return every shard of a catalog."""
-    return [
-        PlannedShard(ShardName(LATENTS_ID, *shard.bucket, shard.number), shard.num_rows)
-        for shard in catalog.shards
-    ]
-
-
-def undecodable_keys(catalog: Catalog, indices: Iterable[ShardIndex]) -> set[str]:
-    """Return the keys of the catalog that no shard holds."""
-    committed = set(chain.from_iterable(index.keys() for index in indices))
-    return {row.key for shard in catalog.shards for row in catalog.rows(shard)} - committed
-
-
-def _place(shard: CatalogShard) -> tuple[Bucket, int]:
-    return shard.bucket, shard.number
 
 
 def _sidecar(row: CatalogRow) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,19 +17,20 @@ from sdxl_distill.build.latents import (
     LATENTS_ID,
     ImageReader,
     LatentsContent,
-    planned_latents,
-    undecodable_keys,
+    LatentsPlan,
 )
 from sdxl_distill.build.launch import Launch
 from sdxl_distill.build.repair import repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
+from sdxl_distill.build.set_identity import require_same_set
 from sdxl_distill.build.withdrawal import CATALOG_FOLDER, withdraw_for_rebuild
+from sdxl_distill.build.work_queue import Claim, WorkQueue
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.growth import ScanReport, extend_catalog
-from sdxl_distill.catalog.scan import Progress, scan_folder
+from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.device import resolve_device
-from sdxl_distill.fsio import Directory
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
 from sdxl_distill.shards.index import ShardIndex
@@ -38,6 +40,7 @@ from sdxl_distill.shards.set_record import SetRecord
 
 _COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_DECODERS: Final = 8
+_SCAN: Final = "scan"
 
 
 class BuiltLatents(NamedTuple):
@@ -73,29 +76,36 @@ def build_latents_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     path = Path(config.data.latent_cache.cache_dir)
-    if rebuild:
-        withdraw_for_rebuild(launch, path)
     report: list[ScanReport] = []
 
     def decide() -> dict[str, object]:
         record = latents_record(config)
-        catalog, found = _scan(config, path, record, rescan, scan_progress)
+        seen = None
+        if rebuild:
+            # Before the withdrawal: a wrong image folder must not cost the set that is there.
+            seen = _scan(config, Catalog(), rescan, scan_progress)
+            withdraw_for_rebuild(launch, path)
+        if repair:
+            # Its catalog is brought back first: the scan must go on with that one.
+            repair_set(path, record, [], lambda _: False)
+        catalog, found = _update_catalog(config, path, record, rescan, seen, scan_progress)
         report.append(found)
         if repair:
-            content = _content(config, catalog, launch)
-            repair_set(path, record, planned_latents(catalog), content.accepts)
+            plan = LatentsPlan(catalog)
+            repair_set(path, record, plan.shards, plan.accepts)
         return {"record": record.to_json(), "catalog": catalog.n}
 
     decision = launch.decide("latents", decide)
     record = SetRecord.from_json(decision["record"], "launch")
     with Directory(path / CATALOG_FOLDER) as directory:
         catalog = Catalog.load(directory, decision["catalog"])
+    plan = LatentsPlan(catalog)
     built = build_set(
         path,
         record,
-        planned_latents(catalog),
-        partial(_content, config, catalog, launch),
-        partial(_describe, catalog),
+        plan.shards,
+        partial(_content, config, plan, launch),
+        partial(_describe, plan, catalog.n),
         launch.world,
         catalog=catalog.n,
         exclusive=config.cache.exclusive,
@@ -125,41 +135,81 @@ def latents_record(config: BuilderConfig) -> SetRecord:
     )
 
 
-def _scan(
+def _update_catalog(
     config: BuilderConfig,
     path: Path,
     record: SetRecord,
     rescan: bool,
+    seen: Scan | None,
     progress: Progress | None,
 ) -> tuple[Catalog, ScanReport]:
-    # Another configuration must be refused before it adds to this one's catalog.
-    with Directory(path, create=True) as directory:
+    """Add what is new in the image folder to the catalog, while no other launch does so."""
+    # Another configuration must be refused before it adds to this one's catalog, and a set
+    # begins only when there are images for it.
+    require_same_set(path, record)
+    with (
+        Directory(path.resolve(), create=True) as directory,
+        WorkQueue(directory, exclusive=config.cache.exclusive) as queue,
+        _catalog_folder(directory) as folder,
+    ):
+        claim = _claim_scan(queue)
+        _sweep_catalog(folder)
+
+        def show(num_done: int, num_files: int) -> None:
+            queue.heartbeat.show_progress()
+            if progress is not None:
+                progress(num_done, num_files)
+
+        scan = seen or _scan(config, Catalog.load(folder), rescan, show)
         publish_set_record(directory, record)
-    with Directory(path / CATALOG_FOLDER, create=True) as directory:
-        scan = scan_folder(
-            config.data.image_dir,
-            Catalog.load(directory),
-            max_pixels=config.data.max_image_pixels,
-            on_bad_image=config.data.on_bad_image,
-            rescan=rescan,
-            progress=progress,
-        )
-        return extend_catalog(
-            directory,
+        catalog, report = extend_catalog(
+            folder,
             scan,
             buckets=config.buckets,
             records_per_shard=config.data.records_per_shard,
             on_changed_caption=config.data.on_changed_caption,
         )
+        queue.release(claim, committed=False)
+        return catalog, report
 
 
-def _content(config: BuilderConfig, catalog: Catalog, launch: Launch) -> LatentsContent:
+def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progress | None) -> Scan:
+    return scan_folder(
+        config.data.image_dir,
+        catalog,
+        max_pixels=config.data.max_image_pixels,
+        on_bad_image=config.data.on_bad_image,
+        rescan=rescan,
+        progress=progress,
+    )
+
+
+def _catalog_folder(directory: Directory) -> Directory:
+    folder = Directory(directory.path / CATALOG_FOLDER, create=True, token=directory.token)
+    folder.publication = directory.publication
+    return folder
+
+
+def _claim_scan(queue: WorkQueue) -> Claim:
+    while (claim := queue.claim(_SCAN)) is None:
+        time.sleep(queue.timing.poll_seconds)
+    return claim
+
+
+def _sweep_catalog(folder: Directory) -> None:
+    """Remove temporary files: whoever left one no longer holds the claim on the scan."""
+    for name in folder.names():
+        if name.startswith(TEMPORARY_PREFIX):
+            folder.remove(name)
+
+
+def _content(config: BuilderConfig, plan: LatentsPlan, launch: Launch) -> LatentsContent:
     settings = config.data.latent_cache
     device = resolve_device(config.device, launch.world.local_rank)
     vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
     cores = (os.cpu_count() or 1) // launch.world.local_size
     return LatentsContent(
-        catalog,
+        plan,
         ImageReader(
             Path(config.data.image_dir), config.data.max_image_pixels, config.data.on_bad_image
         ),
@@ -170,7 +220,11 @@ def _content(config: BuilderConfig, catalog: Catalog, launch: Launch) -> Latents
 
 
 def _describe(
-    catalog: Catalog, _directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+    plan: LatentsPlan,
+    catalog: int,
+    _directory: Directory,
+    record: SetRecord,
+    indices: Iterable[ShardIndex],
 ) -> Manifest:
     indices = list(indices)
-    return Manifest.build(record, catalog.n, indices, undecodable_keys(catalog, indices))
+    return Manifest.build(record, catalog, indices, plan.undecodable(indices))

@@ -14,7 +14,8 @@ from sdxl_distill.build.launch import Launch
 from sdxl_distill.build.predictions import PredictionsContent, Teacher
 from sdxl_distill.build.repair import repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
-from sdxl_distill.build.text_set import build_text_set
+from sdxl_distill.build.set_identity import require_same_set
+from sdxl_distill.build.text_set import build_text_set, text_record
 from sdxl_distill.build.withdrawal import withdraw_for_rebuild
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.core.noise import NOISE_ALGORITHM
@@ -63,22 +64,27 @@ def build_predictions_set(
             belongs to another configuration.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
-    path = Path(config.cache.output_dir) / config.teacher.teacher_id
+    output_dir = Path(config.cache.output_dir)
+    path = output_dir / config.teacher.teacher_id
     launch.decide("teacher", partial(check_teacher, config))
     latents = _open_latents(config, launch)
-    if not config.cache.skip_existing:
-        withdraw_for_rebuild(launch, path)
-    text_path, built_text = build_text_set(config, latents, launch, repair=repair)
-    text = open_shard_set(text_path)
     shards = planned_after(latents, config.teacher.teacher_id, config.cache.draws)
 
     def decide() -> dict[str, Any]:
-        record = predictions_record(config, latents, text, path)
+        text = text_record(config, latents, output_dir)
+        record = predictions_record(config, latents, text, output_dir)
+        if not config.cache.skip_existing:
+            # After the checkpoints were looked at: a broken one must not cost the set there.
+            withdraw_for_rebuild(launch, path)
+        # Before the captions are encoded: that may take an hour.
+        require_same_set(path, record, repair=repair)
         if repair:
             repair_set(path, record, shards, partial(holds_same_keys, latents=latents))
         return record.to_json()
 
     record = SetRecord.from_json(launch.decide("predictions", decide), "launch")
+    text_path, built_text = build_text_set(config, latents, launch, repair=repair)
+    text = open_shard_set(text_path)
     built = build_set(
         path,
         record,
@@ -117,9 +123,15 @@ def check_teacher(config: BuilderConfig) -> None:
 
 
 def predictions_record(
-    config: BuilderConfig, latents: ShardSet, text: ShardSet, path: Path
+    config: BuilderConfig, latents: ShardSet, text: SetRecord, output_dir: Path
 ) -> SetRecord:
     """Return the identity of the predictions set that a configuration describes.
+
+    Args:
+        config: of the builder.
+        latents: the set that the teacher follows.
+        text: record of the text set beside it, which need not be built yet.
+        output_dir: holds one folder for each set.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the teacher is missing, damaged or
@@ -128,7 +140,7 @@ def predictions_record(
     cache, teacher = config.cache, config.teacher
     checkpoint = Checkpoint.resolve(teacher.checkpoint_path)
     geometry = unet_geometry(checkpoint)
-    latents_record, text_record = latents.manifest.record, text.manifest.record
+    latents_record, path = latents.manifest.record, output_dir / teacher.teacher_id
     num_channels = cast("int", latents_record.schema.tensors[0].shape[0])
     if num_channels != geometry.channels:
         raise IncompatibleError(
@@ -137,7 +149,7 @@ def predictions_record(
             where=str(latents.directory),
             action="use the teacher with latents of its own family's VAE",
         )
-    num_tokens, hidden_size = cast("tuple[int, int]", text_record.schema.tensors[0].shape)
+    num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
     is_compact = cache.layout == "compact"
     return SetRecord(
         kind="predictions",
@@ -152,7 +164,7 @@ def predictions_record(
         ),
         content={
             "teacher": checkpoint.unet_fingerprint(),
-            "text": text_record.content["text"],
+            "text": text.content["text"],
             "use_bf16": teacher.use_bf16,
             "version": cache.version,
         },
@@ -162,7 +174,7 @@ def predictions_record(
             teacher.prediction_type, teacher.zero_terminal_snr
         ),
         latents=SetReference.between(latents_record.fingerprint, path, latents.directory),
-        text=SetReference.between(text_record.fingerprint, path, text.directory)
+        text=SetReference.between(text.fingerprint, path, output_dir / text.id)
         if is_compact
         else None,
     )

@@ -1,0 +1,33 @@
+"""Refuses a folder of another configuration before anything is scanned, loaded or computed."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from sdxl_distill.build.commit import naming_repair
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.fsio import read_bytes
+from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+
+
+def require_same_set(path: Path, record: SetRecord, *, repair: bool = False) -> None:
+    """Check that a folder is free, or holds the set that is to be built; writes nothing.
+
+    `commit.publish_set_record` decides; this saves the work until then.
+
+    Args:
+        path: folder of the set; need not exist.
+        record: what is to be built there.
+        repair: a damaged `set.json` is no fault, since it will be replaced.
+
+    Raises:
+        IncompatibleError: naming every field that differs.
+        CorruptError: when the set record there is damaged.
+        StorageError: when it cannot be read.
+    """
+    where = path / SET_RECORD_NAME
+    forgiven = (FileNotFoundError, CorruptError) if repair else (FileNotFoundError,)
+    with suppress(*forgiven), naming_repair(str(where)):
+        content = read_bytes(where, MAX_SET_RECORD_BYTES)
+        record.require_same(SetRecord.from_bytes(content, str(where)), str(where))
