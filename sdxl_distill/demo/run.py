@@ -54,10 +54,10 @@ def run_demo(folder: Path) -> Evaluation:
     (folder / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
     clock.finish("evaluate on held-out photos")
     picture = folder / "demo.png"
+    log_folder = folder / "logs" / RUN_NAME
     draw_picture(
-        picture, photos.held_out, family.base, family.teachers, student,
-        folder / "logs" / RUN_NAME, evaluation,
-    )  # fmt: skip
+        picture, log_folder, photos.held_out, family.base, family.teachers, student, evaluation
+    )
     clock.finish("draw the picture")
     print_demo_summary(folder, photos, evaluation, picture, clock.seconds)
     return evaluation
@@ -91,7 +91,9 @@ def _train_family(folder: Path, photos: PhotoFolders, clock: PhaseClock) -> Fami
     bars: dict[str, tqdm[None]] = {}
 
     def show(name: str, step: int, num_steps: int, loss: float) -> None:
-        bar = bars.setdefault(name, tqdm(total=num_steps, desc=f"{name:>6}", unit="step"))
+        if name not in bars:
+            bars[name] = tqdm(total=num_steps, desc=f"{name:>6}", unit="step")
+        bar = bars[name]
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         bar.update(step - bar.n)
         if step == num_steps:
