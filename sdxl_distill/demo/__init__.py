@@ -1,1 +1,1 @@
-"""A tiny SDXL family, real photos and figures, so that the whole pipeline runs on a laptop's CPU."""
+"""A tiny SDXL family, real photos and figures: the whole pipeline on a laptop's CPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers import UNet2DConditionModel
 
@@ -24,16 +24,20 @@ def new_unet(block_widths: Sequence[int] = (32, 64, 64)) -> UNet2DConditionModel
     Returns:
         UNet of [B, 4, h, w] latents, [B, 77, 64] text and [B, 32] pooled embeddings.
     """
+    # diffusers annotates these as tuples of one element.
+    per_block: dict[str, Any] = {
+        "block_out_channels": tuple(block_widths),
+        "transformer_layers_per_block": (1, 1, 1),
+        "attention_head_dim": tuple(max(1, width // 16) for width in block_widths),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     return UNet2DConditionModel(
+        **per_block,
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=tuple(block_widths),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 1),
-        attention_head_dim=tuple(max(1, width // 16) for width in block_widths),
         cross_attention_dim=2 * HIDDEN_SIZE,
         norm_num_groups=8,
         use_linear_projection=True,
