@@ -79,6 +79,12 @@ def test_sections_that_docstrings_name_exist():
     assert {anchor(heading) for heading in named} <= anchors(ROOT / "docs/determinism.md")
 
 
+def test_sections_of_the_readme_that_the_code_names_exist():
+    for path in (ROOT / "sdxl_distill").rglob("*.py"):
+        for heading in re.findall(r'README\.md, "([^"]+)"', path.read_text("utf-8")):
+            assert anchor(heading) in anchors(ROOT / "README.md"), f"{path}: {heading}"
+
+
 def test_decisions_are_numbered_without_a_gap():
     numbers = [int(page.name[:4]) for page in DECISIONS]
     assert numbers == list(range(1, len(numbers) + 1))
