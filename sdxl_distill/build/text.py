@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -36,6 +36,27 @@ class EmbeddingBatch(NamedTuple):
     embeddings: list[TextEmbeddings]
 
 
+class CaptionEncoder:
+    """Encodes captions, and counts those that are too long.
+
+    No part of `TextContent`, whose cache would refer to itself: the encoders must be gone
+    with the last reference, before the UNet needs their memory.
+
+    Args:
+        encoders: loaded.
+    """
+
+    def __init__(self, encoders: TextEncoders) -> None:
+        self._encoders = encoders
+        self.num_truncated = 0
+        """Captions whose end the encoders did not see."""
+
+    def __call__(self, caption: str) -> TextEmbeddings:
+        """Return the embeddings of one caption, [1, …]."""
+        self.num_truncated += self._encoders.is_truncated(caption)
+        return self._encoders.encode([caption])
+
+
 class TextContent:
     """Content of a text set, for `shard_builder.build_shards`.
 
@@ -43,15 +64,12 @@ class TextContent:
 
     Args:
         latents: whose sidecars hold the captions.
-        encoders: loaded.
+        encoder: of captions.
     """
 
-    def __init__(self, latents: ShardSet, encoders: TextEncoders) -> None:
+    def __init__(self, latents: ShardSet, encoder: CaptionEncoder) -> None:
         self._latents = latents
-        self._encoders = encoders
-        self._embed: Callable[[str], TextEmbeddings] = lru_cache(_CACHED_CAPTIONS)(self._encode_new)
-        self.num_truncated = 0
-        """Distinct captions met by this worker whose end the encoders do not see."""
+        self._embed = lru_cache(_CACHED_CAPTIONS)(encoder)
 
     def accepts(self, index: ShardIndex) -> bool:
         """Whether a tar holds exactly the keys of its latents shard."""
@@ -76,10 +94,6 @@ class TextContent:
         """Yield one record for each image."""
         for key, embeddings in zip(result.keys, result.embeddings, strict=True):
             yield EncodedRecord(key, header.encode(text_tensors(embeddings)))
-
-    def _encode_new(self, caption: str) -> TextEmbeddings:
-        self.num_truncated += self._encoders.is_truncated(caption)
-        return self._encoders.encode([caption])
 
 
 def text_tensors(embeddings: TextEmbeddings) -> dict[str, torch.Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from sdxl_distill.build.alignment import holds_same_keys, planned_after
+from sdxl_distill.build.in_place import until_not_swept
 from sdxl_distill.build.launch import Launch
 from sdxl_distill.build.repair import repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
-from sdxl_distill.build.text import TextContent, text_tensors
+from sdxl_distill.build.text import CaptionEncoder, TextContent, text_tensors
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.device import resolve_device
 from sdxl_distill.fsio import Directory
@@ -28,6 +30,8 @@ from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
 
 _MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
 _ID_DIGITS: Final = 12
+
+_log = logging.getLogger(__name__)
 
 
 def build_text_set(
@@ -63,17 +67,31 @@ def build_text_set(
 
     record = SetRecord.from_json(launch.decide("text", decide), "launch")
     path, shards = output_dir / record.id, planned_after(latents, record.id)
-    content = partial(_content, config, latents, launch, path, record)
+    loaded: list[CaptionEncoder] = []
+
+    def encoder() -> CaptionEncoder:
+        if not loaded:
+            device = resolve_device(config.device, launch.world.local_rank)
+            checkpoint = Checkpoint.resolve(config.text_source)
+            loaded.append(CaptionEncoder(TextEncoders.load(checkpoint, device)))
+        return loaded[0]
+
     built = build_set(
         path,
         record,
         shards,
-        content,
-        partial(_describe, latents.manifest.catalog),
+        lambda: TextContent(latents, encoder()),
+        partial(_describe, latents.manifest.catalog, encoder),
         launch.world,
         catalog=latents.manifest.catalog,
         exclusive=config.cache.exclusive,
     )
+    if loaded and loaded[0].num_truncated:
+        _log.warning(
+            "%d distinct captions are longer than %d tokens: their ends are not seen",
+            loaded[0].num_truncated,
+            cast("int", record.schema.tensors[0].shape[0]),
+        )
     return path, built
 
 
@@ -99,21 +117,17 @@ def text_record(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> S
     return replace(record, latents=reference)
 
 
-def _content(
-    config: BuilderConfig, latents: ShardSet, launch: Launch, path: Path, record: SetRecord
-) -> TextContent:
-    device = resolve_device(config.device, launch.world.local_rank)
-    encoders = TextEncoders.load(Checkpoint.resolve(config.text_source), device)
-    # Before any shard, so that a set whose shards are all there has its empty record too.
-    empty = encode_record(text_tensors(encoders.encode([""])), {FINGERPRINT: record.fingerprint})
-    with Directory(path) as directory:
-        directory.publish_bytes(EMPTY_RECORD_NAME, empty)
-    return TextContent(latents, encoders)
-
-
 def _describe(
-    catalog: int, directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+    catalog: int,
+    encoder: Callable[[], CaptionEncoder],
+    directory: Directory,
+    record: SetRecord,
+    indices: Iterable[ShardIndex],
 ) -> Manifest:
+    if not directory.exists(EMPTY_RECORD_NAME):
+        metadata = {FINGERPRINT: record.fingerprint}
+        content = encode_record(text_tensors(encoder()("")), metadata)
+        until_not_swept(directory, partial(directory.publish_bytes, EMPTY_RECORD_NAME, content))
     empty = directory.read(EMPTY_RECORD_NAME, _MAX_EMPTY_RECORD_BYTES)
     digest = hashlib.sha256(empty).hexdigest()
     return Manifest.build(record, catalog, indices, empty_sha256=digest)

@@ -6,7 +6,8 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 
@@ -14,9 +15,22 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(TESTS)]
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workshop import Workshop
 
     from sdxl_distill.demo.family import Family
+
+
+@pytest.fixture
+def make_family(tmp_path: Path) -> Callable[..., Family]:
+    """Writes a family of one's own, with the options of `build_untrained_family`."""
+    from sdxl_distill.demo.family import build_untrained_family
+
+    def make(**options: Any) -> Family:
+        return build_untrained_family(tmp_path / f"family-{uuid4().hex}", **options)
+
+    return make
 
 
 @pytest.fixture

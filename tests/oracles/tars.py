@@ -15,11 +15,11 @@ from safetensors.torch import load
 
 
 class Record(NamedTuple):
-    """One record: its tensors, the metadata of its header, and the JSON beside it."""
+    """One record: its tensors, the metadata of its header, and the JSON beside it, if any."""
 
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
-    sidecar: dict[str, Any] | None
+    sidecar: dict[str, Any]
     tar: str
 
 
@@ -30,12 +30,12 @@ def read_tars(tars: Iterable[Path]) -> dict[str, Record]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
         for fields in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False):
-            content, sidecar = fields["safetensors"], fields.get("json")
+            content = fields["safetensors"]
             assert fields["__key__"] not in records
             records[fields["__key__"]] = Record(
                 load(content),
                 _metadata(content),
-                None if sidecar is None else json.loads(sidecar),
+                json.loads(fields.get("json", b"{}")),
                 Path(fields["__url__"]).name,
             )
         gc.collect()
