@@ -8,13 +8,16 @@ of threads may fill one batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import torch
 
 from sdxl_distill.core.noise import noise
 from sdxl_distill.shards.digest import tensor_digest
+from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.reader import ShardReader
+from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES, byte_view
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
@@ -22,6 +25,9 @@ from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.compatibility import holds_text, recipe_of, text_fingerprint_of
 from sdxl_distill.stream.joined_sets import JoinedSets
 from sdxl_distill.stream.question import (
+    QUESTION_TENSORS,
+    TEXT_TENSORS,
+    differing_records,
     expected_question,
     require_close_text,
     require_noise,
@@ -29,21 +35,39 @@ from sdxl_distill.stream.question import (
 )
 from sdxl_distill.stream.schedule import Batch
 
-Readers = Mapping[ShardSet, ShardReader]
+_MAX_OPEN_SHARDS: Final = 128
 
 
 class Column(NamedTuple):
-    """One tensor of a batch: the set that fills it, its name there, and the bytes of all rows."""
+    """One tensor of a batch: the set that fills it, and its name there."""
 
     shard_set: ShardSet
     tensor_name: str
-    content: memoryview
 
-    def read(self, readers: Readers, record: int, row: int, num_rows: int) -> None:
-        """Copy the tensor of one record into its row."""
-        num_bytes = len(self.content) // num_rows
-        out = self.content[row * num_bytes : (row + 1) * num_bytes]
-        readers[self.shard_set].read_tensor_into(record, self.tensor_name, out)
+
+class Run(NamedTuple):
+    """Columns whose tensors lie side by side in the records of a set: one call reads them."""
+
+    shard_set: ShardSet
+    first_place: int
+    columns: tuple[Column, ...]
+
+
+class OpenShard(NamedTuple):
+    """A shard in one draw, open in every set, and where its sets do not agree.
+
+    Attributes:
+        readers: of every set.
+        questions: indices of the predictions sets.
+        unequal_questions: records for which the digests of these are not all equal.
+        unequal_texts: set of the same text encoders → records whose text has other digests than
+            the text that is read.
+    """
+
+    readers: Mapping[ShardSet, ShardReader]
+    questions: Sequence[ShardIndex]
+    unequal_questions: frozenset[int]
+    unequal_texts: Mapping[ShardSet, frozenset[int]]
 
 
 class Join:
@@ -69,6 +93,8 @@ class Join:
             for each in full
             if each is not sets.text and text_fingerprint_of(each) == text_fingerprint_of(sets.text)
         ]
+        self._runs = [run for each in sets.all for run in _runs(each, self._columns())]
+        self._open = lru_cache(_MAX_OPEN_SHARDS)(self._open_shard)
 
     def allocate(self, read: Batch) -> JoinedBatch:
         """Return a batch of its final shape; tensors and keys wait for `fill`."""
@@ -110,54 +136,114 @@ class Join:
             IncompatibleError: when two sets hold different noise or text for one record.
             StorageError: when a set was replaced, or the operating system refuses.
         """
-        columns = self._columns(batch)
+        contents = dict(zip(self._columns(), map(byte_view, self._tensors(batch)), strict=True))
+        runs = [
+            (run, [(contents[each], len(contents[each]) // len(batch)) for each in run.columns])
+            for run in self._runs
+        ]
+        shards, records, draws = read.shards.tolist(), read.records.tolist(), read.draws.tolist()
         keys: list[str] = []
         for row in rows:
-            shard = self._shards[read.shards[row]]
-            record, draw = int(read.records[row]), int(read.draws[row])
-            readers = {each: each.reader(shard.name(each, draw)) for each in self._sets.all}
-            for column in columns:
-                column.read(readers, record, row, len(batch))
-            self._fill_question(batch, row, readers, record, draw)
-            keys.append(readers[self._sets.latents].index.key(record))
+            record = records[row]
+            shard = self._open(shards[row], draws[row])
+            for run, parts in runs:
+                buffers = [
+                    content[row * num_bytes : (row + 1) * num_bytes] for content, num_bytes in parts
+                ]
+                shard.readers[run.shard_set].read_run(record, run.first_place, buffers)
+            self._fill_question(batch, row, shard, record, draws[row])
+            keys.append(shard.readers[self._sets.latents].index.key(record))
         return keys
 
-    def _columns(self, batch: JoinedBatch) -> list[Column]:
+    def close(self) -> None:
+        """Let go of the shards that are kept open."""
+        self._open.cache_clear()
+
+    def _columns(self) -> list[Column]:
+        """Return what is read, in the order of `_tensors`."""
         latents, text = self._sets.latents, self._sets.text
         columns = [
-            Column(latents, "latents", byte_view(batch.latents)),
-            Column(latents, "time_ids", byte_view(batch.time_ids)),
-            Column(text, "encoder_hidden_states", byte_view(batch.encoder_hidden_states)),
-            Column(text, "pooled_embeds", byte_view(batch.pooled_embeds)),
-        ]
-        columns += [
-            Column(teacher, "teacher_pred", byte_view(prediction))
-            for teacher, prediction in zip(self._sets.predictions, batch.predictions, strict=True)
+            Column(latents, "latents"),
+            Column(latents, "time_ids"),
+            Column(text, "encoder_hidden_states"),
+            Column(text, "pooled_embeds"),
+            *(Column(teacher, "teacher_pred") for teacher in self._sets.predictions),
         ]
         if self._noise_source is not None:
-            columns.append(Column(self._noise_source, "noise", byte_view(batch.noise)))
+            columns.append(Column(self._noise_source, "noise"))
         return columns
 
+    def _tensors(self, batch: JoinedBatch) -> list[torch.Tensor]:
+        """Return the tensors of a batch that are read, in the order of `_columns`."""
+        tensors = [
+            batch.latents,
+            batch.time_ids,
+            batch.encoder_hidden_states,
+            batch.pooled_embeds,
+            *batch.predictions,
+        ]
+        if self._noise_source is not None:
+            tensors.append(batch.noise)
+        return tensors
+
+    def _open_shard(self, row: int, draw: int) -> OpenShard:
+        """Open a row of the shard table, and compare the indices of all its records at once."""
+        shard, sets = self._shards[row], self._sets
+        readers = {each: each.reader(shard.name(each, draw)) for each in sets.all}
+        questions = [readers[teacher].index for teacher in sets.predictions]
+        text = readers[sets.text].index
+        return OpenShard(
+            readers,
+            questions,
+            differing_records(questions, QUESTION_TENSORS),
+            {
+                other: differing_records((text, readers[other].index), TEXT_TENSORS)
+                for other in self._other_texts
+            },
+        )
+
     def _fill_question(
-        self, batch: JoinedBatch, row: int, readers: Readers, record: int, draw: int
+        self, batch: JoinedBatch, row: int, shard: OpenShard, record: int, draw: int
     ) -> None:
         """Fill in what follows from the id, and check that every teacher was asked the same."""
-        indices = [readers[teacher].index for teacher in self._sets.predictions]
-        question = expected_question(indices[0].image_id(record), self._recipe, draw)
+        first = shard.questions[0]
+        question = expected_question(first.image_id(record), self._recipe, draw)
         batch.timesteps.numpy()[row] = question.timestep
         if self._noise_source is None:
             made = noise(question.seed, *batch.bucket, batch.noise.shape[1])
             batch.noise.numpy()[row] = made
             origin, noise_digest = "the seed", tensor_digest(made)
         else:
-            source = readers[self._noise_source].index
+            source = shard.readers[self._noise_source].index
             origin = f"set {self._noise_source.id}"
             noise_digest = int(source.tensor_digests("noise")[record])
-        for index in indices:
+        # What holds for one index holds for all whose digests are equal.
+        asked = shard.questions if record in shard.unequal_questions else [first]
+        for index in asked:
             require_question(index, record, question)
             require_noise(index, record, noise_digest, origin)
-        for other in self._other_texts:
-            require_close_text(readers[self._sets.text], readers[other], record)
+        for other, records in shard.unequal_texts.items():
+            if record in records:
+                readers = shard.readers
+                require_close_text(readers[self._sets.text], readers[other], record)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+
+
+def _runs(shard_set: ShardSet, columns: Sequence[Column]) -> list[Run]:
+    """Return the columns of one set, in as few runs as their places in a record allow."""
+    record = shard_set.manifest.record
+    bucket = shard_set.manifest.shards[0]
+    # The order of the tensors is the same in every bucket.
+    places = RecordHeader.build(record.schema, bucket.width, bucket.height, record.fingerprint).places
+    runs: list[Run] = []
+    for number, place in enumerate(places):
+        column = Column(shard_set, place.name)
+        if column not in columns:
+            continue
+        if runs and runs[-1].first_place + len(runs[-1].columns) == number:
+            runs[-1] = runs[-1]._replace(columns=(*runs[-1].columns, column))
+        else:
+            runs.append(Run(shard_set, number, (column,)))
+    return runs

@@ -103,8 +103,8 @@ class JoinedStream:
         self._opened = [
             each for each in self._sets.all if each not in {*predictions, latents, text}
         ]
-        join = Join(self._sets, shards, pin_memory=pin_memory)
-        self._ahead = ReadAhead(join, num_threads=num_threads, num_batches=prefetch)
+        self._join = Join(self._sets, shards, pin_memory=pin_memory)
+        self._ahead = ReadAhead(self._join, num_threads=num_threads, num_batches=prefetch)
         if rank == 0:
             _report_small_buckets(self.schedule)
 
@@ -170,6 +170,7 @@ class JoinedStream:
     def close(self) -> None:
         """Stop reading ahead, wait for the threads, and close the sets that were opened here."""
         self._ahead.close()
+        self._join.close()
         for shard_set in self._opened:
             shard_set.close()
 

@@ -6,8 +6,10 @@ the indices prove it without reading a tensor twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 
 from sdxl_distill.core.noise import noise_seed, timestep
@@ -18,7 +20,8 @@ from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
 from sdxl_distill.shards.set_record import NoiseRecipe
 
-_TEXT_TENSORS: Final = ("encoder_hidden_states", "pooled_embeds")
+QUESTION_TENSORS: Final = ("seed", "timestep", "noise")
+TEXT_TENSORS: Final = ("encoder_hidden_states", "pooled_embeds")
 _MAX_TEXT_DISTANCE: Final = 1e-2
 """Relative distance between two encodings of one caption on different devices: rounding moves
 them by less (bfloat16 by 0.8 %), another caption by tens of percent."""
@@ -37,6 +40,16 @@ def expected_question(image_id: str, recipe: NoiseRecipe, draw: int) -> Question
         noise_seed(image_id, recipe.base_seed, draw),
         timestep(image_id, recipe.base_seed, draw, recipe.min_timestep, recipe.max_timestep),
     )
+
+
+def differing_records(indices: Sequence[ShardIndex], tensor_names: Sequence[str]) -> frozenset[int]:
+    """Return the records of aligned shards in which some tensor has not one digest in all."""
+    first, *others = indices
+    differs = np.zeros(first.num_records, np.bool_)
+    for name in tensor_names:
+        for other in others:
+            differs |= first.tensor_digests(name) != other.tensor_digests(name)
+    return frozenset(np.flatnonzero(differs).tolist())
 
 
 def require_question(index: ShardIndex, record: int, question: Question) -> None:
@@ -86,7 +99,7 @@ def require_close_text(text: ShardReader, other: ShardReader, record: int) -> No
         IncompatibleError: naming both sets, the shard and the key.
         CorruptError, StorageError: when they cannot be read.
     """
-    for name in _TEXT_TENSORS:
+    for name in TEXT_TENSORS:
         digests = (reader.index.tensor_digests(name)[record] for reader in (text, other))
         if len(set(digests)) == 1:
             continue
