@@ -38,9 +38,9 @@ def read_set_record(directory: Directory) -> tuple[SetRecord | None, list[Findin
             content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
         except FileNotFoundError as error:
             raise ConfigError(
-                "there is no shard set",
-                expected=f"a file {SET_RECORD_NAME}",
-                action="check the path; a set's folder is {output_dir}/{teacher_id}",
+                f"there is no {SET_RECORD_NAME}",
+                expected="the folder of a shard set, {output_dir}/{teacher_id}",
+                action="check the path; if the set lost the file, copy it anew",
             ) from error
         return SetRecord.from_bytes(content, SET_RECORD_NAME), []
     return None, findings.all()
@@ -181,11 +181,13 @@ def check_ids(
     findings = FindingList(record.id)
     first_draw = [index for index in indices if index.name.draw == 0 and index.num_records]
     ids = np.concatenate([index.ids for index in first_draw] or [np.empty((0, 16), np.uint8)])
-    unique, counts = np.unique(ids, axis=0, return_counts=True)
-    for identity in unique[counts > 1]:
+    halves = np.frombuffer(ids.tobytes(), ">u8").astype(np.uint64)  # bytes sort far more slowly
+    ids = ids[np.lexsort((halves[1::2], halves[::2]))]
+    twice = ids[1:][(ids[1:] == ids[:-1]).all(axis=1)]
+    for image_id in dict.fromkeys(row.tobytes().hex() for row in twice):
         findings.add(
             CorruptError(
-                f"image {identity.tobytes().hex()} is in more than one shard",
+                f"image {image_id} is in more than one shard",
                 expected="every image once",
                 action="rebuild the set with cache.skip_existing: false",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord
 from sdxl_distill.shards.set_reference import SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from verified_sets import VerifiedSets
 
 Tensors = Mapping[str, np.ndarray]
 Layouts = tuple[tuple[int, int, int], ...]
@@ -176,3 +181,9 @@ def sets(tmp_path: Path) -> SetFactory:
 @pytest.fixture
 def ids() -> Callable[..., list[str]]:
     return sorted_ids
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> VerifiedSets:
+    """A cache folder in which a test builds sets that are valid in every value."""
+    return VerifiedSets(tmp_path, {(64, 64, 0): 4, (64, 64, 1): 2, (64, 128, 0): 2})
