@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         nargs="+",
         default=[],
-        help="other sets that it is joined with: same keys, draws, noise, timesteps; stale shards",
+        help="other sets that it is joined with: same keys, draws, noise, timesteps; stale shards; "
+        "'predictions/{a,b,c}' names three",
     )
     parser.add_argument(
         "--recompute",
@@ -130,13 +132,15 @@ def _compare(arguments: argparse.Namespace, result: Verification) -> None:
     """Add how the set differs from those of --against."""
     if not arguments.against:
         return
+    from braceexpand import braceexpand
+
     from sdxl_distill.shards.finding import FindingList
     from sdxl_distill.shards.shard_set import open_shard_set
     from sdxl_distill.stream.siblings import compare_sets
 
     findings = FindingList(result.set_id)
     with findings.collecting(), open_shard_set(arguments.cache_dir) as shard_set:
-        for place in arguments.against:
+        for place in chain.from_iterable(map(braceexpand, arguments.against)):
             with findings.collecting(), open_shard_set(place) as other:
                 result.findings += compare_sets(shard_set, other)
     result.findings += findings.all()

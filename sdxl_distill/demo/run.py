@@ -115,9 +115,9 @@ def _build(folder: Path, configurations: DemoConfigurations, clock: PhaseClock) 
 
 def _verify(folder: Path, configurations: DemoConfigurations, clock: PhaseClock) -> None:
     root = "cache/teacher_predictions"
-    names = list(configurations.builders)
-    others = [f"{root}/{name}" for name in names[1:]]
-    launch(["verify-shards", "--cache-dir", f"{root}/{names[0]}", "--against", *others], folder)
-    for place in others:
-        launch(["verify-shards", "--cache-dir", place], folder)
+    first, *others = configurations.builders
+    siblings = f"{root}/{{{','.join(others)}}}"
+    launch(["verify-shards", "--cache-dir", f"{root}/{first}", "--against", siblings], folder)
+    for name in others:
+        launch(["verify-shards", "--cache-dir", f"{root}/{name}"], folder)
     clock.finish("verify every set")
