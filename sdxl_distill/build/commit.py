@@ -36,15 +36,21 @@ def publish_set_record(directory: Directory, record: SetRecord) -> SetRecord:
         CorruptError: when the one there is damaged.
         StorageError: when the folder cannot be written.
     """
-    content = record.to_bytes()
-    if until_not_swept(directory, lambda: directory.publish_bytes(SET_RECORD_NAME, content)):
-        return record
     where = str(directory.path / SET_RECORD_NAME)
-    with naming_repair(where):
-        content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
-        found = SetRecord.from_bytes(content, where)
+    found = until_not_swept(directory, lambda: _set_record_there(directory, record, where))
     record.require_same(found, where)
     return found
+
+
+def _set_record_there(directory: Directory, record: SetRecord, where: str) -> SetRecord:
+    if directory.publish_bytes(SET_RECORD_NAME, record.to_bytes()):
+        return record
+    try:
+        with naming_repair(where):
+            content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+            return SetRecord.from_bytes(content, where)
+    except FileNotFoundError as error:
+        raise LostDirectoryError("a file that was there a moment ago is gone") from error
 
 
 def shard_header(record: SetRecord, shard: PlannedShard) -> RecordHeader:

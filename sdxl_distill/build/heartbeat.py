@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sdxl_distill.build.in_place import until_not_swept
 from sdxl_distill.errors import CorruptError, StorageError
 from sdxl_distill.fsio import Directory, new_token, storage_errors
 
@@ -179,13 +181,17 @@ class Heartbeat:
     def _write(self) -> None:
         """Rewrite the file in place: over NFS others see it at their next open.
 
-        It is made anew when one who took this worker for dead, while it slept, removed it.
+        It is published whole at first, and again when one who took this worker for dead, while
+        it slept, removed it: an empty heartbeat would name no process.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with storage_errors(self._workers.path):
-            descriptor = os.open(self._workers.token, flags, 0o644, dir_fd=self._workers.descriptor)
+        token, content = self._workers.token, self.beat.to_bytes()
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with storage_errors(self._workers.path), suppress(FileNotFoundError):
+            descriptor = os.open(token, flags, dir_fd=self._workers.descriptor)
             with os.fdopen(descriptor, "wb", buffering=0) as file:
-                file.write(self.beat.to_bytes())
+                file.write(content)
+            return
+        until_not_swept(self._workers, partial(self._workers.publish_bytes, token, content))
 
 
 class Observer:

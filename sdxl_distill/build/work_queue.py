@@ -147,7 +147,7 @@ class WorkQueue:
     def sweep_temporaries(self) -> None:
         """Remove temporary files of dead workers; those of the living, of any launch, stay."""
         own, is_dead = self._directory.token, cache(self.observer.is_dead)
-        for place in (self._directory, self._claims):
+        for place in (self._directory, self._claims, self._workers):
             for name in place.names():
                 if match := _TEMPORARY.fullmatch(name):
                     token = match["token"]

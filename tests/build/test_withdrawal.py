@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 from toy_set import ToyContent, build, planned, toy_record
 
+from sdxl_distill.build.commit import publish_set_record
 from sdxl_distill.build.launch import Launch
 from sdxl_distill.build.repair import RepairSummary, repair_set
 from sdxl_distill.build.withdrawal import (
@@ -19,6 +20,7 @@ from sdxl_distill.build.withdrawal import (
     withdraw_set,
 )
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
+from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.world import World
 
@@ -248,3 +250,11 @@ def test_a_rebuild_does_not_take_an_unfinished_repair_for_its_own(path: Path) ->
     repair(path)
     withdraw_for_rebuild(Launch(World(), {}), path)
     assert build(path, 3).summary.num_built == 3
+
+
+def test_a_worker_that_slept_through_it_all_before_its_first_step_is_told(path: Path) -> None:
+    with Directory(path) as zombie:
+        withdraw_set(path)
+        build(path, 3)
+        with pytest.raises(StorageError, match="withdrawn or moved"):
+            publish_set_record(zombie, toy_record())

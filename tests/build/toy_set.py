@@ -21,7 +21,7 @@ from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.build.set_builder import BuiltSet, build_set
 from sdxl_distill.build.shard_builder import EncodedRecord
 from sdxl_distill.errors import DistillError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.fsio import Directory, StagedFile
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader, latents_schema
@@ -111,6 +111,19 @@ def build(
     )
 
 
+def slow_down_publication(seconds: float) -> None:
+    """Pause at random around each publication in this process: moments to be killed in."""
+    publish = Directory.publish
+
+    def slow_publish(directory: Directory, staged: StagedFile, name: str) -> bool:
+        time.sleep(secrets.randbelow(1000) / 1000 * seconds)
+        made = publish(directory, staged, name)
+        time.sleep(secrets.randbelow(1000) / 1000 * seconds)
+        return made
+
+    Directory.publish = slow_publish
+
+
 def worker_command(path: Path, rank: int = 0, size: int = 1, *options: str) -> list[str]:
     return [sys.executable, __file__, str(path), str(rank), str(size), *options]
 
@@ -124,10 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--slow-disk", type=float, default=0.0)
     parser.add_argument("--expiry", type=float, default=FAST.expiry_seconds)
     options = parser.parse_args(arguments)
+    if options.slow_disk:
+        slow_down_publication(options.slow_disk)
     content = ToyContent(options.seed, random=options.random, pause_seconds=options.slow)
-    timing = Timing(0.1, options.expiry, 3, 0.02)
+    timing = Timing(options.expiry / 5, options.expiry, 3, 0.02)
     world = World(options.rank, options.size, options.rank, options.size)
     try:
         manifest, summary = build(options.path, options.shards, content, world, timing)
