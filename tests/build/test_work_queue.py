@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_distill.build.heartbeat import HEARTBEAT_BYTES, Beat, ProcessIdentity, Timing
+from sdxl_distill.build.heartbeat import HEARTBEAT_BYTES, Beat, Timing
 from sdxl_distill.build.work_queue import Claim, WorkQueue
 from sdxl_distill.errors import StorageError
 from sdxl_distill.fsio import Directory, new_token
@@ -368,22 +368,6 @@ def test_a_swept_worker_shows_life_again(tmp_path: Path) -> None:
         beat = Beat.from_bytes(heartbeat.read_bytes())
     assert beat is not None
     assert (beat.num_records, beat.num_pending) == (3, 3)
-
-
-def test_heartbeats_have_one_length_so_that_a_rewrite_leaves_no_rest() -> None:
-    beats = [Beat(ProcessIdentity.current(), count, count) for count in (0, 10**15)]
-    assert {len(beat.to_bytes()) for beat in beats} == {HEARTBEAT_BYTES}
-    assert [Beat.from_bytes(beat.to_bytes()) for beat in beats] == beats
-
-
-def test_pending_records_of_the_living_are_added_up(tmp_path: Path) -> None:
-    timing = Timing(heartbeat_seconds=0.01)
-    with worker(tmp_path, None, timing) as (_, first), worker(tmp_path, None, timing) as (_, queue):
-        first.heartbeat.finish_records(5)
-        first.heartbeat.finish_records(4)
-        first.heartbeat.settle_records(5)
-        time.sleep(0.1)
-        assert queue.observer.num_pending() == 4
 
 
 def test_a_file_in_place_of_the_build_folder_is_a_storage_error(tmp_path: Path) -> None:
