@@ -20,6 +20,7 @@ _TIMESTEP_STREAM: Final = 0
 _NOISE_STREAM: Final = 1
 CAPTION_STREAM: Final = 2  # kept free for a choice among several captions
 _GOLDEN_RATIO_FRACTION: Final = 0.6180339887498949
+_64_BITS: Final = (1 << 64) - 1
 
 
 def noise_seed(image_id: str, base_seed: int, draw: int = 0) -> int:
@@ -32,13 +33,26 @@ def noise_seed(image_id: str, base_seed: int, draw: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:4], "big")
 
 
-def _philox(seed: int, stream: int) -> np.random.Philox:
-    return np.random.Philox(key=seed + (stream << 64))
+def _first_bits(seed: int) -> int:
+    """Return the first 64 bits of the timestep stream, as numpy's Philox does in twice the time.
+
+    Philox4x64-10 of the counter 1: Salmon et al. 2011, "Parallel random numbers: as easy as
+    1, 2, 3". Each record that is read needs one; numpy asks the system for entropy beforehand.
+    """
+    a, b, c, d = 1, 0, 0, 0
+    key, other_key = seed, _TIMESTEP_STREAM
+    for _ in range(10):
+        low, high = 0xD2E7470EE14C6C93 * a, 0xCA5A826395121157 * c
+        a, c = (high >> 64) ^ b ^ key, (low >> 64) ^ d ^ other_key
+        b, d = high & _64_BITS, low & _64_BITS
+        key = (key + 0x9E3779B97F4A7C15) & _64_BITS
+        other_key = (other_key + 0xBB67AE8584CAA73B) & _64_BITS
+    return a
 
 
 def uniform(seed: int) -> float:
     """Return the number in [0, 1) from which an image's timesteps follow, with 53 bits."""
-    return (int(_philox(seed, _TIMESTEP_STREAM).random_raw()) >> 11) * 2.0**-53
+    return (_first_bits(seed) >> 11) * 2.0**-53
 
 
 def timestep(image_id: str, base_seed: int, draw: int, min_timestep: int, max_timestep: int) -> int:
@@ -61,5 +75,5 @@ def noise(
     two builds of numpy that we know, and float16 would hide it if they did.
     """
     shape = (num_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
-    generator = np.random.Generator(_philox(seed, _NOISE_STREAM))
+    generator = np.random.Generator(np.random.Philox(key=seed + (_NOISE_STREAM << 64)))
     return generator.standard_normal(shape).astype(np.float16)

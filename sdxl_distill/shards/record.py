@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -158,10 +159,11 @@ class RecordHeader:
 
     def column(self, tensor_name: str) -> int:
         """Return the column of a tensor in an index's digests; KeyError when there is none."""
-        for column, place in enumerate(self.places):
-            if place.name == tensor_name:
-                return column
-        raise KeyError(tensor_name)
+        return self._columns[tensor_name]
+
+    @cached_property
+    def _columns(self) -> dict[str, int]:
+        return {place.name: column for column, place in enumerate(self.places)}
 
     def encode(self, tensors: Mapping[str, AnyTensor]) -> bytes:
         """Return the bytes of one record; ValueError when a tensor is not as declared."""

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 
 import torch
 
+from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.core.image_id import record_key
 from sdxl_distill.core.noise import noise
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex
@@ -22,11 +24,13 @@ from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES, byte_view
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
 from sdxl_distill.stream.batch import JoinedBatch
+from sdxl_distill.stream.batch_memory import BatchMemory, Layout
 from sdxl_distill.stream.compatibility import holds_text, recipe_of, text_fingerprint_of
 from sdxl_distill.stream.joined_sets import JoinedSets
 from sdxl_distill.stream.question import (
     QUESTION_TENSORS,
     TEXT_TENSORS,
+    Question,
     differing_records,
     expected_question,
     require_close_text,
@@ -36,21 +40,21 @@ from sdxl_distill.stream.question import (
 from sdxl_distill.stream.schedule import Batch
 
 _MAX_OPEN_SHARDS: Final = 128
-
-
-class Column(NamedTuple):
-    """One tensor of a batch: the set that fills it, and its name there."""
-
-    shard_set: ShardSet
-    tensor_name: str
+_MAX_LAYOUTS: Final = 128
 
 
 class Run(NamedTuple):
-    """Columns whose tensors lie side by side in the records of a set: one call reads them."""
+    """Tensors that lie side by side in the records of a set, so that one call reads them.
+
+    Attributes:
+        shard_set: that holds them.
+        first_column: of the first one in the header of a record.
+        slots: which tensors of a batch they fill, see `Join._slots`.
+    """
 
     shard_set: ShardSet
-    first_place: int
-    columns: tuple[Column, ...]
+    first_column: int
+    slots: tuple[int, ...]
 
 
 class OpenShard(NamedTuple):
@@ -70,21 +74,37 @@ class OpenShard(NamedTuple):
     unequal_texts: Mapping[ShardSet, frozenset[int]]
 
 
+class UnfilledBatch(NamedTuple):
+    """A batch of its final shape, whose rows and keys are still to come.
+
+    Attributes:
+        batch: its tensors look into `content`.
+        read: which records.
+        layout: of the tensors in `content`.
+        content: the memory.
+    """
+
+    batch: JoinedBatch
+    read: Batch
+    layout: Layout
+    content: memoryview
+
+
 class Join:
     """Reads batches of joined records; safe to share between threads.
 
     Args:
         sets: that are joined.
         shards: that all sets have; rows of the schedule's shard table.
-        pin_memory: allocate batches in page-locked memory, from which a GPU copies by itself.
+        memory: that batches lie in.
     """
 
     def __init__(
-        self, sets: JoinedSets, shards: Sequence[AlignedShard], *, pin_memory: bool
+        self, sets: JoinedSets, shards: Sequence[AlignedShard], memory: BatchMemory
     ) -> None:
         self._sets = sets
         self._shards = shards
-        self._pin_memory = pin_memory
+        self._memory = memory
         self._recipe = recipe_of(sets.predictions[0])
         full = [each for each in sets.predictions if holds_text(each)]
         self._noise_source = full[0] if full else None
@@ -93,39 +113,38 @@ class Join:
             for each in full
             if each is not sets.text and text_fingerprint_of(each) == text_fingerprint_of(sets.text)
         ]
-        self._runs = [run for each in sets.all for run in _runs(each, self._columns())]
+        slots = self._slots()
+        self._runs = [run for each in sets.all for run in _runs(each, slots)]
+        self._layout = lru_cache(_MAX_LAYOUTS)(self._new_layout)
         self._open = lru_cache(_MAX_OPEN_SHARDS)(self._open_shard)
 
-    def allocate(self, read: Batch) -> JoinedBatch:
-        """Return a batch of its final shape; tensors and keys wait for `fill`."""
-        sets, bucket = self._sets, self._shards[read.shards[0]].bucket
-
-        def empty(shard_set: ShardSet, tensor_name: str) -> torch.Tensor:
-            dtype, shape = shard_set.manifest.record.schema.resolve(*bucket)[tensor_name]
-            return self._empty((len(read.slots), *shape), TORCH_DTYPES[dtype])
-
-        latents = empty(sets.latents, "latents")
-        return JoinedBatch(
+    def allocate(self, read: Batch) -> UnfilledBatch:
+        """Return a batch for `fill`."""
+        bucket = self._shards[read.shards[0]].bucket
+        layout = self._layout(bucket, len(read.slots))
+        block = self._memory.take(layout)
+        latents, time_ids, hidden_states, pooled, *predictions, own_noise, timesteps = block.tensors
+        batch = JoinedBatch(
             epoch=read.epoch,
             step=read.step,
             bucket=bucket,
             keys=("",) * len(read.slots),
             draws=tuple(read.draws.tolist()),
             latents=latents,
-            noise=self._empty(tuple(latents.shape), torch.float16),
-            timesteps=self._empty((len(read.slots),), torch.int64),
-            predictions=tuple(empty(teacher, "teacher_pred") for teacher in sets.predictions),
-            encoder_hidden_states=empty(sets.text, "encoder_hidden_states"),
-            pooled_embeds=empty(sets.text, "pooled_embeds"),
-            time_ids=empty(sets.latents, "time_ids"),
+            noise=own_noise,
+            timesteps=timesteps,
+            predictions=tuple(predictions),
+            encoder_hidden_states=hidden_states,
+            pooled_embeds=pooled,
+            time_ids=time_ids,
         )
+        return UnfilledBatch(batch, read, layout, block.content)
 
-    def fill(self, batch: JoinedBatch, read: Batch, rows: Sequence[int]) -> list[str]:
-        """Read some rows of an allocated batch in place.
+    def fill(self, unfilled: UnfilledBatch, rows: Sequence[int]) -> list[str]:
+        """Read some rows of a batch in place.
 
         Args:
-            batch: from `allocate(read)`.
-            read: which records.
+            unfilled: from `allocate`.
             rows: positions in the batch; no other call may fill the same ones.
 
         Returns:
@@ -136,55 +155,54 @@ class Join:
             IncompatibleError: when two sets hold different noise or text for one record.
             StorageError: when a set was replaced, or the operating system refuses.
         """
-        contents = dict(zip(self._columns(), map(byte_view, self._tensors(batch)), strict=True))
-        runs = [
-            (run, [(contents[each], len(contents[each]) // len(batch)) for each in run.columns])
-            for run in self._runs
-        ]
+        batch, read, layout, content = unfilled
         shards, records, draws = read.shards.tolist(), read.records.tolist(), read.draws.tolist()
+        spans = [(place.offset, place.row_bytes) for place in layout.places]
+        runs = [(*run[:2], [spans[slot] for slot in run.slots]) for run in self._runs]
         keys: list[str] = []
         for row in rows:
-            record = records[row]
-            shard = self._open(shards[row], draws[row])
-            for run, parts in runs:
+            record, draw = records[row], draws[row]
+            shard = self._open(shards[row], draw)
+            for shard_set, first_column, own_spans in runs:
                 buffers = [
-                    content[row * num_bytes : (row + 1) * num_bytes] for content, num_bytes in parts
+                    content[offset + row * size : offset + (row + 1) * size]
+                    for offset, size in own_spans
                 ]
-                shard.readers[run.shard_set].read_run(record, run.first_place, buffers)
-            self._fill_question(batch, row, shard, record, draws[row])
-            keys.append(shard.readers[self._sets.latents].index.key(record))
+                shard.readers[shard_set].read_run(record, first_column, buffers)
+            image_id = shard.questions[0].image_id(record)
+            question = expected_question(image_id, self._recipe, draw)
+            self._fill_question(unfilled, row, shard, record, question)
+            keys.append(record_key(image_id, *batch.bucket))
         return keys
 
     def close(self) -> None:
         """Let go of the shards that are kept open."""
         self._open.cache_clear()
 
-    def _columns(self) -> list[Column]:
-        """Return what is read, in the order of `_tensors`."""
-        latents, text = self._sets.latents, self._sets.text
-        columns = [
-            Column(latents, "latents"),
-            Column(latents, "time_ids"),
-            Column(text, "encoder_hidden_states"),
-            Column(text, "pooled_embeds"),
-            *(Column(teacher, "teacher_pred") for teacher in self._sets.predictions),
+    def _slots(self) -> dict[tuple[ShardSet, str], int]:
+        """Return which tensor of a batch each tensor that is read fills; see `_new_layout`."""
+        sets = self._sets
+        names = [
+            (sets.latents, "latents"),
+            (sets.latents, "time_ids"),
+            (sets.text, "encoder_hidden_states"),
+            (sets.text, "pooled_embeds"),
+            *((teacher, "teacher_pred") for teacher in sets.predictions),
         ]
         if self._noise_source is not None:
-            columns.append(Column(self._noise_source, "noise"))
-        return columns
+            names.append((self._noise_source, "noise"))
+        return {name: slot for slot, name in enumerate(names)}
 
-    def _tensors(self, batch: JoinedBatch) -> list[torch.Tensor]:
-        """Return the tensors of a batch that are read, in the order of `_columns`."""
-        tensors = [
-            batch.latents,
-            batch.time_ids,
-            batch.encoder_hidden_states,
-            batch.pooled_embeds,
-            *batch.predictions,
-        ]
-        if self._noise_source is not None:
-            tensors.append(batch.noise)
-        return tensors
+    def _new_layout(self, bucket: Bucket, num_records: int) -> Layout:
+        """Lay out what is read as `_slots` says, then noise and timesteps."""
+        slots = [slot for slot in self._slots() if slot[1] != "noise"]
+        tensors: list[tuple[torch.dtype, tuple[int, ...]]] = []
+        for shard_set, name in slots:
+            dtype, shape = shard_set.manifest.record.schema.resolve(*bucket)[name]
+            tensors.append((TORCH_DTYPES[dtype], (num_records, *shape)))
+        latents_shape = tensors[0][1]
+        tensors += [(torch.float16, latents_shape), (torch.int64, (num_records,))]
+        return Layout.of(tensors)
 
     def _open_shard(self, row: int, draw: int) -> OpenShard:
         """Open a row of the shard table, and compare the indices of all its records at once."""
@@ -203,22 +221,22 @@ class Join:
         )
 
     def _fill_question(
-        self, batch: JoinedBatch, row: int, shard: OpenShard, record: int, draw: int
+        self, unfilled: UnfilledBatch, row: int, shard: OpenShard, record: int, question: Question
     ) -> None:
         """Fill in what follows from the id, and check that every teacher was asked the same."""
-        first = shard.questions[0]
-        question = expected_question(first.image_id(record), self._recipe, draw)
-        batch.timesteps.numpy()[row] = question.timestep
+        batch = unfilled.batch
+        timesteps = unfilled.layout.places[-1].row(row)
+        unfilled.content[timesteps] = question.timestep.to_bytes(8, "little")
         if self._noise_source is None:
             made = noise(question.seed, *batch.bucket, batch.noise.shape[1])
-            batch.noise.numpy()[row] = made
+            unfilled.content[unfilled.layout.places[-2].row(row)] = byte_view(made)
             origin, noise_digest = "the seed", tensor_digest(made)
         else:
             source = shard.readers[self._noise_source].index
             origin = f"set {self._noise_source.id}"
             noise_digest = int(source.tensor_digests("noise")[record])
         # What holds for one index holds for all whose digests are equal.
-        asked = shard.questions if record in shard.unequal_questions else [first]
+        asked = shard.questions if record in shard.unequal_questions else shard.questions[:1]
         for index in asked:
             require_question(index, record, question)
             require_noise(index, record, noise_digest, origin)
@@ -227,23 +245,19 @@ class Join:
                 readers = shard.readers
                 require_close_text(readers[self._sets.text], readers[other], record)
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
 
-
-def _runs(shard_set: ShardSet, columns: Sequence[Column]) -> list[Run]:
-    """Return the columns of one set, in as few runs as their places in a record allow."""
-    record = shard_set.manifest.record
-    bucket = shard_set.manifest.shards[0]
+def _runs(shard_set: ShardSet, slots: Mapping[tuple[ShardSet, str], int]) -> list[Run]:
+    """Return what is read of one set, in as few runs as the places in a record allow."""
+    record, shard = shard_set.manifest.record, shard_set.manifest.shards[0]
     # The order of the tensors is the same in every bucket.
-    places = RecordHeader.build(record.schema, bucket.width, bucket.height, record.fingerprint).places
+    header = RecordHeader.build(record.schema, shard.width, shard.height, record.fingerprint)
     runs: list[Run] = []
-    for number, place in enumerate(places):
-        column = Column(shard_set, place.name)
-        if column not in columns:
+    for column, place in enumerate(header.places):
+        slot = slots.get((shard_set, place.name))
+        if slot is None:
             continue
-        if runs and runs[-1].first_place + len(runs[-1].columns) == number:
-            runs[-1] = runs[-1]._replace(columns=(*runs[-1].columns, column))
+        if runs and runs[-1].first_column + len(runs[-1].slots) == column:
+            runs[-1] = runs[-1]._replace(slots=(*runs[-1].slots, slot))
         else:
-            runs.append(Run(shard_set, number, (column,)))
+            runs.append(Run(shard_set, column, (slot,)))
     return runs

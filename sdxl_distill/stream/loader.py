@@ -14,6 +14,7 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard, OnMissing, align
 from sdxl_distill.stream.batch import JoinedBatch
+from sdxl_distill.stream.batch_memory import BatchMemory
 from sdxl_distill.stream.compatibility import noise_schedule_of
 from sdxl_distill.stream.join import Join
 from sdxl_distill.stream.joined_sets import JoinedSets
@@ -103,7 +104,9 @@ class JoinedStream:
         self._opened = [
             each for each in self._sets.all if each not in {*predictions, latents, text}
         ]
-        self._join = Join(self._sets, shards, pin_memory=pin_memory)
+        # One batch is handed out, and its successor may be asked for before it is dropped.
+        memory = BatchMemory(max_free=prefetch + 2, pin_memory=pin_memory)
+        self._join = Join(self._sets, shards, memory)
         self._ahead = ReadAhead(self._join, num_threads=num_threads, num_batches=prefetch)
         if rank == 0:
             _report_small_buckets(self.schedule)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 
 from sdxl_distill.stream.batch import JoinedBatch
-from sdxl_distill.stream.join import Join
+from sdxl_distill.stream.join import Join, UnfilledBatch
 from sdxl_distill.stream.schedule import Batch
 
 
@@ -36,7 +37,7 @@ class ReadAhead:
         Raises:
             Exception: what a thread raised, at the batch where it did; the iterator then ends.
         """
-        in_flight: deque[_UnfinishedBatch] = deque()
+        in_flight: deque[_BatchInFlight] = deque()
         try:
             while True:
                 room = self._num_batches + 1 - len(in_flight)
@@ -54,29 +55,41 @@ class ReadAhead:
         """Drop what has not begun and wait for the threads; iterators are of no use then."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, read: Batch) -> _UnfinishedBatch:
-        batch = self._join.allocate(read)
+    def _start(self, read: Batch) -> _BatchInFlight:
         # A thread that gets the records of one shard together opens it once.
         order = np.lexsort((read.draws, read.shards)).tolist()
         num_rows = -(-len(order) // self._num_threads)
         pieces = [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
-        keys = [self._pool.submit(self._join.fill, batch, read, rows) for rows in pieces]
-        return _UnfinishedBatch(batch, pieces, keys)
+        batch = _BatchInFlight(self._join, read)
+        batch.futures = [self._pool.submit(batch.fill, rows) for rows in pieces]
+        return batch
 
 
-@dataclass(frozen=True)
-class _UnfinishedBatch:
-    batch: JoinedBatch
-    pieces: list[list[int]]
-    keys: list[Future[list[str]]]
+class _BatchInFlight:
+    """A batch that threads fill; it takes memory only when the first one begins."""
+
+    def __init__(self, join: Join, read: Batch) -> None:
+        self.futures: Sequence[Future[None]] = ()
+        self._join = join
+        self._read = read
+        self._lock = Lock()
+        self._unfilled: UnfilledBatch | None = None
+        self._keys = [""] * len(read.slots)
+
+    def fill(self, rows: Sequence[int]) -> None:
+        with self._lock:
+            if self._unfilled is None:
+                self._unfilled = self._join.allocate(self._read)
+        for row, key in zip(rows, self._join.fill(self._unfilled, rows), strict=True):
+            self._keys[row] = key
 
     def result(self) -> JoinedBatch:
         """Wait for all rows."""
-        keys = dict[int, str]()
-        for rows, future in zip(self.pieces, self.keys, strict=True):
-            keys.update(zip(rows, future.result(), strict=True))
-        return replace(self.batch, keys=tuple(keys[row] for row in range(len(self.batch))))
+        for future in self.futures:
+            future.result()
+        assert self._unfilled is not None
+        return replace(self._unfilled.batch, keys=tuple(self._keys))
 
     def cancel(self) -> None:
-        for future in self.keys:
+        for future in self.futures:
             future.cancel()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import noise, noise_seed, timestep, uniform
@@ -28,6 +29,12 @@ def test_seed_timestep_and_noise_are_those_of_the_golden_file(row: dict) -> None
     sample = noise(seed, row["width"], row["height"])
     assert sample.dtype == np.float16
     assert hashlib.sha256(sample.tobytes()).hexdigest() == row["noise_sha256"]
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_uniform_has_the_first_bits_of_the_philox_of_numpy(seed: int) -> None:
+    bits = int(np.random.Philox(key=seed).random_raw())
+    assert uniform(seed) == (bits >> 11) / 2**53
 
 
 def test_first_draw_hashes_id_and_base_seed_alone() -> None:
