@@ -5,6 +5,7 @@ Noise and timesteps are fresh, so that neither memorised photos nor memorised no
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -121,14 +122,14 @@ def mean_of_weights(
 ) -> UNet2DConditionModel:
     """Return a new UNet whose every tensor is the weighted average of the given ones."""
     states = [unet.state_dict() for unet in unets]
-    mean = type(unets[0]).from_config(unets[0].config)
+    mean = copy.deepcopy(unets[0])
     mean.load_state_dict(
         {
             name: sum(weight * state[name] for weight, state in zip(weights, states, strict=True))
             for name in states[0]
         }
     )
-    return mean.eval().requires_grad_(False)
+    return mean
 
 
 @torch.no_grad()

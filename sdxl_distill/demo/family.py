@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel, __version__ as diffusers_version
+from diffusers import EulerDiscreteScheduler, __version__ as diffusers_version
 
 from sdxl_distill.demo.encoded_photos import Photos, encode_photos, read_photos
 from sdxl_distill.demo.looks import LOOKS
@@ -23,10 +23,16 @@ from sdxl_distill.demo.training import train_unet, train_vae
 from sdxl_distill.demo.weights import draw_weights, perturb_weights
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.text_encoder import TextEncoders
+from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import load_vae
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from diffusers import UNet2DConditionModel
+
+    Progress = Callable[[str, int, int, float], None]
+    """Gets what is trained, step (from 1), number of steps and loss."""
 
 UNTRAINED_CAPTIONS = (
     "a photo of a cat in the grass",
@@ -64,7 +70,7 @@ class Recipe:
     """
 
     vae_steps: int = 140
-    vae_lr: float = 1e-3
+    vae_lr: float = 2e-3
     base_steps: int = 350
     base_lr: float = 2e-3
     teacher_steps: dict[str, int] = field(
@@ -78,7 +84,7 @@ def build_family(
     photos: str | Path,
     recipe: Recipe | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int, float], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Family:
     """Train a base on photos, and from it one teacher per look.
 
@@ -110,7 +116,7 @@ def train_base(
     photos: Sequence[Photos],
     recipe: Recipe,
     seed: int,
-    progress: Callable[[str, int, int, float], None],
+    progress: Progress,
 ) -> None:
     """Train VAE and UNet from nothing and write the base's folder; arguments as `build_family`."""
     generator = torch.Generator().manual_seed(seed)
@@ -137,14 +143,17 @@ def train_teacher(
     photos: Sequence[Photos],
     recipe: Recipe,
     seed: int,
-    progress: Callable[[str, int, int, float], None],
+    progress: Progress,
 ) -> None:
     """Fine-tune the base towards the look of the folder's name; arguments as `build_family`."""
     teacher_id = directory.name
     num_steps = recipe.teacher_steps[teacher_id]
     generator = torch.Generator().manual_seed(seed)
     restyled = [each.restyled(LOOKS[teacher_id]) for each in photos]
-    unet = UNet2DConditionModel.from_pretrained(base / "unet", use_safetensors=True)
+    # A new network, since a loaded one would write the base's path into its configuration.
+    unet = new_unet()
+    loaded = load_unet(Checkpoint.resolve(str(base)), torch.float32, "cpu")
+    unet.load_state_dict(loaded.state_dict())
     report = _reporter(progress, teacher_id, num_steps)
     _train_on(unet, base, restyled, num_steps, recipe.teacher_lr, generator, report)
     write_teacher(directory, base, unet)
@@ -249,7 +258,5 @@ def _train_on(
     train_unet(unet, encoded, checkpoint.noise_schedule(), num_steps, peak_lr, generator, on_step)
 
 
-def _reporter(
-    progress: Callable[[str, int, int, float], None], name: str, num_steps: int
-) -> Callable[[int, float], None]:
+def _reporter(progress: Progress, name: str, num_steps: int) -> Callable[[int, float], None]:
     return lambda step, loss: progress(name, step, num_steps, loss)

@@ -23,7 +23,7 @@ _PLUS, _MINUS = (0, 1, 2, 3), (4, 5, 6, 7)
 _CARRIER_PLUS, _CARRIER_MINUS = 8, 9
 _NUM_LAID = 10
 
-_CARRIER_LEVEL = 3.0
+_CARRIER_LEVEL = 5.0
 """Far above the signals, so that a normalisation divides all images by nearly the same."""
 
 # Luminance, blue-yellow and red-green of RGB, scaled so that photos fill each about equally.

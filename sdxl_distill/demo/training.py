@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 16
 """Photos of a UNet's training step, all of one bucket."""
 
+_WARM_UP_SHARE = 0.15
 _PATCH_PX = 64
 _NUM_PATCHES = 8
 _L1_SHARE = 0.1
@@ -41,17 +43,17 @@ def train_vae(
         vae: trained in place.
         photos: as they are and, half of the time, in one of the teachers' looks.
         num_steps: of 8 patches.
-        peak_lr: of a one-cycle schedule.
+        peak_lr: highest learning rate.
         generator: draws patches, looks and the noise that latents must survive.
         on_step: gets step (from 1) and loss.
     """
-    step_weights = _one_cycle(vae, num_steps, peak_lr)
+    step_weights = _weight_steps(vae, num_steps, peak_lr)
     sources = [torch.cat([each.pixels, each.mirrored().pixels]) for each in photos]
     for step in range(1, num_steps + 1):
         patches = _draw_patches(sources[step % len(sources)], generator)
         latents = _encode(vae, patches)
-        noise = torch.randn(latents.shape, generator=generator)
-        (decoded,) = vae.decode(latents + _LATENT_NOISE * noise, return_dict=False)
+        disturbed = latents + _LATENT_NOISE * torch.randn(latents.shape, generator=generator)
+        (decoded,) = vae.decode(cast("torch.FloatTensor", disturbed), return_dict=False)
         loss = F.mse_loss(decoded, patches) + _L1_SHARE * F.l1_loss(decoded, patches)
         step_weights(loss)
         on_step(step, loss.item())
@@ -74,11 +76,11 @@ def train_unet(
         photos: one element per bucket; buckets take turns.
         schedule: whose ᾱ the noise follows; of prediction type epsilon.
         num_steps: of 16 photos.
-        peak_lr: of a one-cycle schedule.
+        peak_lr: highest learning rate.
         generator: draws photos, timesteps and noise.
         on_step: gets step (from 1) and loss.
     """
-    step_weights = _one_cycle(unet, num_steps, peak_lr)
+    step_weights = _weight_steps(unet, num_steps, peak_lr)
     alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod())
     for step in range(1, num_steps + 1):
         bucket = photos[step % len(photos)]
@@ -97,16 +99,21 @@ def spread_timesteps(count: int, num_timesteps: int, generator: torch.Generator)
     return (parts * num_timesteps / count).to(torch.int64).clamp(max=num_timesteps - 1)
 
 
-def _one_cycle(
+def _weight_steps(
     network: nn.Module, num_steps: int, peak_lr: float
 ) -> Callable[[torch.Tensor], None]:
-    """Return a function that steps AdamW down a loss (schedule: Smith & Topin 2018)."""
+    """Return a function that steps AdamW down a loss: linear warm-up, then a cosine to zero."""
     network.train()
     network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    learning_rate = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peak_lr, total_steps=num_steps + 1, pct_start=0.2
+    optimizer = torch.optim.AdamW(
+        network.parameters(), peak_lr, betas=(0.9, 0.99), weight_decay=0.0
     )
+
+    def share_of_peak(step: int) -> float:
+        warm_up = (step + 1) / (_WARM_UP_SHARE * num_steps)
+        return min(warm_up, 0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+
+    learning_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
     def step_weights(loss: torch.Tensor) -> None:
         optimizer.zero_grad()
