@@ -64,7 +64,7 @@ class ShardReader:
         column = self.index.header.column(tensor_name)
         self.read_run(record, column, [_bytes_of(out, self.index.header.places[column], 1)])
 
-    def read_run(self, record: int, first_column: int, buffers: Sequence[memoryview]) -> None:
+    def read_run(self, record: int, first_column: int, buffers: Sequence[memoryview]) -> bool:
         """Copy tensors that lie side by side in one record, by one call of the system.
 
         Args:
@@ -72,21 +72,35 @@ class ShardReader:
             first_column: of the first tensor in the header's places.
             buffers: bytes of exactly the tensors' sizes, for that tensor and those after it.
 
+        Returns:
+            whether all of it was in the page cache, so that no disk had to be waited for.
+
         Raises:
             CorruptError, StorageError: as `read_tensor_into`.
         """
         index = self.index
         offset = int(index.offsets[record]) + index.header.places[first_column].offset
         try:
-            num_read = os.preadv(self._descriptor, buffers, offset)
+            num_read = os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
         except OSError:
             num_read = 0
-        if num_read != sum(map(len, buffers)):
-            self._fill_each(buffers, offset, record)
+        was_cached = num_read == sum(map(len, buffers))
+        if not was_cached:
+            for buffer in buffers:
+                self._fill(buffer, offset, record)
+                offset += len(buffer)
         digests = index.digests[record].tolist()
         for column, buffer in enumerate(buffers, first_column):
             if bytes_digest(buffer) != digests[column]:
                 raise self._damaged(record, column)
+        return was_cached
+
+    def announce_run(self, record: int, first_column: int, num_columns: int) -> None:
+        """Let the disk start on what `read_run` will ask for."""
+        places = self.index.header.places[first_column : first_column + num_columns]
+        offset = int(self.index.offsets[record]) + places[0].offset
+        num_bytes = sum(place.num_bytes for place in places)
+        os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_records(self, records: Sequence[int], tensor_name: str, out: Buffer) -> None:
         """Copy one tensor of B records into `out` [B, …]; otherwise as `read_tensor_into`."""
@@ -130,12 +144,6 @@ class ShardReader:
         if content:
             self._fill(memoryview(content), self.index.sidecar_offset(record), record)
         return bytes(content)
-
-    def _fill_each(self, buffers: Sequence[memoryview], offset: int, record: int) -> None:
-        """Read again, buffer by buffer, to find out what is wrong if it still is."""
-        for buffer in buffers:
-            self._fill(buffer, offset, record)
-            offset += len(buffer)
 
     def _fill(self, buffer: memoryview, offset: int, record: int) -> None:
         try:
