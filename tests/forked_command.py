@@ -1,0 +1,137 @@
+"""Commands as processes of their own that need not import torch first: forks of one server.
+
+What `tools/*.py` do after their imports, in a process that can be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+_PRELOADED = (
+    "pytest",
+    "sdxl_distill.build.latents_set",
+    "sdxl_distill.build.predictions_set",
+    "sdxl_distill.cli.build_latents",
+    "sdxl_distill.cli.build_shards",
+    "sdxl_distill.cli.build_summary",
+)
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(list(_PRELOADED))
+
+
+class ForkedCommand:
+    """One process that runs one command.
+
+    Args:
+        arguments: `build-shards`, `--config`, …
+        output: file that receives stdout and stderr.
+        environment: added to the process's own.
+        limits: called in the process before the command.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        output: Path,
+        environment: Mapping[str, str] | None = None,
+        limits: Callable[[], None] | None = None,
+    ) -> None:
+        self._output = output
+        self._process = _CONTEXT.Process(
+            target=_run, args=(arguments, str(output), dict(environment or {}), limits)
+        )
+        self._process.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text("utf-8")
+
+    def send(self, signal_number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signal_number)
+
+    def kill_after(self, seconds: float) -> bool:
+        """Kill it unless it ends before; True when it was killed."""
+        self._process.join(seconds)
+        if not self.is_running:
+            return False
+        self.send(signal.SIGKILL)
+        self._process.join()
+        return self._process.exitcode == -signal.SIGKILL
+
+    def wait(self, timeout_seconds: float = 120) -> int:
+        """Return its exit code."""
+        self._process.join(timeout_seconds)
+        assert not self.is_running, f"still running: {self.output}"
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+
+def _run(
+    arguments: tuple[str, ...],
+    output: str,
+    environment: dict[str, str],
+    limits: Callable[[], None] | None,
+) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(environment)
+    from sdxl_distill.cli.main import run_command
+
+    if limits is not None:
+        limits()
+    sys.exit(run_command(arguments[0], arguments[1:]))
+
+
+@contextmanager
+def launched(num_processes: int, *arguments: str, output: Path) -> Iterator[list[ForkedCommand]]:
+    """Start a command in processes that know each other as those of a launcher do.
+
+    The store is here, as the launcher's is in the launcher: no process ends it for the others.
+    """
+    store = TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+    }
+    commands = [
+        ForkedCommand(
+            *arguments,
+            output=output.with_suffix(f".{rank}"),
+            environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(num_processes)
+    ]
+    try:
+        yield commands
+    finally:
+        for command in commands:
+            command.kill_after(0)
+
+
+def wait_for(condition: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
