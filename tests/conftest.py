@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))  # what tests of several folders share
 
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,8 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from distill_cache import DistillCache
+
     from sdxl_distill.demo.family import Family
 
 torch.set_num_threads(1)
@@ -23,6 +28,14 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     from sdxl_distill.demo.family import build_untrained_family
 
     return build_untrained_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="session")
+def distill_cache(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family) -> DistillCache:
+    """Complete sets of two teachers in two draws, by the real builders; read only."""
+    from distill_cache import build_distill_cache
+
+    return build_distill_cache(tmp_path_factory.mktemp("cache"), tiny_family)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,14 +6,16 @@ that the folder is whole or not there.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 
-from sdxl_distill.errors import ConfigError
+from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.fsio import TEMPORARY_PREFIX, new_token, storage_errors
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
@@ -54,6 +56,7 @@ def export_diffusers_folder(
         temporary.mkdir(parents=True)
         try:
             _write(temporary, base, text, weights, dtype)
+            _flush(temporary)
             if destination.exists():
                 replaced = temporary.with_name(f"{temporary.name}-replaced")
                 destination.rename(replaced)
@@ -88,6 +91,23 @@ def _save_component(component: Component, folder: Path, dtype: torch.dtype) -> N
     _save(component.load(dtype, "cpu"), folder / component.kind.name)
 
 
+def _flush(folder: Path) -> None:
+    """Have the disk hold every file before the folder gets its name."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _save(module: torch.nn.Module, folder: Path) -> None:
     # diffusers' and transformers' models share this method, torch's base class lacks it.
-    cast("Any", module).save_pretrained(folder, safe_serialization=True)
+    try:
+        cast("Any", module).save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:
+        raise StorageError(
+            f"the weights could not be written ({error})",
+            where=str(folder),
+            action="free some space on this disk, then export again",
+        ) from error

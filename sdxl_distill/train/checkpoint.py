@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sdxl_distill.errors import ConfigError, CorruptError
+from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, read_bytes, storage_errors
 
@@ -31,6 +31,8 @@ _FILES = "files.json"
 _STATE = "state.json"
 _LATEST = "latest"
 _MAX_JSON_BYTES = 16 << 20
+_MAX_LATEST_BYTES = 64
+_MAX_STEP = 99_999_999
 _STEP_FOLDER = re.compile(r"step-([0-9]{8})")
 
 _log = logging.getLogger(__name__)
@@ -71,59 +73,80 @@ class CheckpointFolder:
     def save(self, step: int, checkpoint: Checkpoint) -> Path:
         """Write the checkpoint of a step, point `latest` at it and remove the oldest.
 
-        A checkpoint of the same step is left as it is: it has the same content, since training
-        is a function of configuration and step.
+        One of the same step is replaced and those of later steps go: the run went on from an
+        older one, because they are damaged or because it was told to.
 
         Raises:
-            StorageError: when the disk is full or refuses; older checkpoints are untouched.
+            StorageError: when the disk is full or refuses; what was there is untouched.
         """
-        name = f"step-{step:08d}"
+        name = _name(step)
         with Directory(self.path, create=True) as folder:
-            if not folder.exists(name):
-                self._write(folder, name, checkpoint)
+            self._write(folder, name, checkpoint)
             folder.replace_bytes(_LATEST, name.encode())
-        for old in self.steps()[: -self.keep]:
-            self._remove(f"step-{old:08d}")
-        for leftover in self.path.glob(f"{TEMPORARY_PREFIX}*"):
-            _remove_leftover(leftover)
+        steps = self.steps()
+        for other in set(steps).difference([each for each in steps if each <= step][-self.keep :]):
+            self._remove(_name(other))
         return self.path / name
 
+    def clear_leftovers(self) -> None:
+        """Remove what a killed process left behind.
+
+        Raises:
+            StorageError: when the disk refuses.
+        """
+        for leftover in self.path.glob(f"{TEMPORARY_PREFIX}*"):
+            with storage_errors(leftover):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+
     def load_latest(self) -> tuple[Path, Checkpoint]:
-        """Load the newest checkpoint that is whole.
+        """Load the checkpoint that `latest` names, or the newest other one that is whole.
 
         Raises:
             ConfigError: when there is none at all.
             CorruptError: when every one of them is damaged.
         """
-        names = [f"step-{step:08d}" for step in reversed(self.steps())]
-        if not names:
+        latest = self._latest_step()
+        steps = sorted(self.steps(), key=lambda step: (step <= latest, step), reverse=True)
+        if not steps:
             raise ConfigError(
                 "there is no checkpoint",
                 where=str(self.path),
                 action="start the run without --resume, or name another run",
             )
         faults: list[CorruptError] = []
-        for name in names:
+        for path in (self.path / _name(step) for step in steps):
             try:
-                return self.path / name, load_checkpoint(self.path / name)
+                return path, load_checkpoint(path)
             except CorruptError as error:
                 _log.warning("%s\n  → falling back to the checkpoint before it", error)
                 faults.append(error)
         raise faults[0]
 
+    def _latest_step(self) -> int:
+        """Return the step that `latest` names; the largest possible one when it names none."""
+        try:
+            name = read_bytes(self.path / _LATEST, _MAX_LATEST_BYTES).decode("ascii", "replace")
+        except (FileNotFoundError, CorruptError):
+            name = ""
+        match = _STEP_FOLDER.fullmatch(name)
+        return int(match[1]) if match else _MAX_STEP
+
     def _write(self, folder: Directory, name: str, checkpoint: Checkpoint) -> None:
         temporary = self.path / f"{TEMPORARY_PREFIX}{new_token()}"
-        with storage_errors(temporary):
+        with storage_errors(self.path / name):
             temporary.mkdir()
-            for stem, tensors in checkpoint.tensors.items():
-                _save_tensors(temporary / f"{stem}.safetensors", tensors)
-            (temporary / _STATE).write_bytes(canonical_json(checkpoint.state))
-            digests = {path.name: _sha256_flushed(path) for path in sorted(temporary.iterdir())}
-            with Directory(temporary) as inner:
-                inner.publish_bytes(
-                    _FILES, canonical_json({"format_version": FORMAT_VERSION, "sha256": digests})
-                )
-            temporary.rename(self.path / name)
+            try:
+                _write_files(temporary, checkpoint)
+                if folder.exists(name):
+                    self._remove(name)
+                temporary.rename(self.path / name)
+            except BaseException:
+                # A full disk must not stay full because of what did not fit.
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             os.fsync(folder.descriptor)
 
     def _remove(self, name: str) -> None:
@@ -131,15 +154,22 @@ class CheckpointFolder:
         doomed = self.path / f"{TEMPORARY_PREFIX}{new_token()}"
         with storage_errors(self.path):
             (self.path / name).rename(doomed)
-        _remove_leftover(doomed)
+            shutil.rmtree(doomed)
 
 
-def _remove_leftover(path: Path) -> None:
-    with storage_errors(path):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    for stem, tensors in checkpoint.tensors.items():
+        _save_tensors(folder / f"{stem}.safetensors", tensors)
+    (folder / _STATE).write_bytes(canonical_json(checkpoint.state))
+    digests = {path.name: _sha256_flushed(path) for path in sorted(folder.iterdir())}
+    with Directory(folder) as directory:
+        directory.publish_bytes(
+            _FILES, canonical_json({"format_version": FORMAT_VERSION, "sha256": digests})
+        )
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -162,6 +192,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             expected=str(FORMAT_VERSION),
             where=str(path / _FILES),
         )
+    for required in (_STATE, "student.safetensors", "optimizer.safetensors"):
+        if required not in files["sha256"]:
+            raise _damaged(path / _FILES, f"{required} is not listed")
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for name, digest in files["sha256"].items():
         _verify(path, name, digest)
@@ -198,7 +231,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise StorageError(
+            f"the file could not be written ({error})",
+            where=str(path),
+            action="free some space on this disk, then resume",
+        ) from error
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:

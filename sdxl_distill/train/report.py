@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sdxl_distill.fsio import storage_errors
 from sdxl_distill.train.reduction import sum_over_ranks
 
 PREFIX: Final = "distill"
@@ -24,6 +25,11 @@ def loss_tags(teacher_ids: Sequence[str], prefix: str = PREFIX) -> tuple[str, ..
     """Return the tags of `step.RecordLosses.sums`: loss, floor, then each teacher's loss."""
     teachers = (f"{prefix}/loss_{teacher_id}" for teacher_id in teacher_ids)
     return (f"{prefix}/loss", f"{prefix}/loss_floor", *teachers)
+
+
+def _open_writer(log_folder: Path, first_step: int) -> SummaryWriter:
+    with storage_errors(log_folder):
+        return SummaryWriter(str(log_folder), purge_step=first_step)
 
 
 class RunReport:
@@ -36,6 +42,9 @@ class RunReport:
         accelerator: adds the ranks' sums; its main process shows and writes.
         num_steps: of the whole run.
         num_done: where this process starts; events of a killed run after it are hidden.
+
+    Raises:
+        StorageError: when the log folder cannot be written.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class RunReport:
         self.latest: dict[str, float] = {}
         self._tags = tuple(tags)
         self._accelerator = accelerator
-        self._writer = SummaryWriter(str(log_folder), purge_step=num_done + 1) if is_main else None
+        self._writer = _open_writer(log_folder, num_done + 1) if is_main else None
         self._progress = tqdm(
             total=num_steps,
             initial=num_done,

@@ -14,19 +14,25 @@ from sdxl_distill.fsio import Directory
 from sdxl_distill.train.checkpoint import CheckpointFolder
 
 # What may change between a run and its continuation without changing what a step does.
-_FREE_FIELDS = {
-    "device": None,
-    "run": None,
-    "data": {"latent_cache", "on_change", "on_missing", "reader_threads", "prefetch_batches"},
-    "training": {
-        "batch_size",  # the global batch is part of the stream's identity
-        "gradient_accumulation_steps",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "tensorboard",
-    },
-}
+_FREE_FIELDS = (
+    "device",
+    "run",
+    "student.checkpoint_path",
+    "student.text_encoder_id",
+    "data.latent_cache",
+    "data.on_change",
+    "data.on_missing",
+    "data.reader_threads",
+    "data.prefetch_batches",
+    "training.batch_size",  # the global batch is part of the stream's identity
+    "training.gradient_accumulation_steps",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.validation.every",
+    "training.tensorboard",
+    "export",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,15 @@ class RunFolder:
     def of(cls, config: DistillConfig) -> RunFolder:
         """Return the folder that a configuration names."""
         return cls(Path(config.run.output_root) / config.run.name)
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what a killed process left half-written in it.
+
+        Raises:
+            StorageError: when the disk refuses.
+        """
+        Directory(self.path, create=True).close()
+        self.checkpoints().clear_leftovers()
 
     @property
     def export(self) -> Path:
@@ -82,12 +97,12 @@ def decisive_fields(config: DistillConfig) -> dict[str, Any]:
     fields = config.model_dump(mode="json")
     if config.training.lr_schedule == "constant":
         del fields["training"]["num_steps"]
-    for section, names in _FREE_FIELDS.items():
-        for name in names or ():
-            del fields[section][name]
-        if names is None:
-            del fields[section]
-    del fields["student"]["checkpoint_path"], fields["student"]["text_encoder_id"]
+    for path in _FREE_FIELDS:
+        *sections, name = path.split(".")
+        section = fields
+        for each in sections:
+            section = section[each]
+        del section[name]
     for teacher in fields["teachers"]:
         del teacher["cache_dir"]
     # A list has no paths to name a difference by; teachers have ids.

@@ -7,22 +7,37 @@ and sets, then the checkpoint that is resumed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.core.prediction import MIN_SIGNAL
 from sdxl_distill.device import resolve_device
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import load_unet
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
+from sdxl_distill.stream.compatibility import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
+from sdxl_distill.train.launcher import end_with_launcher
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.trainer import Trainer, TrainSummary
 from sdxl_distill.world import World
+
+# The ranks wait for one of them to write a checkpoint, which may be large and its disk slow.
+_COLLECTIVE_TIMEOUT: Final = timedelta(hours=2)
+_MAX_VIEWS_OF_A_DRAW: Final = 8
 
 _log = logging.getLogger(__name__)
 
@@ -43,15 +58,20 @@ def train(config: DistillConfig, resume: str | None = None) -> TrainSummary:
         NumericalError: when loss or gradients are not finite.
         Preempted: when a signal asked to stop; the state is saved.
     """
+    end_with_launcher()
     folder = RunFolder.of(config)
     is_new = resume is None or (resume == "latest" and not folder.checkpoints().steps())
     if resume is None:
         folder.require_new()
     accelerator = make_accelerator(config)
-    with open_stream(config, accelerator) as stream:
+    with open_teachers(config) as teachers, open_stream(config, teachers, accelerator) as stream:
         checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
         noise_schedule = checkpoint.noise_schedule()
         require_same_table(noise_schedule, stream)
+        require_convertible(noise_schedule, teachers)
+        if accelerator.is_main_process:
+            folder.prepare()
+            warn_of_memorising(stream, config.training.num_steps)
         trainer = Trainer(
             config,
             load_student(config, checkpoint, accelerator.device),
@@ -80,7 +100,10 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     device = resolve_device(config.device, world.local_rank)
     # DDP would keep a second copy of all gradients without the views.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp])
+    group = InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[ddp, group]
+    )
     if accelerator.num_processes != world.size:
         raise ConfigError(
             f"the launcher started {world.size} processes, but they do not know each other",
@@ -91,18 +114,47 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     return accelerator
 
 
-def open_stream(config: DistillConfig, accelerator: Accelerator) -> JoinedStream:
-    """Open the joined sets of all teachers for this rank.
+@contextmanager
+def open_teachers(config: DistillConfig) -> Iterator[list[ShardSet]]:
+    """Open the predictions sets of all teachers within the block.
+
+    Raises:
+        ConfigError: when one is not there or not complete.
+        CorruptError, StorageError: when a manifest cannot be read.
+    """
+    with ExitStack() as opened:
+        yield [
+            opened.enter_context(_open_teacher(Path(each.cache_dir), each.teacher_id))
+            for each in config.teachers
+        ]
+
+
+@contextmanager
+def open_stream(
+    config: DistillConfig, teachers: Sequence[ShardSet], accelerator: Accelerator
+) -> Iterator[JoinedStream]:
+    """Open the joined sets of all teachers for this rank within the block.
 
     Raises:
         ConfigError, IncompatibleError, CorruptError, StorageError: as `JoinedStream`.
     """
+    with ExitStack() as opened:
+        latents_dir = config.data.latent_cache.cache_dir
+        latents = None if latents_dir is None else opened.enter_context(open_shard_set(latents_dir))
+        yield opened.enter_context(_stream(config, teachers, latents, accelerator))
+
+
+def _stream(
+    config: DistillConfig,
+    teachers: Sequence[ShardSet],
+    latents: ShardSet | None,
+    accelerator: Accelerator,
+) -> JoinedStream:
     training = config.training
     per_rank = training.batch_size * training.gradient_accumulation_steps
-    latents_dir = config.data.latent_cache.cache_dir
     return JoinedStream(
-        [_open_teacher(Path(each.cache_dir), each.teacher_id) for each in config.teachers],
-        latents=None if latents_dir is None else open_shard_set(latents_dir),
+        teachers,
+        latents=latents,
         text_fingerprint=Checkpoint.resolve(config.text_source).text_fingerprint(),
         global_batch=per_rank * accelerator.num_processes,
         seed=training.seed,
@@ -145,6 +197,42 @@ def require_same_table(student: NoiseSchedule, stream: JoinedStream) -> None:
             expected=f"the teachers' ᾱ, {stream.noise_schedules[0].to_json()}",
             where="student.checkpoint_path",
             action="start from a student with the teachers' noise schedule",
+        )
+
+
+def require_convertible(student: NoiseSchedule, teachers: Sequence[ShardSet]) -> None:
+    """Check that every prediction can be told as the student's type, at every timestep.
+
+    Raises:
+        IncompatibleError: for epsilon teachers of another student at timesteps of too little
+            signal, which a run would otherwise meet only after hours.
+    """
+    for teacher in teachers:
+        source = noise_schedule_of(teacher).prediction_type
+        last = recipe_of(teacher).max_timestep - 1
+        signal = float(student.alphas_cumprod()[last]) ** 0.5
+        if source == "epsilon" != student.prediction_type and signal < MIN_SIGNAL:
+            raise IncompatibleError(
+                f"teacher {teacher.id} predicts epsilon up to timestep {last}, "
+                f"where √ᾱ = {signal:.4f}",
+                expected=f"√ᾱ ≥ {MIN_SIGNAL} for a student that predicts {student.prediction_type}",
+                where=str(teacher.directory),
+                action="build this teacher's predictions with a smaller cache.max_timestep",
+            )
+
+
+def warn_of_memorising(stream: JoinedStream, num_steps: int) -> None:
+    """Warn when a run sees each (timestep, noise) pair of an image more than 8 times."""
+    num_epochs, _ = stream.schedule.position_of(num_steps)
+    num_draws = stream.schedule.num_draws
+    if num_epochs > _MAX_VIEWS_OF_A_DRAW * num_draws:
+        _log.warning(
+            "%d steps are %d epochs over images of %d draws: the student will memorise them, and "
+            "its training loss falls without meaning; build more draws (cache.draws), and go by "
+            "the validation losses",
+            num_steps,
+            num_epochs,
+            num_draws,
         )
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.ema import Ema
 from sdxl_distill.core.noise_schedule import NoiseSchedule
-from sdxl_distill.errors import NumericalError, Preempted
+from sdxl_distill.errors import NumericalError, Preempted, StorageError
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import Agreement
@@ -30,18 +30,10 @@ from sdxl_distill.train.learning_rate import learning_rate_at
 from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm
 from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
 from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_equal
+from sdxl_distill.train.run_state import Position, RunState
 from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.stop_signal import StopSignal
 from sdxl_distill.train.validation import averaged_weights, validation_losses
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is: `global_step` steps are done, the next one is `step` of `epoch`."""
-
-    global_step: int = 0
-    epoch: int = 0
-    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,22 +100,20 @@ class Trainer:
             ConfigError: when there is none.
             CorruptError: when it, and for `latest` every older one, is damaged.
             IncompatibleError: when it belongs to another configuration, student or stream.
+            StorageError: when the ranks do not see the same checkpoints.
         """
         if reference == "latest":
             path, checkpoint = self.checkpoints.load_latest()
         else:
             path, checkpoint = Path(reference), load_checkpoint(Path(reference))
-        state = checkpoint.state
-        require_equal(state["identity"], self.identity, str(path))
-        self.position = Position(**state["position"])
-        if self.config.data.on_change == "error":
-            require_equal(state["stream"], self.stream.schedule.identity(), str(path))
-        elif state["stream"] != self.stream.schedule.identity():
-            self.position = Position(self.position.global_step, self.position.epoch + 1, 0)
+        state = RunState.from_json(checkpoint.state, str(path))
+        require_equal(state.identity, self.identity, str(path))
+        self.position = self._position_in_stream(state, str(path))
         self.student.load_state_dict(checkpoint.tensors["student"])
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], state["optimizer"])
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], state.optimizer)
         if self.ema is not None:
-            self.ema.load(checkpoint.tensors["ema"])
+            self.ema.load(checkpoint.tensors.get("ema", {}))
+        self._require_one_step(str(path))
 
     def run(self) -> TrainSummary:
         """Train from the present position to `training.num_steps`.
@@ -180,14 +170,37 @@ class Trainer:
             }
             if self.ema is not None:
                 tensors["ema"] = self.ema.averages
-            state = {
-                "position": asdict(self.position),
-                "identity": self.identity,
-                "stream": self.stream.schedule.identity(),
-                "optimizer": self.optimizer.state_scalars(),
-            }
-            self.checkpoints.save(self.position.global_step, Checkpoint(state, tensors))
+            state = RunState(
+                self.position,
+                self.identity,
+                self.stream.schedule.identity(),
+                self.optimizer.state_scalars(),
+            )
+            self.checkpoints.save(self.position.global_step, Checkpoint(state.to_json(), tensors))
         self.accelerator.wait_for_everyone()
+
+    def _position_in_stream(self, state: RunState, where: str) -> Position:
+        """Return where to go on: in changed data, if that is allowed, at the next epoch."""
+        now = self.stream.schedule.identity()
+        if self.config.data.on_change == "next_epoch":
+            changed = {name: now[name] for name in ("buckets", "num_draws")}
+            require_equal({**state.stream, **changed}, now, where)
+            if state.stream != now:
+                return Position(state.position.global_step, state.position.epoch + 1, 0)
+        require_equal(state.stream, now, where)
+        return state.position
+
+    def _require_one_step(self, where: str) -> None:
+        """Refuse ranks that resumed different checkpoints, as from folders that are not shared."""
+        own = torch.tensor([self.position.global_step], device=self.accelerator.device)
+        steps = cast("torch.Tensor", self.accelerator.gather(own)).tolist()
+        if len(set(steps)) > 1:
+            raise StorageError(
+                f"the ranks resumed steps {steps}",
+                expected="the same checkpoint on every rank",
+                where=where,
+                action="keep the run folder on a file system that all nodes share",
+            )
 
     def _open_report(self) -> RunReport:
         return RunReport(
@@ -245,7 +258,10 @@ class Trainer:
         self.optimizer.step(1.0 if max_norm is None else clip_factor(grad_norm, max_norm))
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.student.named_parameters(), self.position.global_step)
+            parameters = self.student.named_parameters()
+            # Weights with exact masters stand still for many steps while their masters move.
+            exact = ((name, self.optimizer.exact_weight(each)) for name, each in parameters)
+            self.ema.update(exact, self.position.global_step)
         return learning_rate
 
     def _after(self, batch: JoinedBatch) -> Position:
@@ -265,12 +281,12 @@ class Trainer:
             f"{', '.join(batch.keys)})",
             where=f"step {self.position.global_step}, epoch {batch.epoch}, bucket {batch.bucket}",
             action=(
-                f"the checkpoint of step {steps[-1]} is intact: resume it with a smaller "
-                "training.lr"
+                f"the checkpoint of step {steps[-1]} is intact: export it, and train from there "
+                "in a new run with a smaller training.lr"
                 if steps
                 else "start again with a smaller training.lr"
             )
-            + ", and verify the shards of these records",
+            + "; verify the shards of these records",
         )
 
     def _preempted(self) -> Preempted:

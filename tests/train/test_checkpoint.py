@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_distill.errors import ConfigError, CorruptError
+from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 
 
@@ -82,7 +83,7 @@ def test_no_checkpoint_at_all_is_a_configuration_error(tmp_path: Path) -> None:
 
 def test_a_path_in_the_list_of_files_is_not_followed(tmp_path: Path) -> None:
     path = CheckpointFolder(tmp_path).save(1, checkpoint_of(1))
-    listed = (path / "files.json").read_text().replace("state.json", "../latest")
+    listed = (path / "files.json").read_text().replace('{"opt', '{"../latest":"0","opt')
     (path / "files.json").write_text(listed)
     with pytest.raises(CorruptError, match="missing"):
         load_checkpoint(path)
@@ -97,8 +98,71 @@ folder = CheckpointFolder(Path(sys.argv[1]))
 print("ready", flush=True)
 for step in range(1, 100_000):
     weight = torch.full((200_000,), float(step))
-    folder.save(step, Checkpoint({"step": step}, {"student": {"weight": weight}}))
+    tensors = {"student": {"weight": weight}, "optimizer": {"steps": torch.tensor([step])}}
+    folder.save(step, Checkpoint({"step": step}, tensors))
 """
+
+
+@pytest.mark.parametrize("stem", ["student", "optimizer"])
+def test_a_list_of_files_without_a_necessary_one_is_damage(tmp_path: Path, stem: str) -> None:
+    whole = checkpoint_of(1)
+    rest = {name: tensors for name, tensors in whole.tensors.items() if name != stem}
+    path = CheckpointFolder(tmp_path).save(1, Checkpoint(whole.state, rest))
+    with pytest.raises(CorruptError, match=f"{stem}.safetensors is not listed"):
+        load_checkpoint(path)
+
+
+def test_going_on_from_an_older_one_replaces_what_came_after_it(tmp_path: Path) -> None:
+    """As after damage, or when told to: what a run gave up must not be taken for its latest."""
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in (5, 10, 15):
+        folder.save(step, checkpoint_of(step))
+    changed = checkpoint_of(10)
+    changed.state["again"] = True
+    folder.save(10, changed)
+    assert folder.steps() == [5, 10]
+    path, loaded = folder.load_latest()
+    assert path.name == (tmp_path / "latest").read_text() == "step-00000010"
+    assert loaded.state["again"]
+
+
+def test_latest_decides_when_a_kill_left_later_ones(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in (5, 10, 15):
+        folder.save(step, checkpoint_of(step))
+    (tmp_path / "latest").write_text("step-00000010")
+    assert folder.load_latest()[0].name == "step-00000010"
+    (tmp_path / "step-00000010" / "state.json").unlink()
+    assert folder.load_latest()[0].name == "step-00000005"
+    (tmp_path / "step-00000005" / "state.json").unlink()
+    assert folder.load_latest()[0].name == "step-00000015"
+
+
+@pytest.mark.parametrize("content", ["", "step-7", "../../etc", "\xff" * 99])
+def test_a_damaged_latest_means_the_newest(tmp_path: Path, content: str) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (5, 10):
+        folder.save(step, checkpoint_of(step))
+    (tmp_path / "latest").write_text(content)
+    assert folder.load_latest()[0].name == "step-00000010"
+    (tmp_path / "latest").unlink()
+    assert folder.load_latest()[0].name == "step-00000010"
+
+
+def test_a_disk_that_refuses_leaves_the_old_ones_and_no_rest(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the same calls fail."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(1, checkpoint_of(1))
+    large = {"student": {"weight": torch.zeros(100_000)}, "optimizer": {}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(StorageError, match="student.safetensors"):
+            folder.save(2, Checkpoint({}, large))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert folder.load_latest()[0].name == "step-00000001"
 
 
 @pytest.mark.multiprocess
@@ -120,8 +184,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert path.name == f"step-{loaded.state['step']:08d}"
         expected = torch.full((200_000,), float(loaded.state["step"]))
         assert torch.equal(loaded.tensors["student"]["weight"], expected)
-        folder = CheckpointFolder(tmp_path)
-        folder.save(10**7, checkpoint_of(1))  # sweeps what the killed one left
+        CheckpointFolder(tmp_path).clear_leftovers()
         assert not list(tmp_path.glob(".tmp-*"))
         for entry in tmp_path.glob("step-*"):
             for file in entry.iterdir():

@@ -1,0 +1,308 @@
+"""What a run refuses before it trains, and what it does with numbers that are not finite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from distill_cache import DistillCache, build_all, write_images
+
+from sdxl_distill.build.latents_set import build_latents_set
+from sdxl_distill.build.launch import Launch
+from sdxl_distill.build.predictions_set import build_predictions_set, open_latents
+from sdxl_distill.build.text_set import build_text_set
+from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.demo.family import Family, build_untrained_family
+from sdxl_distill.errors import (
+    ConfigError,
+    CorruptError,
+    IncompatibleError,
+    NumericalError,
+    StorageError,
+)
+from sdxl_distill.train.checkpoint import load_checkpoint
+from sdxl_distill.train.run_folder import RunFolder
+from sdxl_distill.train.session import train
+from sdxl_distill.world import World
+
+
+def checkpoint_path(config: DistillConfig, step: int) -> Path:
+    return RunFolder.of(config).checkpoints().path / f"step-{step:08d}"
+
+
+@pytest.fixture
+def copied(distill_cache: DistillCache, tmp_path: Path) -> DistillCache:
+    """A cache of its own for a test that changes it."""
+    root = shutil.copytree(distill_cache.root, tmp_path / "cache")
+    return DistillCache(root, distill_cache.family)
+
+
+@pytest.fixture
+def student(tiny_family: Family, tmp_path: Path) -> Callable[[str, dict[str, object]], Path]:
+    """Makes a copy of the base with other fields in its scheduler."""
+
+    def make(name: str, scheduler: dict[str, object]) -> Path:
+        folder = shutil.copytree(tiny_family.base, tmp_path / name)
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(distill_cache: DistillCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps that tests resume; read only."""
+    folder = tmp_path_factory.mktemp("run")
+    train(distill_cache.config(folder, "training.num_steps=4"))
+    return folder
+
+
+@pytest.fixture
+def resumable(run: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(run, tmp_path / "resumable")
+
+
+def test_the_run_folder_says_what_went_into_it(distill_cache: DistillCache, run: Path) -> None:
+    resolved = json.loads((run / "runs" / "run" / "config.json").read_text())
+    assert DistillConfig.model_validate(resolved).training.num_steps == 4
+    fingerprints = json.loads((run / "runs" / "run" / "fingerprints.json").read_text())
+    with distill_cache.teachers() as teachers:
+        expected = {each.id: each.manifest.record.fingerprint for each in teachers}
+    assert expected.items() <= fingerprints["sets"].items()
+
+
+def test_latest_starts_a_run_that_has_no_checkpoint(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    config = distill_cache.config(tmp_path, "training.num_steps=1")
+    assert train(config, resume="latest").global_step == 1
+    assert train(config, resume="latest").losses == {}  # nothing is left to do
+
+
+def test_an_existing_run_needs_resume(distill_cache: DistillCache, run: Path) -> None:
+    with pytest.raises(ConfigError, match="already has checkpoints, the last of step 4"):
+        train(distill_cache.config(run))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.lr=1e-3", r"config.training.lr was 0.0005 and is now 0.001"),
+        ("training.seed=1", r"config.training.seed was 42 and is now 1"),
+        ("training.loss_type=huber", "config.training.loss_type was 'mse' and is now 'huber'"),
+        ("teachers.0.weight=0.5", "config.teachers.ann.weight was 0.75 and is now 0.5"),
+        ("student.ema_decay=0.5", "config.student.ema_decay was 0.9999 and is now 0.5"),
+        ("student.use_ema=false", "config.student.use_ema was True and is now False"),
+        ("training.batch_size=2", "global_batch was 4 and is now 2"),
+        ("training.validation.fraction=0", "config.training.validation.fraction was 0.2"),
+    ],
+)
+def test_another_configuration_does_not_resume(
+    distill_cache: DistillCache, run: Path, override: str, message: str
+) -> None:
+    config = distill_cache.config(run, "training.num_steps=5", override)
+    with pytest.raises(IncompatibleError, match=message):
+        train(config, resume="latest")
+
+
+def test_what_changes_no_step_may_change(distill_cache: DistillCache, resumable: Path) -> None:
+    config = distill_cache.config(
+        resumable,
+        "training.num_steps=5",
+        "training.batch_size=2",
+        "training.gradient_accumulation_steps=2",
+        "training.log_every=1",
+        "training.validation.every=100",
+        "data.reader_threads=1",
+        "export.dtype=fp32",
+        f"data.latent_cache.cache_dir={distill_cache.root / 'latents'}",
+    )
+    assert train(config, resume="latest").global_step == 5
+
+
+def test_another_student_does_not_resume(
+    distill_cache: DistillCache, run: Path, tiny_family: Family
+) -> None:
+    teacher = tiny_family.teachers[2]
+    config = distill_cache.config(run, f"student.checkpoint_path={teacher}")
+    with pytest.raises(IncompatibleError, match="differs from its checkpoint: student was"):
+        train(config, resume="latest")
+
+
+def test_a_checkpoint_that_is_not_there_is_named(distill_cache: DistillCache, run: Path) -> None:
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        train(distill_cache.config(run), resume=str(run / "step-00000099"))
+
+
+def test_a_foreign_state_is_refused(distill_cache: DistillCache, resumable: Path) -> None:
+    config = distill_cache.config(resumable)
+    folder = RunFolder.of(config).checkpoints()
+    checkpoint = load_checkpoint(checkpoint_path(config, 4))
+    checkpoint.state["position"] = {"global_step": -1, "epoch": 0, "step": 0}
+    path = folder.save(4, checkpoint)
+    with pytest.raises(CorruptError, match="position.global_step is -1"):
+        train(config, resume=str(path))
+    del checkpoint.state["position"]
+    folder.save(4, checkpoint)
+    with pytest.raises(CorruptError, match="no field 'position'"):
+        train(config, resume=str(path))
+
+
+def test_changed_data_is_refused_or_goes_on_at_the_next_epoch(
+    copied: DistillCache, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    train(copied.config(folder, "training.num_steps=3"))
+    before = load_checkpoint(checkpoint_path(copied.config(folder), 3)).state["position"]
+    write_images(copied.root / "images", range(24, 30))
+    build_all(copied)
+
+    config = copied.config(folder, "training.num_steps=4")
+    with pytest.raises(IncompatibleError, match=r"buckets.64x64.num_records was \d+ and is now"):
+        train(config, resume="latest")
+    going_on = copied.config(folder, "training.num_steps=4", "data.on_change=next_epoch")
+    summary = train(going_on, resume="latest")
+    assert summary.losses["distill/epoch"] == before["epoch"] + 1
+    other_batch = copied.config(
+        folder, "training.num_steps=5", "data.on_change=next_epoch", "training.batch_size=2"
+    )
+    with pytest.raises(IncompatibleError, match="global_batch was 4 and is now 2"):
+        train(other_batch, resume="latest")
+
+
+def test_a_missing_set_is_named_with_its_command(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    config = distill_cache.config(tmp_path, "teachers.1.teacher_id=carl")
+    with pytest.raises(ConfigError, match=r"no complete predictions set of teacher carl") as caught:
+        train(config)
+    assert "build_shards.py" in str(caught.value)
+
+
+def test_missing_shards_are_refused_or_left_out(copied: DistillCache, tmp_path: Path) -> None:
+    write_images(copied.root / "images", range(24, 30))
+    build_latents_set(copied.builder_config("ann"), Launch(World()))
+    build_predictions_set(copied.builder_config("ann"), Launch(World()))
+    with pytest.raises(IncompatibleError, match="bob lacks 1 shard.* 64x64") as caught:
+        train(copied.config(tmp_path))
+    assert "build_shards.py" in str(caught.value)
+    assert train(copied.config(tmp_path, "data.on_missing=intersect")).global_step == 6
+
+
+def test_a_student_with_another_table_is_refused_before_it_is_loaded(
+    distill_cache: DistillCache,
+    tmp_path: Path,
+    student: Callable[[str, dict[str, object]], Path],
+) -> None:
+    folder = student("zero", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    config = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
+    with pytest.raises(IncompatibleError, match="noise schedule is .*'zero_terminal_snr': True"):
+        train(config)
+
+
+def test_a_student_of_another_prediction_type_learns_converted_targets(
+    distill_cache: DistillCache,
+    tmp_path: Path,
+    student: Callable[[str, dict[str, object]], Path],
+) -> None:
+    folder = student("velocity", {"prediction_type": "v_prediction"})
+    config = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
+    losses = train(config).losses
+    assert losses["distill/loss"] > losses["distill/loss_floor"] > 0
+
+
+def test_epsilon_without_signal_is_refused_for_a_student_of_velocities(
+    copied: DistillCache, tmp_path: Path, student: Callable[[str, dict[str, object]], Path]
+) -> None:
+    """Found from the manifests, not when such a timestep comes up after hours."""
+    shutil.rmtree(copied.root / "predictions")
+    for teacher_id in ("ann", "bob"):
+        zero = "teacher.zero_terminal_snr=true"
+        build_predictions_set(copied.builder_config(teacher_id, zero), Launch(World()))
+    folder = student("zero", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    config = copied.config(tmp_path, f"student.checkpoint_path={folder}")
+    with pytest.raises(IncompatibleError, match=r"ann predicts epsilon up to timestep 999"):
+        train(config)
+
+
+def test_a_student_with_other_text_encoders_needs_their_text_set(
+    copied: DistillCache, tmp_path: Path
+) -> None:
+    other = build_untrained_family(tmp_path / "other", seed=1, num_teachers=0).base
+    config = copied.config(tmp_path, f"student.text_encoder_id={other}")
+    with pytest.raises(IncompatibleError, match=r"build_text\.py"):
+        train(config)
+    builder = copied.builder_config("bob", f"model.text_encoder_id={other}")
+    build_text_set(builder, open_latents(builder), Launch(World()))
+    assert train(config).global_step == 6
+
+
+def test_an_output_that_cannot_be_written_is_a_storage_error(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for setting in ("run.output_root", "training.tensorboard.base_dir"):
+        config = distill_cache.config(tmp_path, f"{setting}={tmp_path / 'file' / 'inside'}")
+        with pytest.raises(StorageError, match="inside"):
+            train(config)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_name_the_records(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    """A rate at which the third step's weights overflow."""
+    config = distill_cache.config(
+        tmp_path,
+        "training.lr=3e37",
+        "training.num_steps=20",
+        "training.checkpoint_every=1",
+        "training.optimizer=adamw",
+    )
+    with pytest.raises(NumericalError, match="is NaN or infinite") as caught:
+        train(config)
+    message = str(caught.value)
+    assert message.count("_64x64") + message.count("_64x96") + message.count("_96x64") == 4
+    step = RunFolder.of(config).checkpoints().steps()[-1]
+    assert f"the checkpoint of step {step} is intact" in message
+    saved = load_checkpoint(checkpoint_path(config, step))
+    assert all(tensor.isfinite().all() for tensor in saved.tensors["student"].values())
+    with pytest.raises(NumericalError, match="is NaN or infinite"):
+        train(config, resume="latest")
+
+
+def test_a_student_that_overflows_at_once_is_told_to_start_again(
+    distill_cache: DistillCache, tmp_path: Path, tiny_family: Family
+) -> None:
+    folder = shutil.copytree(tiny_family.base, tmp_path / "huge")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(1e30)
+    unet.save_pretrained(folder / "unet")
+    config = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
+    with pytest.raises(NumericalError, match="the loss is NaN or infinite") as caught:
+        train(config)
+    assert "start again" in str(caught.value)
+    assert not RunFolder.of(config).checkpoints().steps()
+
+
+def test_a_run_that_sees_each_draw_too_often_warns(
+    distill_cache: DistillCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """18 images in 2 draws and 4 a step: 16 epochs are about 72 steps."""
+    config = distill_cache.config(tmp_path, "training.num_steps=1")
+    train(config)
+    assert "memorise" not in caplog.text
+    # Refused at once: only the warning is wanted, not a hundred steps.
+    long = distill_cache.config(tmp_path, "training.num_steps=100", "training.lr=1")
+    with pytest.raises(IncompatibleError, match="training.lr"):
+        train(long, resume="latest")
+    assert "memorise" in caplog.text
