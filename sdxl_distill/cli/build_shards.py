@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
 
@@ -31,8 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Build the set."""
-    from pathlib import Path
-
     from sdxl_distill.config.builder import BuilderConfig
 
     config = config_of(arguments, BuilderConfig)
@@ -40,9 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     path = Path(config.cache.output_dir) / config.teacher.teacher_id
     if arguments.withdraw_only:
-        from sdxl_distill.build.withdrawal import withdraw_set
-
-        print(f"{path} was set aside as {withdraw_set(path)}")
+        _withdraw(path)
         return
     from sdxl_distill.build.launch import Launch
     from sdxl_distill.build.predictions_set import build_predictions_set
@@ -54,3 +51,15 @@ def run(arguments: argparse.Namespace) -> None:
     if world.is_main:
         print_build_summary(done.text_path, done.text)
         print_build_summary(path, done.predictions)
+
+
+def _withdraw(path: Path) -> None:
+    from sdxl_distill.build.withdrawal import is_withdrawn, withdraw_set
+    from sdxl_distill.world import World
+
+    if not World.from_environment().is_main:
+        return
+    if is_withdrawn(path):
+        print(f"{path} was set aside before, and what replaces it is not complete yet")
+    else:
+        print(f"{path} was set aside as {withdraw_set(path)}")
