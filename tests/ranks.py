@@ -23,18 +23,36 @@ DEADLINE_SECONDS = 120.0
 
 
 class Ranks:
-    """One launch of `train`; its output is in `log`."""
+    """One launch of `train`; its output is in `log`.
 
-    def __init__(self, world: int, config: Path, *arguments: str) -> None:
+    Args:
+        world: how many ranks.
+        config: of all of them.
+        arguments: of the command.
+        own_arguments: of each rank; a real launcher gives all ranks the same.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        config: Path,
+        *arguments: str,
+        own_arguments: Sequence[Sequence[str]] = (),
+    ) -> None:
         self.log = config.with_suffix(".log")
         self.log.touch()
         argv = ["--config", str(config), "--no-export", *arguments]
+        own = own_arguments or [()] * world
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         self._processes = [
             _CONTEXT.Process(
                 target=_train,
-                args=(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, argv, self.log),
+                args=(
+                    environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    [*argv, *own[rank]],
+                    self.log,
+                ),
             )
             for rank in range(world)
         ]

@@ -149,3 +149,22 @@ def test_a_path_and_a_damaged_latest_resume_from_an_older_checkpoint(
     resume_to_the_end(launch, tmp_path, 1)
     assert "falling back" in (tmp_path / "distill.log").read_text()
     assert last_checkpoint(tmp_path) == uninterrupted(1)
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_see_different_checkpoints_are_refused(
+    distill_cache: DistillCache, launch: Launch, tmp_path: Path
+) -> None:
+    """As on two nodes whose run folder is not shared."""
+    assert launch(tmp_path, 1, "training.batch_size=2").wait() == [0]
+    shutil.copytree(tmp_path / "runs", tmp_path / "others")
+    shutil.rmtree(tmp_path / "others" / "run" / "checkpoints" / f"step-{NUM_STEPS:08d}")
+    ranks = Ranks(
+        2,
+        distill_cache.config_file(tmp_path),
+        *(part for each in SETTINGS for part in ("--set", each)),
+        *("--resume", "latest"),
+        own_arguments=[(), (f"--set=run.output_root={tmp_path / 'others'}",)],
+    )
+    assert ranks.wait() == [5, 5]
+    assert "the ranks resumed steps [12, 10]" in ranks.log.read_text()

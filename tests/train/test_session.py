@@ -197,6 +197,18 @@ def test_missing_shards_are_refused_or_left_out(copied: DistillCache, tmp_path: 
     assert train(copied.config(tmp_path, "data.on_missing=intersect")).global_step == 6
 
 
+def test_a_damaged_record_stops_the_run_and_is_named(copied: DistillCache, tmp_path: Path) -> None:
+    """Every shard is damaged, so that the first record that is read is one."""
+    for tar in (copied.root / "predictions" / "bob").glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        for at in range(1500, len(content), 500):
+            content[at] ^= 1
+        tar.write_bytes(content)
+    with pytest.raises(CorruptError, match=r"set bob, shard bob-.*\.tar") as caught:
+        train(copied.config(tmp_path))
+    assert "_64x" in str(caught.value) or "_96x" in str(caught.value)
+
+
 def test_a_student_with_another_table_is_refused_before_it_is_loaded(
     distill_cache: DistillCache,
     tmp_path: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,19 @@ def test_two_processes_have_the_gradients_of_one(
     left, right = (torch.cat([each.flatten() for each in run.values()]) for run in (two, one))
     assert (left - right).norm() / right.norm() < tolerance
     assert right.norm() > 0
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_fails_leaves_none_waiting(distill_cache: DistillCache, tmp_path: Path) -> None:
+    """A damaged record is met by one rank alone."""
+    cache = DistillCache(shutil.copytree(distill_cache.root, tmp_path / "c"), distill_cache.family)
+    config = cache.config_file(tmp_path)
+    settings = ("--set=training.batch_size=1", "--set=training.num_steps=1000")
+    for tar in (cache.root / "predictions" / "bob").glob("*.tar"):
+        content = bytearray(tar.read_bytes())
+        content[len(content) // 2] ^= 1
+        tar.write_bytes(content)
+    ranks = Ranks(2, config, *settings)
+    codes = ranks.wait()
+    assert 3 in codes and 0 not in codes and None not in codes
+    assert "CorruptError" in ranks.log.read_text()
