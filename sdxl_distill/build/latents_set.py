@@ -29,7 +29,7 @@ from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.growth import ScanReport, extend_catalog
 from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
 from sdxl_distill.config.builder import BuilderConfig
-from sdxl_distill.device import resolve_device
+from sdxl_distill.device import allow_tf32, resolve_device
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
@@ -206,6 +206,7 @@ def _sweep_catalog(folder: Directory) -> None:
 def _content(config: BuilderConfig, plan: LatentsPlan, launch: Launch) -> LatentsContent:
     settings = config.data.latent_cache
     device = resolve_device(config.device, launch.world.local_rank)
+    allow_tf32(config.tf32)
     vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
     cores = (os.cpu_count() or 1) // launch.world.local_size
     return LatentsContent(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +19,7 @@ from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.build.shard_builder import EncodedRecord
 from sdxl_distill.core.noise import noise, noise_seed, timestep
 from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
+from sdxl_distill.device import CopyStream, HostCopy
 from sdxl_distill.errors import NumericalError
 from sdxl_distill.models.unet import predict
 from sdxl_distill.shards.digest import tensor_digest
@@ -55,11 +56,42 @@ class TeacherInput(NamedTuple):
     pooled_embeds: torch.Tensor
 
 
-class TeacherAnswer(NamedTuple):
-    """The same with the prediction, [B, C, H/8, W/8] in the cache's dtype, on the CPU."""
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """A prediction that may still be computed or copied.
+
+    Attributes:
+        question: what was asked.
+        copy: of the predictions, [B, C, H/8, W/8] in the stored dtype, to the CPU.
+    """
 
     question: TeacherInput
-    prediction: torch.Tensor
+    copy: HostCopy
+
+    def prediction(self) -> torch.Tensor:
+        """Wait for the predictions and return them, [B, C, H/8, W/8] on the CPU.
+
+        Raises:
+            NumericalError: when one is NaN, infinite or beyond the dtype's range; names the keys.
+        """
+        stored = self.copy.result()
+        is_finite = stored.isfinite().flatten(1).all(dim=1)
+        if not bool(is_finite.all()):
+            keys = [
+                f"{key} (timestep {int(step)})"
+                for key, step, good in zip(
+                    self.question.keys, self.question.timesteps, is_finite, strict=True
+                )
+                if not good
+            ]
+            raise NumericalError(
+                f"the prediction of {', '.join(keys)} is NaN, infinite or beyond {stored.dtype}",
+                expected="finite predictions",
+                where="teacher",
+                action="try teacher.use_bf16: false and cache.dtype: fp32; if it stays, the "
+                "checkpoint is broken",
+            )
+        return stored
 
 
 @dataclass(frozen=True)
@@ -71,48 +103,55 @@ class Teacher:
         noise_schedule: of its checkpoint.
         device: where it runs.
         dtype: what predictions are stored in.
+        full_batch: records that the UNet is always given: a shorter batch repeats its last one.
+            None: as many as there are. A compiled UNet has one shape per bucket then.
     """
 
     unet: nn.Module
     noise_schedule: NoiseSchedule
     device: torch.device
     dtype: torch.dtype
+    full_batch: int | None = None
 
     @torch.no_grad()
-    def predict(self, question: TeacherInput) -> torch.Tensor:
-        """Return the predictions, [B, C, H/8, W/8] of the stored dtype on the CPU.
-
-        Raises:
-            NumericalError: when one is NaN, infinite or beyond the dtype's range; names the keys.
-        """
-        alphas = torch.from_numpy(self.noise_schedule.alphas_cumprod())[question.timesteps]
-        noisy_latents = add_noise(question.latents, question.noise, alphas)
-        prediction = predict(
-            self.unet,
-            noisy_latents.to(self.device),
-            question.timesteps.to(self.device),
-            question.encoder_hidden_states.to(self.device),
-            question.pooled_embeds.to(self.device),
-            question.time_ids.to(self.device),
-        )
-        stored = prediction.to("cpu", self.dtype)
-        is_finite = stored.isfinite().flatten(1).all(dim=1)
-        if not bool(is_finite.all()):
-            keys = [
-                f"{key} (timestep {int(step)})"
-                for key, step, good in zip(
-                    question.keys, question.timesteps, is_finite, strict=True
+    def ask(self, question: TeacherInput) -> TeacherAnswer:
+        """Start to predict. A GPU is not waited for."""
+        with self._copies.copying() as copy:
+            latents, noise, timesteps, hidden_states, pooled_embeds, time_ids = (
+                copy(self._filled_up(tensor))
+                for tensor in (
+                    question.latents,
+                    question.noise,
+                    question.timesteps,
+                    question.encoder_hidden_states,
+                    question.pooled_embeds,
+                    question.time_ids,
                 )
-                if not good
-            ]
-            raise NumericalError(
-                f"the prediction of {', '.join(keys)} is NaN, infinite or beyond {self.dtype}",
-                expected="finite predictions",
-                where="teacher",
-                action="try teacher.use_bf16: false and cache.dtype: fp32; if it stays, the "
-                "checkpoint is broken",
             )
-        return stored
+        noisy_latents = add_noise(latents, noise, self._alphas_cumprod[timesteps])
+        prediction = predict(
+            self.unet, noisy_latents, timesteps, hidden_states, pooled_embeds, time_ids
+        )
+        stored = prediction[: len(question.keys)].to(self.dtype).contiguous()
+        return TeacherAnswer(question, HostCopy(stored))
+
+    def predict(self, question: TeacherInput) -> torch.Tensor:
+        """Return the predictions, as `TeacherAnswer.prediction` does."""
+        return self.ask(question).prediction()
+
+    @cached_property
+    def _alphas_cumprod(self) -> torch.Tensor:
+        return torch.from_numpy(self.noise_schedule.alphas_cumprod()).to(self.device)
+
+    @cached_property
+    def _copies(self) -> CopyStream:
+        return CopyStream(self.device)
+
+    def _filled_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        num_missing = (self.full_batch or 0) - len(tensor)
+        if num_missing <= 0:
+            return tensor
+        return torch.cat([tensor, *[tensor[-1:]] * num_missing])
 
 
 def read_question(
@@ -121,6 +160,8 @@ def read_question(
     recipe: NoiseRecipe,
     name: ShardName,
     records: Sequence[int],
+    *,
+    pin_memory: bool = False,
 ) -> TeacherInput:
     """Return what any teacher is asked for some records of a shard.
 
@@ -130,6 +171,8 @@ def read_question(
         recipe: base seed and range of timesteps.
         name: of the predictions shard: bucket, number and draw.
         records: their numbers in the shard.
+        pin_memory: allocate the large tensors in page-locked memory, from which a GPU copies by
+            itself.
 
     Raises:
         CorruptError, StorageError: when latents or embeddings cannot be read.
@@ -145,19 +188,21 @@ def read_question(
 
     def read(reader: ShardReader, tensor_name: str) -> torch.Tensor:
         place = reader.index.header.place(tensor_name)
-        out = torch.empty((len(records), *place.shape), dtype=TORCH_DTYPES[place.dtype])
+        shape, dtype = (len(records), *place.shape), TORCH_DTYPES[place.dtype]
+        out = torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
         reader.read_records(records, tensor_name, out)
         return out
 
     latents_batch = read(latents_reader, "latents")
+    noise_batch = torch.empty(latents_batch.shape, dtype=torch.float16, pin_memory=pin_memory)
     num_channels = latents_batch.shape[1]
+    for row, seed in zip(noise_batch.numpy(), seeds, strict=True):
+        row[...] = noise(seed, name.width, name.height, num_channels)
     return TeacherInput(
         keys=[latents_reader.index.key(record) for record in records],
         seeds=torch.tensor(seeds, dtype=torch.int64),
         timesteps=torch.tensor(steps, dtype=torch.int64),
-        noise=torch.from_numpy(
-            np.stack([noise(seed, name.width, name.height, num_channels) for seed in seeds])
-        ),
+        noise=noise_batch,
         latents=latents_batch,
         time_ids=read(latents_reader, "time_ids"),
         encoder_hidden_states=read(text_reader, "encoder_hidden_states"),
@@ -198,20 +243,27 @@ class PredictionsContent:
         """Yield what the teacher is asked for the records of a shard."""
         for start in range(0, shard.num_records, self._batch_size):
             records = range(start, min(start + self._batch_size, shard.num_records))
-            yield read_question(self._latents, self._text, self._recipe, shard.name, records)
+            yield read_question(
+                self._latents,
+                self._text,
+                self._recipe,
+                shard.name,
+                records,
+                pin_memory=self._teacher.device.type == "cuda",
+            )
 
     def compute(self, batch: TeacherInput) -> TeacherAnswer:
-        """Run the UNet."""
-        return TeacherAnswer(batch, self._teacher.predict(batch))
+        """Start the UNet."""
+        return self._teacher.ask(batch)
 
     def encode(self, result: TeacherAnswer, header: RecordHeader) -> Iterator[EncodedRecord]:
         """Yield one record for each image, with the tensors that the layout has."""
-        question = result.question
+        question, prediction = result.question, result.prediction()
         is_full = any(place.name == "noise" for place in header.places)
-        height, width = (8 * size for size in result.prediction.shape[-2:])
+        height, width = (8 * size for size in prediction.shape[-2:])
         for row, key in enumerate(question.keys):
             tensors = {
-                "teacher_pred": result.prediction[row],
+                "teacher_pred": prediction[row],
                 "timestep": question.timesteps[row : row + 1],
                 "seed": question.seeds[row : row + 1],
                 "resolution": torch.tensor([width, height], dtype=torch.int32),

@@ -19,12 +19,13 @@ from sdxl_distill.build.text_set import build_text_set, text_record
 from sdxl_distill.build.withdrawal import withdraw_for_rebuild
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.core.noise import NOISE_ALGORITHM
-from sdxl_distill.device import resolve_device
+from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.device import allow_tf32, resolve_device
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.text_encoder import require_fit, text_geometry
-from sdxl_distill.models.unet import load_unet, unet_geometry
+from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import predictions_schema
@@ -180,18 +181,27 @@ def predictions_record(
     )
 
 
-def load_teacher(config: BuilderConfig, record: SetRecord, device: torch.device) -> Teacher:
-    """Load the UNet of a predictions set's record.
+def load_teacher(
+    config: BuilderConfig, noise_schedule: NoiseSchedule, device: torch.device
+) -> Teacher:
+    """Load the UNet of a configuration.
+
+    Args:
+        config: of the builder.
+        noise_schedule: of the predictions set.
+        device: where it runs.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `models.unet.load_unet`.
     """
     dtype = torch.bfloat16 if config.teacher.use_bf16 else torch.float32
     unet = load_unet(Checkpoint.resolve(config.teacher.checkpoint_path), dtype, device)
+    full_batch = None
     if config.cache.compile:
-        unet.compile()
-    assert record.noise_schedule is not None
-    return Teacher(unet, record.noise_schedule, device, _TORCH_DTYPES[config.cache.dtype])
+        compile_unet(unet, len(config.buckets))
+        full_batch = config.cache.batch_size
+    stored_dtype = _TORCH_DTYPES[config.cache.dtype]
+    return Teacher(unet, noise_schedule, device, stored_dtype, full_batch)
 
 
 def open_latents(config: BuilderConfig) -> ShardSet:
@@ -228,8 +238,9 @@ def _content(
     config: BuilderConfig, latents: ShardSet, text: ShardSet, record: SetRecord, launch: Launch
 ) -> PredictionsContent:
     device = resolve_device(config.device, launch.world.local_rank)
-    teacher = load_teacher(config, record, device)
-    assert record.noise is not None
+    allow_tf32(config.tf32)
+    assert record.noise_schedule is not None and record.noise is not None
+    teacher = load_teacher(config, record.noise_schedule, device)
     return PredictionsContent(teacher, latents, text, record.noise, config.cache.batch_size)
 
 

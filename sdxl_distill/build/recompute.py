@@ -79,7 +79,8 @@ def recompute_records(
     latents = predictions.open_referenced("latents", config.data.latent_cache.cache_dir)
     # In layout `full` a set is its own text set.
     text = predictions if record.text is None else predictions.open_referenced("text")
-    teacher = load_teacher(config, record, resolve_device(config.device, 0))
+    assert record.noise_schedule is not None
+    teacher = load_teacher(config, record.noise_schedule, resolve_device(config.device, 0))
     asked = _Asked(predictions, latents, text, replace(teacher, dtype=torch.float32))
     bound = MAX_DIFFERENCE_BF16 if config.teacher.use_bf16 else MAX_DIFFERENCE_FP32
     chosen = choose_records(predictions.manifest, num_records, seed)

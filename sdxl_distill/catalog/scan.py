@@ -149,6 +149,16 @@ def scan_folder(
     return Scan(image_dir, started_ns, tuple(images), tuple(bad_images))
 
 
+def count_images(image_dir: str | Path) -> int:
+    """Return how many image files are below a folder, by their names alone.
+
+    Raises:
+        ConfigError: when the folder is missing, or has none.
+        StorageError: when the disk refuses.
+    """
+    return len(_find_candidates(Path(image_dir)))
+
+
 def _find_candidates(image_dir: Path) -> list[_Candidate]:
     if not image_dir.is_dir():
         raise ConfigError(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_build_estimate
 
 HELP = """Run one teacher over the latents set and write its predictions set.
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="set the present set aside for cache.skip_existing: false and stop; once, before "
         "a job array whose tasks cannot agree on it",
     )
+    add_dry_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,6 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = config_of(arguments, BuilderConfig)
     if config is None:
+        return
+    if is_dry_run(arguments):
+        print_build_estimate(config, arguments)
         return
     path = Path(config.cache.output_dir) / config.teacher.teacher_id
     if arguments.withdraw_only:

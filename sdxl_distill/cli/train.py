@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_training_estimate
 
 HELP = """Train the student on the joined shard sets of all teachers, then export it.
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or from the one in the folder PATH",
     )
     parser.add_argument("--no-export", action="store_true", help="do not export the student")
+    add_dry_run_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,6 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = config_of(arguments, DistillConfig)
     if config is None:
+        return
+    if is_dry_run(arguments):
+        print_training_estimate(config, arguments)
         return
     from sdxl_distill.train.run_folder import RunFolder
     from sdxl_distill.train.session import train

@@ -89,7 +89,7 @@ class DistillDataSection(Section):
     reader_threads: Count = 4
     """Threads of one process that read shards."""
     prefetch_batches: Count = 4
-    """Micro-batches that one process reads ahead."""
+    """Batches, each a share of one step, that a process reads ahead."""
 
 
 class ValidationSection(Section):
@@ -143,6 +143,12 @@ class TrainingSection(Section):
     """Moments in float32 (adamw) or 8 bits (adamw_8bit); auto is 8 bits on CUDA, else float32."""
     exact_masters: bool = False
     """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, 2 bytes each more."""
+    compile: bool = False
+    """Compile the student with torch.compile, once for each bucket: some minutes each at the first
+    time, faster afterwards."""
+    compile_optimizer: bool = True
+    """On CUDA, compile the optimizer's step: a minute at the start, and then milliseconds in place
+    of most of a second per step. Needs a C compiler; of no effect on a CPU."""
     seed: Seed = 42
     """Root of the stream order and of stochastic rounding."""
     log_every: Count = 10
@@ -177,6 +183,9 @@ class DistillConfig(Section):
 
     device: Device = "auto"
     """Where the student trains: auto is CUDA when there is one, else the CPU; cuda insists."""
+    tf32: bool = True
+    """Let a GPU multiply float32 matrices with 10 bits of mantissa: several times faster, with a
+    relative error of about 5e-4. Of no effect on bfloat16 weights and on CPUs."""
     run: RunSection
     student: StudentSection
     teachers: Annotated[tuple[TeacherCacheSection, ...], Field(strict=False, min_length=1)]

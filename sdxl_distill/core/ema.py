@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
 from sdxl_distill.errors import IncompatibleError
+
+_GROUP_ELEMENTS = 1 << 25
 
 
 def ema_decay_at(step: int, ema_decay: float) -> float:
@@ -40,11 +42,23 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
-        """Move every average towards its parameter after optimizer step `step` (from 0)."""
+        """Move every average towards its parameter after optimizer step `step` (from 0).
+
+        Waits for the copy where a parameter is on a GPU and its average is not; else for nothing.
+        """
         rate = 1.0 - ema_decay_at(step, self.ema_decay)
-        for name, parameter in parameters:
-            average = self.averages[name]
-            average.lerp_(parameter.detach().to(average.device, torch.float32), rate)
+        for group in _groups(parameters):
+            averages = [self.averages[name] for name, _ in group]
+            # In their own dtype: a bfloat16 weight takes half the way of its float32 copy.
+            weights = [
+                weight.detach().to(average.device, non_blocking=True)
+                for (_, weight), average in zip(group, averages, strict=True)
+            ]
+            source = group[0][1].device
+            if source.type == "cuda" and averages[0].device.type == "cpu":
+                torch.cuda.current_stream(source).synchronize()
+            weights = [weight.to(torch.float32) for weight in weights]
+            torch._foreach_lerp_(averages, weights, rate)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def load(self, averages: Mapping[str, torch.Tensor]) -> None:
         """Replace the averages by saved ones.
@@ -68,3 +82,19 @@ class Ema:
             )
         for name, tensor in averages.items():
             self.averages[name].copy_(tensor)
+
+
+def _groups(
+    parameters: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Cut parameters into runs of bounded size: all in float32 at once would double the memory."""
+    group: list[tuple[str, torch.Tensor]] = []
+    num_elements = 0
+    for name, parameter in parameters:
+        if group and num_elements + parameter.numel() > _GROUP_ELEMENTS:
+            yield group
+            group, num_elements = [], 0
+        group.append((name, parameter))
+        num_elements += parameter.numel()
+    if group:
+        yield group

@@ -174,11 +174,9 @@ class Component:
         tensors = {
             name: tensor for name, tensor in tensors.items() if name not in self.kind.legacy_names
         }
-        with torch.device("meta"):
-            module = self._build()
         shapes = {
             self._plain_name(name): tuple(tensor.shape)
-            for name, tensor in module.state_dict().items()
+            for name, tensor in self.on_meta().state_dict().items()
         }
         self._compare(tensors, shapes)
         return tensors
@@ -203,6 +201,15 @@ class Component:
             for name, stored in self.tensors.items()
         }
         return fingerprint({"fields": fields, "tensors": tensors})
+
+    def on_meta(self) -> nn.Module:
+        """Return the network that the configuration describes, without memory for its weights.
+
+        Raises:
+            ConfigError, CorruptError: as `config`; IncompatibleError when it describes none.
+        """
+        with torch.device("meta"):
+            return self._build()
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """Return the network in evaluation mode, frozen, with exactly the stored weights.
@@ -277,6 +284,16 @@ class Component:
                 where=str(self.folder),
                 action="use a complete SDXL checkpoint; merge adapters before saving it",
             )
+
+
+def channels_last_on_gpu(module: nn.Module) -> nn.Module:
+    """Lay out a convolutional network as a GPU's kernels want it; on a CPU leave it alone.
+
+    In place. Values and shapes stay: whoever saves the weights asks for contiguous ones.
+    """
+    if next(module.parameters()).is_cuda:
+        module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return module
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
+import torch._dynamo
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.component import channels_last_on_gpu
 
 NUM_TIME_IDS = 6
 """Original height and width, crop top and left, target height and width."""
@@ -69,7 +71,24 @@ def load_unet(
         ConfigError, CorruptError, IncompatibleError: as `unet_geometry` and `Component.load`.
     """
     unet_geometry(checkpoint)
-    return cast("UNet2DConditionModel", checkpoint.unet.load(dtype, device))
+    unet = channels_last_on_gpu(checkpoint.unet.load(dtype, device))
+    return cast("UNet2DConditionModel", unet)
+
+
+def compile_unet(unet: nn.Module, num_shapes: int) -> None:
+    """Compile a UNet in place, at its first call with each shape, for exactly that one.
+
+    Fixed sizes make faster kernels than symbolic ones; buckets and batches bound their number.
+
+    Args:
+        unet: as `load_unet` returns it.
+        num_shapes: that it will be called with, in each of its modes (with and without gradients).
+    """
+    # Beyond its limit the compiler would silently go on without compiling.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, num_shapes)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * num_shapes)
+    unet.compile(dynamic=False)
 
 
 def predict(

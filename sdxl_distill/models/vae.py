@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
 from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.component import channels_last_on_gpu
 
 PIXELS_PER_LATENT = 8
 _UNSUPPORTED_FIELDS = ("latents_mean", "latents_std", "shift_factor")
@@ -64,7 +65,7 @@ def load_vae(
     """
     assert dtype in _SAFE_TYPES, dtype
     latent_channels(checkpoint)
-    return cast("AutoencoderKL", checkpoint.vae.load(dtype, device))
+    return cast("AutoencoderKL", channels_last_on_gpu(checkpoint.vae.load(dtype, device)))
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def encode_images(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     images = 2.0 * (pixels.to(vae.device, torch.float32).permute(0, 3, 1, 2) / 255.0) - 1.0
     (posterior,) = vae.encode(images.to(vae.dtype), return_dict=False)
     mean = posterior.mode().to(torch.float32)
-    latents = (mean * vae.config["scaling_factor"]).to(torch.float16)
+    latents = (mean * vae.config["scaling_factor"]).to(torch.float16).contiguous()
     finite = torch.isfinite(latents).flatten(1).all(dim=1)
     if not finite.all():
         broken = (~finite).nonzero().flatten().tolist()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.device import CopyStream
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class JoinedBatch:
     def to(self, device: torch.device) -> JoinedBatch:
         """Copy to a device; from pinned memory without waiting for the copy."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def uploaded(self, copies: CopyStream) -> JoinedBatch:
+        """Copy to a device beside what it computes, which then waits for the copy."""
+        with copies.copying() as copy:
+            return self._map(copy)
 
     def micro_batches(self, max_records: int) -> Iterator[JoinedBatch]:
         """Cut into consecutive pieces of at most `max_records`, as views."""

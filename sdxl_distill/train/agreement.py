@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from sdxl_distill.device import HostCopy
 from sdxl_distill.train.reduction import sum_over_ranks
 
 
@@ -27,26 +28,17 @@ class Agreement:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._flags: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._flags: HostCopy | None = None
 
     def ask(self, stop: bool, numbers: torch.Tensor) -> None:
         """Start the reduction; `numbers` are on the device and should be finite."""
-        flags = torch.stack(
-            [torch.tensor(float(stop), device=numbers.device), (~numbers.isfinite()).any().float()]
-        )
-        flags = sum_over_ranks(self._accelerator, flags)
-        if flags.is_cuda:
-            self._flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._flags = flags
+        # Filled, not copied from the host: such a copy would wait for all that is queued.
+        asked = torch.full((), float(stop), device=numbers.device)
+        flags = torch.stack([asked, (~numbers.isfinite()).any().float()])
+        self._flags = HostCopy(sum_over_ranks(self._accelerator, flags))
 
     def answer(self) -> Verdict:
         """Wait for the reduction and return what all ranks agree on."""
         assert self._flags is not None
-        if self._copied is not None:
-            self._copied.synchronize()
-        stop, num_bad = self._flags.tolist()
+        stop, num_bad = self._flags.result().tolist()
         return Verdict(stop=stop > 0, is_finite=num_bad == 0)

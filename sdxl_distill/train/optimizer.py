@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields
-from sdxl_distill.train.parameter_update import StepTerms, updated
+from sdxl_distill.train.parameter_update import StepTerms, compiled_updated, updated
 from sdxl_distill.train.state_codec import block_elements
 from sdxl_distill.train.stochastic_rounding import (
     RANDOM_BITS_ALGORITHM,
@@ -55,6 +55,8 @@ class AdamW(torch.optim.Optimizer):
         chunk_elements: a tensor is updated in slices of about this many elements, which bounds
             temporary memory and changes no result. None: what a CPU's cache holds, or 4 million
             on a GPU.
+        compiled: fuse the arithmetic with torch.compile, a few kernels for each slice instead of
+            a hundred. The last bits of the result may differ then.
 
     Raises:
         ConfigError: for weights other than float32, bfloat16 and float16, and for
@@ -76,11 +78,13 @@ class AdamW(torch.optim.Optimizer):
         exact_masters: bool = False,
         seed: int = 0,
         chunk_elements: int | None = None,
+        compiled: bool = False,
     ) -> None:
         self._states: States = states
         self._exact_masters = exact_masters
         self._seed = seed
         self._chunk_elements = chunk_elements
+        self._updated = compiled_updated if compiled else updated
         self._steps: list[int] = []
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
@@ -242,7 +246,7 @@ class AdamW(torch.optim.Optimizer):
         for first_row in range(0, num_rows, rows_per_chunk):
             rows = slice(first_row, first_row + rows_per_chunk)
             # Weights need not be contiguous: a reshape may copy, so results are written here.
-            new_weight, new_state = updated(
+            new_weight, new_state = self._updated(
                 weight[rows].reshape(-1, row_elements),
                 grad[rows].reshape(-1, row_elements),
                 {name: tensor[rows] for name, tensor in state.items()},

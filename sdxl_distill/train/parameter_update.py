@@ -6,7 +6,8 @@ Nothing here is mutated, read back to the host or drawn from a generator, so it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,36 @@ def updated(
         random16 = high_half(words(terms.weight_key)).view(weight.shape)
         new_weight = round_stochastically(exact, weight.dtype, random16)
     return new_weight, new_state
+
+
+def compiled_updated(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    terms: StepTerms,
+    first_element: torch.Tensor,
+    block: int | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Do what `updated` does in a few fused kernels, compiled once for each length of a block."""
+    return _compiled_for(block)(weight, grad, state, terms, first_element)
+
+
+@cache
+def _compiled_for(
+    block: int | None,
+) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Compile `updated` for rows of any number and length, with the block's length fixed."""
+
+    def updated_rows(
+        weight: torch.Tensor,
+        grad: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
+        terms: StepTerms,
+        first_element: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return updated(weight, grad, state, terms, first_element, block)
+
+    return torch.compile(updated_rows, dynamic=True)
 
 
 def _read_moments(

@@ -16,6 +16,7 @@ from sdxl_distill.train.checkpoint import CheckpointFolder
 # What may change between a run and its continuation without changing what a step does.
 _FREE_FIELDS = (
     "device",
+    "tf32",
     "run",
     "student.checkpoint_path",
     "student.text_encoder_id",
@@ -26,6 +27,8 @@ _FREE_FIELDS = (
     "data.prefetch_batches",
     "training.batch_size",  # the global batch is part of the stream's identity
     "training.gradient_accumulation_steps",
+    "training.compile",
+    "training.compile_optimizer",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",

@@ -23,10 +23,10 @@ from accelerate import (
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.core.prediction import MIN_SIGNAL
-from sdxl_distill.device import resolve_device
+from sdxl_distill.device import allow_tf32, resolve_device
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
-from sdxl_distill.models.unet import load_unet
+from sdxl_distill.models.unet import compile_unet, load_unet
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.compatibility import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
@@ -72,9 +72,13 @@ def train(config: DistillConfig, resume: str | None = None) -> TrainSummary:
         if accelerator.is_main_process:
             folder.prepare()
             warn_of_memorising(stream, config.training.num_steps)
+        student = load_student(config, checkpoint, accelerator.device)
+        if config.training.compile:
+            # And one for the rehearsal of data parallelism.
+            compile_unet(student, len(stream.schedule.table.buckets) + 1)
         trainer = Trainer(
             config,
-            load_student(config, checkpoint, accelerator.device),
+            student,
             noise_schedule,
             checkpoint.unet_fingerprint(),
             stream,
@@ -98,6 +102,7 @@ def make_accelerator(config: DistillConfig) -> Accelerator:
     """
     world = World.from_environment()
     device = resolve_device(config.device, world.local_rank)
+    allow_tf32(config.tf32)
     # DDP would keep a second copy of all gradients without the views.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)

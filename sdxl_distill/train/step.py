@@ -23,6 +23,7 @@ from sdxl_distill.core.loss import (
 )
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType, add_noise
 from sdxl_distill.core.prediction import convert_prediction
+from sdxl_distill.device import CopyStream
 from sdxl_distill.models.unet import predict
 from sdxl_distill.stream.batch import JoinedBatch
 
@@ -80,6 +81,7 @@ class DistillationStep:
         self.loss_type: LossType = loss_type
         self.huber_delta = huber_delta
         self.device = device
+        self._copies = CopyStream(device)
 
     def losses(self, batch: JoinedBatch) -> RecordLosses:
         """Run the student on a micro-batch and compare it with its teachers.
@@ -126,7 +128,7 @@ class DistillationStep:
         for micro_batch in batch.micro_batches(micro_batch_size):
             num_done += len(micro_batch)
             with self._synchronised(num_done == len(batch)):
-                losses = self.losses(micro_batch.to(self.device))
+                losses = self.losses(micro_batch.uploaded(self._copies))
                 (losses.loss.sum() / len(batch)).backward()
             sums += losses.sums()
         return sums

@@ -25,6 +25,7 @@ from sdxl_distill.errors import NumericalError, Preempted, StorageError
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import Agreement
+from sdxl_distill.train.background_average import BackgroundAverage
 from sdxl_distill.train.checkpoint import Checkpoint, load_checkpoint
 from sdxl_distill.train.learning_rate import learning_rate_at
 from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm
@@ -78,9 +79,10 @@ class Trainer:
             "noise_schedule": noise_schedule.to_json(),
             "sets": stream.fingerprints(),
         }
-        self.optimizer = _make_optimizer(config, student, accelerator.device)
+        self.optimizer = make_optimizer(config, student, accelerator.device.type)
         # The average is the same on all ranks, so one keeps it.
-        self.ema = _make_ema(config, student) if accelerator.is_main_process else None
+        self.ema = make_ema(config, student) if accelerator.is_main_process else None
+        self._average = self.ema and BackgroundAverage(self.ema, accelerator.device)
         self.step = DistillationStep(
             accelerator.prepare_model(student),
             noise_schedule,
@@ -163,6 +165,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present position; the other ranks wait for it."""
+        self._finish_average()
         if self.accelerator.is_main_process:
             tensors = {
                 "student": self.student.state_dict(),
@@ -215,11 +218,14 @@ class Trainer:
     def _validate(self, report: RunReport) -> None:
         if not self.stream.num_validation_records:
             return
+        self._finish_average()
         batch_size = self.config.training.batch_size
 
         def write(name: str) -> None:
             batches = self.stream.validation_batches(batch_size)
-            losses = validation_losses(self.step, batches, self.accelerator)
+            # Its batches have sizes of their own, each of which would be compiled.
+            with torch.compiler.set_stance("force_eager"):
+                losses = validation_losses(self.step, batches, self.accelerator)
             tags = loss_tags(self.stream.teacher_ids, f"{PREFIX}/{name}")
             report.write(self.position.global_step, dict(zip(tags, losses, strict=True)))
 
@@ -255,14 +261,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         max_norm = settings.max_grad_norm
+        self._finish_average()
         self.optimizer.step(1.0 if max_norm is None else clip_factor(grad_norm, max_norm))
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            parameters = self.student.named_parameters()
-            # Weights with exact masters stand still for many steps while their masters move.
-            exact = ((name, self.optimizer.exact_weight(each)) for name, each in parameters)
-            self.ema.update(exact, self.position.global_step)
+        if self._average is not None:
+            self._average.start(self._exact_weights(), self.position.global_step)
         return learning_rate
+
+    def _exact_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in self.student.named_parameters():
+            # Weights with exact masters stand still for many steps while their masters move.
+            exact = self.config.training.exact_masters
+            yield name, self.optimizer.exact_weight(weight) if exact else weight
+
+    def _finish_average(self) -> None:
+        if self._average is not None:
+            self._average.finish()
 
     def _after(self, batch: JoinedBatch) -> Position:
         done = self.position.global_step + 1
@@ -297,10 +311,11 @@ class Trainer:
         )
 
 
-def _make_optimizer(config: DistillConfig, student: nn.Module, device: torch.device) -> AdamW:
+def make_optimizer(config: DistillConfig, student: nn.Module, device_type: str) -> AdamW:
+    """Return the optimizer that a configuration asks for on a "cuda" or "cpu" device."""
     settings = config.training
     use_8bit = settings.optimizer == "adamw_8bit" or (
-        settings.optimizer == "auto" and device.type == "cuda"
+        settings.optimizer == "auto" and device_type == "cuda"
     )
     return AdamW(
         student.named_parameters(),
@@ -311,10 +326,12 @@ def _make_optimizer(config: DistillConfig, student: nn.Module, device: torch.dev
         states="8bit" if use_8bit else "fp32",
         exact_masters=settings.exact_masters,
         seed=settings.seed,
+        compiled=settings.compile_optimizer and device_type == "cuda",
     )
 
 
-def _make_ema(config: DistillConfig, student: nn.Module) -> Ema | None:
+def make_ema(config: DistillConfig, student: nn.Module) -> Ema | None:
+    """Return the average that starts at the student's weights; None when it is off."""
     if not config.student.use_ema:
         return None
     device = torch.device("cpu") if config.student.ema_device == "cpu" else None
