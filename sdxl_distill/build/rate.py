@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from itertools import count
 from typing import Final
 
 import torch
@@ -55,12 +54,12 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     teacher.predict(question)  # the first call allocates, and compiles if asked to
     answers = deque[TeacherAnswer]()
     started = time.perf_counter()
-    for num_done in count(1):
+    num_done = 0
+    while num_done < _MIN_BATCHES or time.perf_counter() - started < _MIN_SECONDS:
         answers.append(teacher.ask(question))
         if len(answers) > _BATCHES_IN_FLIGHT:
             answers.popleft().prediction()
-        if num_done >= _MIN_BATCHES and time.perf_counter() - started >= _MIN_SECONDS:
-            break
+        num_done += 1
     for answer in answers:
         answer.prediction()
     return num_done * batch_size / (time.perf_counter() - started)

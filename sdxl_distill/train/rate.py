@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from itertools import count
 from typing import Final
 
 import torch
@@ -56,8 +55,8 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
 
     run_step()  # the first step allocates, and compiles if asked to
     started = time.perf_counter()
-    for num_done in count(1):
+    num_done = 0
+    while num_done < _MIN_STEPS or time.perf_counter() - started < _MIN_SECONDS:
         run_step()
-        if num_done >= _MIN_STEPS and time.perf_counter() - started >= _MIN_SECONDS:
-            break
+        num_done += 1
     return num_done * len(batch) / (time.perf_counter() - started)

@@ -31,7 +31,7 @@ def allocated_bytes(work: Callable[[], object]) -> tuple[int, int]:
     """Return the most that torch's CPU allocator held during work, and what it holds after."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
-    assert recorded.profiler is not None
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events = recorded.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.nbytes())
     live = peak = 0
