@@ -79,20 +79,10 @@ def build_latents_set(
     report: list[ScanReport] = []
 
     def decide() -> dict[str, object]:
-        record = latents_record(config)
-        seen = None
-        if rebuild:
-            # Before the withdrawal: a wrong image folder must not cost the set that is there.
-            seen = _scan(config, Catalog(), rescan, scan_progress)
-            withdraw_for_rebuild(launch, path)
-        if repair:
-            # Its catalog is brought back first: the scan must go on with that one.
-            repair_set(path, record, [], lambda _: False)
-        catalog, found = _update_catalog(config, path, record, rescan, seen, scan_progress)
+        record, catalog, found = _prepare(
+            config, launch, path, rebuild, repair, rescan, scan_progress
+        )
         report.append(found)
-        if repair:
-            plan = LatentsPlan(catalog)
-            repair_set(path, record, plan.shards, plan.accepts)
         return {"record": record.to_json(), "catalog": catalog.n}
 
     decision = launch.decide("latents", decide)
@@ -133,6 +123,31 @@ def latents_record(config: BuilderConfig) -> SetRecord:
             "vae_dtype": config.data.latent_cache.dtype,
         },
     )
+
+
+def _prepare(
+    config: BuilderConfig,
+    launch: Launch,
+    path: Path,
+    rebuild: bool,
+    repair: bool,
+    rescan: bool,
+    progress: Progress | None,
+) -> tuple[SetRecord, Catalog, ScanReport]:
+    """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
+    record, seen = latents_record(config), None
+    if rebuild:
+        # Before the withdrawal: a wrong image folder must not cost the set that is there.
+        seen = _scan(config, Catalog(), rescan, progress)
+        withdraw_for_rebuild(launch, path)
+    if repair:
+        # Its catalog is brought back first: the scan must go on with that one.
+        repair_set(path, record, [], lambda _: False)
+    catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
+    if repair:
+        plan = LatentsPlan(catalog)
+        repair_set(path, record, plan.shards, plan.accepts)
+    return record, catalog, report
 
 
 def _update_catalog(

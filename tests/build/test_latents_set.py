@@ -14,7 +14,7 @@ from workshop import BUCKETS, Workshop, identities, published_files, traces
 
 from sdxl_distill.build.withdrawal import withdraw_set
 from sdxl_distill.catalog.image import BadImageError
-from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, NumericalError
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +240,27 @@ def test_a_vae_with_means_of_latents_is_refused(workshop, tiny_family):
     with pytest.raises(IncompatibleError, match="latents_mean"):
         workshop.build_latents(f'model.id="{folder}"')
     assert not workshop.latents.exists()
+
+
+def test_latents_beyond_float16_stop_the_build(workshop, tiny_family):
+    folder = shutil.copytree(tiny_family.base, workshop.root / "other")
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 1e9}))
+    with pytest.raises(NumericalError, match="float16"):
+        workshop.build_latents(f'model.id="{folder}"')
+    assert list(workshop.latents.glob("*.tar")) == []
+    assert traces(workshop.root) == []
+
+
+def test_a_link_to_another_disk_stays_a_link_when_the_set_is_rebuilt(workshop):
+    (workshop.root / "elsewhere").mkdir()
+    workshop.latents.symlink_to(workshop.root / "elsewhere")
+    workshop.build_latents()
+    before = published_files(workshop.latents)
+    workshop.build_latents(rebuild=True)
+    assert workshop.latents.is_symlink()
+    assert published_files(workshop.latents) == before
+    assert traces(workshop.root) == []
 
 
 def test_what_a_killed_scan_left_in_the_catalog_goes_with_the_next(workshop):
