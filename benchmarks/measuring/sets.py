@@ -1,0 +1,236 @@
+"""Shard sets of random tensors at real sizes, written by the real writer: what is read and joined.
+
+Sizes are SDXL's: a full record at 1024² is 580,632 bytes. Values are random; noise, seeds and
+timesteps are those that follow from the image ids, since the join checks them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sdxl_distill.core.image_id import image_id
+from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
+from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.fsio import Directory, StagedFile
+from sdxl_distill.shards.digest import tensor_digest
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.record import (
+    Layout,
+    RecordHeader,
+    RecordSchema,
+    latents_schema,
+    predictions_schema,
+    text_schema,
+)
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, NoiseRecipe, SetRecord
+from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
+from sdxl_distill.shards.writer import ShardWriter
+
+CHANNELS, TOKENS, HIDDEN_SIZE, POOLED_SIZE = 4, 77, 2048, 1280
+BASE_SEED, MAX_TIMESTEP = 42, 1000
+SIDECAR = b'{"captions":["%s"]}' % (b"about seventy words of caption " * 14)
+_TEXT_ENCODERS, _VAE = "1" * 64, "2" * 64
+_NUMPY_DTYPES = {"F16": np.float16, "I32": np.int32, "I64": np.int64}
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class SetFolders:
+    """Sets that were written.
+
+    Attributes:
+        latents: folder of the latents set.
+        teachers: folders of the predictions sets.
+        text: folder of the text set; None in layout `full`.
+        num_records: of each set.
+    """
+
+    latents: Path
+    teachers: tuple[Path, ...]
+    text: Path | None
+    num_records: int
+
+    def sets(self, num_teachers: int) -> list[Path]:
+        """Return the folders that a join of the first teachers reads."""
+        text = [] if self.text is None else [self.text]
+        return [self.latents, *text, *self.teachers[:num_teachers]]
+
+    def tars(self, num_teachers: int) -> list[Path]:
+        """Return the tars in these folders."""
+        return [tar for folder in self.sets(num_teachers) for tar in sorted(folder.glob("*.tar"))]
+
+
+def write_sets(
+    root: Path,
+    *,
+    num_records: int,
+    num_teachers: int,
+    layout: Layout = "full",
+    side_px: int = 1024,
+    records_per_shard: int = 128,
+) -> SetFolders:
+    """Write a latents set, teachers, and in layout `compact` the text set, into a new folder."""
+    latents = _SetInProgress.create(
+        SetRecord("latents", "latents", latents_schema(CHANNELS), {"vae": _VAE}), root, None
+    )
+    followers = list(_followers(root, latents, num_teachers, layout))
+    ids = sorted(image_id(str(number).encode()) for number in range(num_records))
+    for number, start in enumerate(range(0, num_records, records_per_shard)):
+        shard_ids = ids[start : start + records_per_shard]
+        records = [_image_tensors(identity, side_px) for identity in shard_ids]
+        latents.write_shard(number, side_px, shard_ids, records, None)
+        for teacher in followers:
+            source = latents.indices[-1].tar_sha256
+            teacher.write_shard(number, side_px, shard_ids, records, source)
+    for each in (latents, *followers):
+        each.finish()
+    folders = [each.folder.path for each in followers]
+    text = folders.pop(0) if layout == "compact" else None
+    return SetFolders(latents.folder.path, tuple(folders), text, num_records)
+
+
+def random_record(header: RecordHeader, number: int) -> Tensors:
+    """Return one record of random values, the same for the same number."""
+    tensors: Tensors = {}
+    for place in header.places:
+        values = _random(f"{place.name} {number}", place.shape)
+        tensors[place.name] = values.astype(_NUMPY_DTYPES[place.dtype])
+    return tensors
+
+
+def forget_cached_pages(paths: list[Path]) -> None:
+    """Drop files from the page cache, so that the next read comes from the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _followers(
+    root: Path, latents: _SetInProgress, num_teachers: int, layout: Layout
+) -> Iterator[_SetInProgress]:
+    content = {"text": _TEXT_ENCODERS}
+    text = None
+    if layout == "compact":
+        schema = text_schema(TOKENS, HIDDEN_SIZE, POOLED_SIZE)
+        text = _SetInProgress.create(
+            SetRecord("text", f"text-{_TEXT_ENCODERS[:12]}", schema, content), root, latents
+        )
+        yield text
+    sizes = (CHANNELS, TOKENS, HIDDEN_SIZE, POOLED_SIZE)
+    for number in range(num_teachers):
+        set_id = f"teacher_{number}"
+        record = SetRecord(
+            kind="predictions",
+            id=set_id,
+            schema=predictions_schema(layout, "F16", *sizes),
+            content={**content, "teacher": hashlib.sha256(set_id.encode()).hexdigest()},
+            layout=layout,
+            noise=NoiseRecipe(NOISE_ALGORITHM, BASE_SEED, 0, MAX_TIMESTEP),
+            noise_schedule=NoiseSchedule(),
+            text=None if text is None else text.reference(root / set_id),
+        )
+        yield _SetInProgress.create(record, root, latents)
+
+
+def _image_tensors(identity: str, side_px: int) -> Tensors:
+    """Return what all sets share of an image, and the latents."""
+    seed = noise_seed(identity, BASE_SEED)
+    image = (CHANNELS, side_px // 8, side_px // 8)
+    return {
+        "latents": _random(f"latents {identity}", image),
+        "time_ids": np.array([side_px, side_px, 0, 0, side_px, side_px], np.int32),
+        "noise": noise(seed, side_px, side_px),
+        "seed": np.array([seed]),
+        "timestep": np.array([timestep(identity, BASE_SEED, 0, 0, MAX_TIMESTEP)]),
+        "resolution": np.array([side_px, side_px], np.int32),
+        "encoder_hidden_states": _random(f"text {identity}", (TOKENS, HIDDEN_SIZE)),
+        "pooled_embeds": _random(f"pooled {identity}", (POOLED_SIZE,)),
+    }
+
+
+def _random(label: str, shape: tuple[int, ...]) -> np.ndarray:
+    key = int.from_bytes(hashlib.sha256(label.encode()).digest()[:16], "big")
+    generator = np.random.Generator(np.random.Philox(key=key))
+    return generator.standard_normal(shape, np.float32).astype(np.float16)
+
+
+@dataclass
+class _SetInProgress:
+    record: SetRecord
+    folder: Directory
+    indices: list[ShardIndex]
+
+    @classmethod
+    def create(
+        cls, record: SetRecord, root: Path, latents: _SetInProgress | None
+    ) -> _SetInProgress:
+        path = root / record.id
+        if latents is not None:
+            record = replace(record, latents=latents.reference(path))
+        folder = Directory(path, create=True)
+        folder.publish_bytes(SET_RECORD_NAME, record.to_bytes())
+        return cls(record, folder, [])
+
+    def reference(self, directory: Path) -> SetReference:
+        return SetReference.between(self.record.fingerprint, directory, self.folder.path)
+
+    def write_shard(
+        self, number: int, side_px: int, ids: list[str], records: list[Tensors], source: str | None
+    ) -> None:
+        record = self.record
+        name = ShardName(record.id, side_px, side_px, number)
+        header = RecordHeader.build(record.schema, side_px, side_px, record.fingerprint, source)
+        with self.folder.stage() as staged:
+            index = self._write_tar(staged, name, header, ids, records)
+            self.folder.publish(staged, name.tar)
+        self.folder.publish_bytes(name.idx, index.to_bytes())
+        self.indices.append(index)
+
+    def _write_tar(
+        self,
+        staged: StagedFile,
+        name: ShardName,
+        header: RecordHeader,
+        ids: list[str],
+        records: list[Tensors],
+    ) -> ShardIndex:
+        writer = ShardWriter(staged.file, name, header)
+        sidecar = SIDECAR if self.record.kind == "latents" else None
+        for identity, shared in zip(ids, records, strict=True):
+            digest = tensor_digest(shared["noise"]) if header.recreates_noise else None
+            content = header.encode(self._own_tensors(identity, shared))
+            writer.write(name.key(identity), content, sidecar, digest)
+        return writer.close()
+
+    def _own_tensors(self, identity: str, shared: Tensors) -> Tensors:
+        own = {spec.name: shared.get(spec.name) for spec in self.record.schema.tensors}
+        if "teacher_pred" in own:
+            own["teacher_pred"] = _random(f"{self.record.id} {identity}", shared["latents"].shape)
+        return {name: tensor for name, tensor in own.items() if tensor is not None}
+
+    def finish(self) -> None:
+        empty = None
+        if self.record.kind == "text":
+            empty = _empty_record(self.record.schema, self.record.fingerprint)
+            self.folder.publish_bytes(EMPTY_RECORD_NAME, empty)
+        digest = None if empty is None else hashlib.sha256(empty).hexdigest()
+        manifest = Manifest.build(self.record, 0, self.indices, empty_sha256=digest)
+        self.folder.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
+        self.folder.close()
+
+
+def _empty_record(schema: RecordSchema, fingerprint: str) -> bytes:
+    header = RecordHeader.build(schema, 64, 64, fingerprint)
+    return header.encode(random_record(header, 0))

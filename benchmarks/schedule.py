@@ -1,0 +1,193 @@
+"""The schedule: what it costs to plan an epoch and to look a step up, up to 10⁹ records.
+
+The plan of one of 1,024 ranks; the peers' own planners make the plan of the same number of
+records, as far as they get in 20 seconds and 8 GiB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from measuring.peer_process import PEER_PYTHON, PEER_SCRIPTS, PeerError, install_peers
+from measuring.rounds import Sample, alternate
+from measuring.row import Curve, Row
+from measuring.script import run_alone
+
+from sdxl_distill.core.bucket import SDXL_BUCKETS
+from sdxl_distill.stream.schedule import Schedule
+from sdxl_distill.stream.shard_table import ShardTable
+
+RANKS: Final = 1024
+RECORDS_PER_RANK: Final = 32
+STEPS_AT_ONCE: Final = 64
+PLAN_SECONDS, PLAN_BYTES = 0.2, 64 * 2**20
+STEP_SECONDS, LONE_STEP_SECONDS = 20e-6, 1e-3
+TIME_FIGURE: Final = "Planning an epoch: seconds"
+MEMORY_FIGURE: Final = "Planning an epoch: memory"
+PLANNERS: Final = {"mosaic": "MosaicML streaming", "lit": "LitData"}
+_PEER_SECONDS, _PEER_BYTES = 20, 8 << 30
+_OURS: Final = "sdxl_distill"
+
+
+def measure(small: bool) -> Iterator[Row | Curve]:
+    """Plan 10⁴ … 10⁹ records with the schedule and with the peers' planners."""
+    exponents = range(4, 6 if small else 10)
+    times: dict[str, list[tuple[float, float]]] = {_OURS: []}
+    memories: dict[str, list[tuple[float, float]]] = {_OURS: []}
+    for exponent in exponents:
+        seconds, num_bytes = _plan_cost(10**exponent, records_per_shard=512)
+        times[_OURS].append((10**exponent, seconds))
+        memories[_OURS].append((10**exponent, num_bytes / 2**20))
+    yield from _planners(exponents, times, memories)
+    yield Curve(TIME_FIGURE, "records", "s", times, is_log=True)
+    yield Curve(MEMORY_FIGURE, "records", "MiB", memories, is_log=True)
+    largest = 10 ** exponents[-1]
+    # A shard of 10⁴ records is of the size that 10⁹ records ask for; 512 is the default.
+    for records_per_shard in (10_000, 512):
+        yield from _rows(largest, records_per_shard, 1 if small else 9)
+
+
+def _rows(num_records: int, records_per_shard: int, num_rounds: int) -> Iterator[Row]:
+    what = f"{num_records:.0e} records, {records_per_shard:,} a shard, rank 0 of {RANKS:,}"
+    is_target = records_per_shard == 10_000
+    costs = [_plan_cost(num_records, records_per_shard) for _ in range(num_rounds + 1)][1:]
+    yield Row.of(
+        f"plan an epoch: {what}",
+        Sample(tuple(seconds for seconds, _ in costs)),
+        "s",
+        better="lower",
+        target=PLAN_SECONDS if is_target else None,
+    )
+    yield Row.of(
+        f"memory of the plan: {what}",
+        Sample(tuple(num_bytes / 2**20 for _, num_bytes in costs)),
+        "MiB",
+        better="lower",
+        target=PLAN_BYTES / 2**20 if is_target else None,
+    )
+    schedule = _schedule(num_records, records_per_shard)
+    found = alternate(
+        {
+            "at once": _step_seconds(schedule, STEPS_AT_ONCE),
+            "alone": _step_seconds(schedule, 1),
+        },
+        num_rounds,
+    )
+    for name, target in (("at once", STEP_SECONDS), ("alone", LONE_STEP_SECONDS)):
+        yield Row.of(
+            f"look up a step, {STEPS_AT_ONCE if name == 'at once' else 1} {name}: {what}",
+            found[name].scaled(1e6),
+            "µs",
+            better="lower",
+            target=target * 1e6,
+            against=f"{RECORDS_PER_RANK} records per rank",
+        )
+
+
+def _planners(
+    exponents: range,
+    times: dict[str, list[tuple[float, float]]],
+    memories: dict[str, list[tuple[float, float]]],
+) -> Iterator[Row]:
+    """Run the peers' planners until one takes too long, and note where it stopped."""
+    try:
+        install_peers()
+    except PeerError as error:
+        for name in PLANNERS.values():
+            yield Row.missing(f"{name}: plan an epoch", "s", str(error))
+        return
+    for script, name in PLANNERS.items():
+        times[name], memories[name] = [], []
+        for exponent in exponents:
+            cost = _peer_cost(script, 10**exponent)
+            if cost is None:
+                yield Row.missing(
+                    f"{name}: plan 1e{exponent} records",
+                    "s",
+                    f"not in {_PEER_SECONDS} s and {_PEER_BYTES >> 30} GiB",
+                )
+                break
+            times[name].append((10**exponent, cost[0]))
+            memories[name].append((10**exponent, cost[1] / 2**20))
+        if times[name]:
+            (num_records, seconds), (_, mebibytes) = times[name][-1], memories[name][-1]
+            what = f"{name}: plan {num_records:.0e} records"
+            yield Row(what, seconds, "s", None, "lower", "its own planner", None)
+            yield Row(f"{what}, memory", mebibytes, "MiB", None, "lower", "its own planner", None)
+
+
+def _schedule(num_records: int, records_per_shard: int) -> Schedule:
+    buckets = tuple(sorted(SDXL_BUCKETS))
+    num_shards = max(len(buckets), num_records // records_per_shard)
+    bucket = np.arange(num_shards) % len(buckets)
+    number = np.arange(num_shards) // len(buckets)
+    count = np.full(num_shards, num_records // num_shards)
+    table = ShardTable(bucket, number, np.zeros_like(count), count, buckets)
+    return Schedule(table, seed=42, global_batch=RANKS * RECORDS_PER_RANK, lanes=RANKS)
+
+
+def _plan_cost(num_records: int, records_per_shard: int) -> tuple[float, float]:
+    """Return seconds, and the peak of traced bytes, from the table's columns to the first steps."""
+
+    def plan() -> None:
+        schedule = _schedule(num_records, records_per_shard)
+        stop = min(schedule.steps(0), STEPS_AT_ONCE)
+        list(schedule.batches(0, 0, stop, rank=0, world=RANKS))
+
+    start = time.perf_counter()
+    plan()
+    seconds = time.perf_counter() - start
+    tracemalloc.start()
+    plan()
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return seconds, peak_bytes
+
+
+def _step_seconds(schedule: Schedule, num_at_once: int) -> Callable[[], float]:
+    """Return a contender that looks steps up in the middle of an epoch."""
+    first = schedule.steps(0) // 2
+    num_calls = 512 // num_at_once
+
+    def run() -> float:
+        num_steps = 0
+        start = time.perf_counter()
+        for call in range(num_calls):
+            step = min(first + call * num_at_once, max(0, schedule.steps(0) - num_at_once))
+            stop = min(step + num_at_once, schedule.steps(0))
+            num_steps += len(list(schedule.batches(0, step, stop, rank=0, world=RANKS)))
+        return (time.perf_counter() - start) / max(1, num_steps)
+
+    return run
+
+
+def _peer_cost(script: str, num_records: int) -> tuple[float, float] | None:
+    def limit_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (_PEER_BYTES, _PEER_BYTES))
+
+    command: list[str | Path] = [PEER_PYTHON, PEER_SCRIPTS / "planners.py", script]
+    try:
+        done = subprocess.run(
+            [*command, str(num_records)],
+            capture_output=True,
+            text=True,
+            timeout=_PEER_SECONDS,
+            check=True,
+            preexec_fn=limit_memory,  # noqa: PLW1509 - no thread is running
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    cost = json.loads(done.stdout.splitlines()[-1])
+    return cost["seconds"], cost["bytes"]
+
+
+if __name__ == "__main__":
+    run_alone(measure)
