@@ -6,7 +6,11 @@ Every folder is complete: `StableDiffusionXLPipeline.from_pretrained` loads and 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +31,7 @@ from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import load_vae
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from diffusers import UNet2DConditionModel
 
@@ -88,27 +92,49 @@ def build_family(
 ) -> Family:
     """Train a base on photos, and from it one teacher per look.
 
-    Deterministic for one machine, set of library versions and torch thread count.
+    Every network is trained by one thread, since the last bits depend on their number; the
+    teachers are trained beside each other, one process each. So the family is the same on all
+    machines with one kind of processor and one set of library versions.
 
     Args:
         directory: receives `base`, `sepia`, `night` and `vivid`; must not hold them yet.
         photos: an image folder as `write_photos` writes it.
         recipe: steps and learning rates; the default takes about two minutes on two cores.
         seed: decides every weight.
-        progress: gets what is trained, step, number of steps and loss after each step.
+        progress: gets what is trained, step, number of steps and loss: of the base after each
+            step, of a teacher when it is done.
 
     Returns:
         The folders.
     """
     directory, recipe = Path(directory), recipe or Recipe()
-    train_photos = read_photos(Path(photos))
     base = directory / "base"
-    train_base(base, train_photos, recipe, seed, progress)
-    teachers = []
-    for number, teacher_id in enumerate(LOOKS, start=1):
-        teachers.append(directory / teacher_id)
-        train_teacher(teachers[-1], base, train_photos, recipe, seed + number, progress)
-    return Family(base, tuple(teachers))
+    with one_thread():
+        train_base(base, read_photos(Path(photos)), recipe, seed, progress)
+    teachers = tuple(directory / teacher_id for teacher_id in LOOKS)
+    # Spawned, because a fork of a process whose threads have computed may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        trainings = {
+            pool.submit(train_teacher, teacher, base, Path(photos), recipe, seed + number): teacher
+            for number, teacher in enumerate(teachers, start=1)
+        }
+        for training in as_completed(trainings):
+            name = trainings[training].name
+            num_steps = recipe.teacher_steps[name]
+            progress(name, num_steps, num_steps, training.result())
+    return Family(base, teachers)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread within the block."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def train_base(
@@ -137,26 +163,23 @@ def train_base(
     unet.save_pretrained(directory / "unet")
 
 
-def train_teacher(
-    directory: Path,
-    base: Path,
-    photos: Sequence[Photos],
-    recipe: Recipe,
-    seed: int,
-    progress: Progress,
-) -> None:
-    """Fine-tune the base towards the look of the folder's name; arguments as `build_family`."""
-    teacher_id = directory.name
-    num_steps = recipe.teacher_steps[teacher_id]
+def train_teacher(directory: Path, base: Path, photos: Path, recipe: Recipe, seed: int) -> float:
+    """Fine-tune the base towards the look of the folder's name and return the last loss."""
+    num_steps = recipe.teacher_steps[directory.name]
     generator = torch.Generator().manual_seed(seed)
-    restyled = [each.restyled(LOOKS[teacher_id]) for each in photos]
+    restyled = [each.restyled(LOOKS[directory.name]) for each in read_photos(photos)]
     # A new network, since a loaded one would write the base's path into its configuration.
     unet = new_unet()
     loaded = load_unet(Checkpoint.resolve(str(base)), torch.float32, "cpu")
     unet.load_state_dict(loaded.state_dict())
-    report = _reporter(progress, teacher_id, num_steps)
-    _train_on(unet, base, restyled, num_steps, recipe.teacher_lr, generator, report)
+    losses: list[float] = []
+    with one_thread():
+        _train_on(
+            unet, base, restyled, num_steps, recipe.teacher_lr, generator,
+            lambda _step, loss: losses.append(loss),
+        )  # fmt: skip
     write_teacher(directory, base, unet)
+    return losses[-1]
 
 
 def build_untrained_family(

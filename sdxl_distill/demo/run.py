@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from tqdm import tqdm
 
@@ -88,7 +88,7 @@ def _write_photos(folder: Path, clock: PhaseClock) -> PhotoFolders:
 
 def _train_family(folder: Path, photos: PhotoFolders, clock: PhaseClock) -> Family:
     print(f"\nTraining a tiny SDXL and three teachers from it: {', '.join(LOOKS)}", flush=True)
-    bars: dict[str, tqdm[None]] = {}
+    bars: dict[str, tqdm[NoReturn]] = {}
 
     def show(name: str, step: int, num_steps: int, loss: float) -> None:
         if name not in bars:
