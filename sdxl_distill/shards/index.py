@@ -99,6 +99,12 @@ class ShardIndex:
             return self.noise_digests
         return self.digests[:, self.header.column(tensor_name)]
 
+    def tensor_digest(self, tensor_name: str, record: int) -> int:
+        """Return the digest of one tensor in one record; otherwise as `tensor_digests`."""
+        if tensor_name == "noise" and self.noise_digests is not None:
+            return int(self.noise_digests[record])
+        return int(self.digests[record, self.header.column(tensor_name)])
+
     def sidecar_offset(self, record: int) -> int:
         """Return where the record's sidecar begins in the tar, if it has one."""
         return int(self.offsets[record]) + padded(int(self.sizes[record])) + BLOCK_BYTES

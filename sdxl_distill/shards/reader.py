@@ -78,7 +78,7 @@ class ShardReader:
         Raises:
             CorruptError, StorageError: as `read_tensor_into`.
         """
-        index = self.index
+        index, end_column = self.index, first_column + len(buffers)
         offset = int(index.offsets[record]) + index.header.places[first_column].offset
         try:
             num_read = os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
@@ -89,10 +89,11 @@ class ShardReader:
             for buffer in buffers:
                 self._fill(buffer, offset, record)
                 offset += len(buffer)
-        digests = index.digests[record].tolist()
-        for column, buffer in enumerate(buffers, first_column):
-            if bytes_digest(buffer) != digests[column]:
-                raise self._damaged(record, column)
+        digests = index.digests[record, first_column:end_column].tolist()
+        found = list(map(bytes_digest, buffers))
+        if found != digests:
+            damaged = [own != other for own, other in zip(found, digests, strict=True)]
+            raise self._damaged(record, first_column + damaged.index(True))
         return was_cached
 
     def announce_run(self, record: int, first_column: int, num_columns: int) -> None:

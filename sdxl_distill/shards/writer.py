@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import BinaryIO, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO, Final, cast
 
 from webdataset.writer import TarWriter
 
@@ -16,6 +17,8 @@ from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import MODE, OWNER, read_members
 from sdxl_distill.shards.tar_index import MAX_SHARD_BYTES, IndexRows
+
+_PIECE_BYTES: Final = 1 << 20
 
 
 class ShardWriter:
@@ -111,33 +114,53 @@ class ShardWriter:
 class _HashingFile:
     """The few methods that a tar stream needs of a file, with a SHA-256 on the way.
 
-    A tar that was given up writes its last bytes when it is collected: they go nowhere when the
-    file has failed or is closed by then.
+    tarfile writes blocks of 10 KiB: they are collected to pieces, and a thread hashes one piece
+    while it is written. A tar that was given up writes its last bytes when it is collected: they
+    go nowhere when the file has failed or is closed by then.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        self._hashing: Future[None] | None = None
+        self._waiting: list[bytes] = []
+        self._num_waiting_bytes = 0
         self._has_failed = False
         self.num_bytes = 0
 
     def write(self, content: bytes) -> int:
-        if self._has_failed or self._file.closed:
-            return len(content)
-        try:
-            self._file.write(content)
-        except OSError:
-            self._has_failed = True
-            raise
-        self._sha256.update(content)
+        self._waiting.append(content)
+        self._num_waiting_bytes += len(content)
         self.num_bytes += len(content)
+        if self._num_waiting_bytes >= _PIECE_BYTES:
+            self._write_piece()
         return len(content)
 
     def flush(self) -> None:
+        self._write_piece()
         self._file.flush()
 
     def fileno(self) -> int:
         return self._file.fileno()
 
     def sha256(self) -> str:
+        self._wait_for_hash()
         return self._sha256.hexdigest()
+
+    def _write_piece(self) -> None:
+        piece = b"".join(self._waiting)
+        self._waiting, self._num_waiting_bytes = [], 0
+        if self._has_failed or self._file.closed:
+            return
+        self._wait_for_hash()
+        self._hashing = self._thread.submit(self._sha256.update, piece)
+        try:
+            self._file.write(piece)
+        except OSError:
+            self._has_failed = True
+            raise
+
+    def _wait_for_hash(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()

@@ -248,7 +248,7 @@ class Join:
         else:
             source = shard.readers[self._noise_source].index
             origin = f"set {self._noise_source.id}"
-            noise_digest = int(source.tensor_digests("noise")[record])
+            noise_digest = source.tensor_digest("noise", record)
         # What holds for one index holds for all whose digests are equal.
         asked = shard.questions if record in shard.unequal_questions else shard.questions[:1]
         for index in asked:

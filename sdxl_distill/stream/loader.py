@@ -52,7 +52,7 @@ class JoinedStream:
         validation_fraction: share of the images that is held out, by their ids.
         on_missing: `error` refuses shards that some set lacks, `intersect` leaves them out.
         rank, world: whose share of each global batch is read.
-        num_threads: that read.
+        num_threads: that read beside the caller, who reads when he would have to wait.
         prefetch: batches of this rank that are read ahead.
         pin_memory: whether batches lie in page-locked memory.
 

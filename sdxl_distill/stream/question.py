@@ -58,9 +58,8 @@ def require_question(index: ShardIndex, record: int, question: Question) -> None
     Raises:
         CorruptError: naming the tensor, the set, the shard and the key.
     """
-    for name, value in question._asdict().items():
-        expected = bytes_digest(value.to_bytes(8, "little"))
-        if index.tensor_digests(name)[record] != expected:
+    for name, value in zip(Question._fields, question, strict=True):
+        if index.tensor_digest(name, record) != bytes_digest(value.to_bytes(8, "little")):
             raise CorruptError(
                 f"the {name} is not what follows from the image's id",
                 expected=f"{name} {value}",
@@ -81,7 +80,7 @@ def require_noise(index: ShardIndex, record: int, digest: int, origin: str) -> N
     Raises:
         IncompatibleError: naming the set, the shard and the key.
     """
-    if index.tensor_digests("noise")[record] != digest:
+    if index.tensor_digest("noise", record) != digest:
         raise IncompatibleError(
             "the teacher saw other noise",
             expected=f"the noise of {origin}",
@@ -100,8 +99,7 @@ def require_close_text(text: ShardReader, other: ShardReader, record: int) -> No
         CorruptError, StorageError: when they cannot be read.
     """
     for name in TEXT_TENSORS:
-        digests = (reader.index.tensor_digests(name)[record] for reader in (text, other))
-        if len(set(digests)) == 1:
+        if text.index.tensor_digest(name, record) == other.index.tensor_digest(name, record):
             continue
         expected, found = (_read(reader, record, name) for reader in (text, other))
         distance = torch.linalg.vector_norm(found - expected)

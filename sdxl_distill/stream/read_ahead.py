@@ -19,17 +19,21 @@ from sdxl_distill.stream.schedule import Batch
 class ReadAhead:
     """Threads that fill batches; they end with `close`, or when nothing refers to this any more.
 
+    A caller who asks for a batch that is not ready fills what no thread has begun.
+
     Args:
         join: fills rows.
-        num_threads: that read; the rows of each batch are shared out over them.
+        num_threads: that read; 0 leaves it all to the caller.
         num_batches: in flight beyond the one that is handed out; bounds the memory.
     """
 
     def __init__(self, join: Join, *, num_threads: int, num_batches: int) -> None:
         self._join = join
-        self._num_threads = num_threads
-        self._num_batches = num_batches
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="stream")
+        self._num_pieces = num_threads + 1
+        self._num_batches = num_batches if num_threads else 0
+        self._pool = (
+            ThreadPoolExecutor(num_threads, thread_name_prefix="stream") if num_threads else None
+        )
 
     def batches(self, reads: Iterator[Batch]) -> Iterator[JoinedBatch]:
         """Yield the batch of each read, in order; reading begins with the first `next`.
@@ -53,43 +57,54 @@ class ReadAhead:
 
     def close(self) -> None:
         """Drop what has not begun and wait for the threads; iterators are of no use then."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, read: Batch) -> _BatchInFlight:
         # A thread that gets the records of one shard together opens it once.
         order = np.lexsort((read.draws, read.shards)).tolist()
-        num_rows = -(-len(order) // self._num_threads)
-        pieces = [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+        num_rows = -(-len(order) // self._num_pieces)
         batch = _BatchInFlight(self._join, read)
-        batch.futures = [self._pool.submit(batch.fill, rows) for rows in pieces]
+        for start in range(0, len(order), num_rows):
+            batch.add_piece(order[start : start + num_rows], self._pool)
         return batch
 
 
 class _BatchInFlight:
-    """A batch that threads fill; it takes memory only when the first one begins."""
+    """A batch that is filled piece by piece; it takes memory only when the first one begins."""
 
     def __init__(self, join: Join, read: Batch) -> None:
-        self.futures: Sequence[Future[None]] = ()
         self._join = join
         self._read = read
         self._lock = Lock()
         self._unfilled: UnfilledBatch | None = None
         self._keys = [""] * len(read.slots)
+        self._pieces: list[tuple[list[int], Future[None]]] = []
 
-    def fill(self, rows: Sequence[int]) -> None:
+    def add_piece(self, rows: list[int], pool: ThreadPoolExecutor | None) -> None:
+        """Let the next thread that is free fill some rows."""
+        future = Future[None]() if pool is None else pool.submit(self._fill, rows)
+        self._pieces.append((rows, future))
+
+    def result(self) -> JoinedBatch:
+        """Fill what no thread has begun, and wait for the rest."""
+        for rows, future in reversed(self._pieces):
+            if future.cancel():
+                self._fill(rows)
+        for _, future in self._pieces:
+            if not future.cancelled():
+                future.result()
+        assert self._unfilled is not None
+        return replace(self._unfilled.batch, keys=tuple(self._keys))
+
+    def cancel(self) -> None:
+        """Drop what has not begun."""
+        for _, future in self._pieces:
+            future.cancel()
+
+    def _fill(self, rows: Sequence[int]) -> None:
         with self._lock:
             if self._unfilled is None:
                 self._unfilled = self._join.allocate(self._read)
         for row, key in zip(rows, self._join.fill(self._unfilled, rows), strict=True):
             self._keys[row] = key
-
-    def result(self) -> JoinedBatch:
-        """Wait for all rows."""
-        for future in self.futures:
-            future.result()
-        assert self._unfilled is not None
-        return replace(self._unfilled.batch, keys=tuple(self._keys))
-
-    def cancel(self) -> None:
-        for future in self.futures:
-            future.cancel()

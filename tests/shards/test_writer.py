@@ -121,5 +121,6 @@ def test_a_full_disk_is_a_storage_error(ids) -> None:
     record = header.content + bytes(header.record_bytes - len(header.content))
     with Path("/dev/full").open("wb", buffering=0) as file:
         writer = ShardWriter(cast("BinaryIO", file), name, header)
+        writer.write(name.key(ids(1)[0]), record)
         with pytest.raises(StorageError, match="No space left"):
-            writer.write(name.key(ids(1)[0]), record)
+            writer.close()
