@@ -14,7 +14,6 @@ from functools import partial
 from sdxl_distill.build.commit import REPAIR, naming_repair, shard_header
 from sdxl_distill.build.in_place import require_in_place, until_not_swept
 from sdxl_distill.build.plan import PlannedShard
-from sdxl_distill.build.stop_request import StopRequest
 from sdxl_distill.build.withdrawal import discard_withdrawn
 from sdxl_distill.build.work_queue import WorkQueue
 from sdxl_distill.errors import CorruptError, IncompatibleError
@@ -23,6 +22,7 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
 from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.stop_request import StopRequest
 
 FINISH = "finish"
 

@@ -17,11 +17,11 @@ from sdxl_distill.build.shard_builder import (
     ShardContent,
     build_shards,
 )
-from sdxl_distill.build.stop_request import StopRequest
 from sdxl_distill.build.work_queue import WorkQueue
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.stop_request import StopRequest
 from sdxl_distill.world import World
 
 

@@ -17,13 +17,13 @@ from sdxl_distill.build.commit import adopt_shard, commit_shard, shard_header
 from sdxl_distill.build.pipeline import run_pipeline
 from sdxl_distill.build.plan import PlannedShard
 from sdxl_distill.build.progress import shown_progress
-from sdxl_distill.build.stop_request import StopRequest
 from sdxl_distill.build.work_queue import Claim, WorkQueue
 from sdxl_distill.fsio import Directory, LostDirectoryError
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.stop_request import StopRequest
 from sdxl_distill.world import World
 
 Batch = TypeVar("Batch")

@@ -22,6 +22,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.ema import Ema
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import NumericalError, Preempted, StorageError
+from sdxl_distill.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import Agreement
@@ -33,7 +34,6 @@ from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
 from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_equal
 from sdxl_distill.train.run_state import Position, RunState
 from sdxl_distill.train.step import DistillationStep
-from sdxl_distill.train.stop_signal import StopSignal
 from sdxl_distill.train.validation import averaged_weights, validation_losses
 
 
@@ -126,7 +126,7 @@ class Trainer:
         """
         settings = self.config.training
         started_seconds = time.perf_counter()
-        with StopSignal().listening() as stop, self._open_report() as report:
+        with StopRequest().listening() as stop, self._open_report() as report:
             agreement = Agreement(self.accelerator)
             batches = self._settled(self.stream.forever(self.position.epoch, self.position.step))
             while self.position.global_step < settings.num_steps:

@@ -1,4 +1,4 @@
-"""The wish that a build ends early: SIGTERM or SIGUSR1, or a stage that failed."""
+"""The wish that work ends early: SIGTERM or SIGUSR1, or a part of it that failed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdxl_distill.errors import Preempted
 
 
 class StopRequest:
-    """Remembers that the build is to stop; a plain flag, safe to set in a signal handler."""
+    """Remembers that this process is to stop; a plain flag, safe to set in a signal handler."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -22,12 +22,12 @@ class StopRequest:
         self.requested = True
 
     def check(self, where: str) -> None:
-        """Raise Preempted, naming what is being built, when asked to stop."""
+        """Raise Preempted, naming what is being worked on, when asked to stop."""
         if self.requested:
             raise Preempted(
                 "asked to stop",
                 where=where,
-                action="run the same command again; committed shards are kept",
+                action="run the same command again; committed work is kept",
             )
 
     @contextmanager
