@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -29,17 +29,20 @@ class _Channel(Generic[T]):
         self._failed = False
         self._changed = threading.Condition()
 
-    def put(self, value: T) -> None:
+    def fill(self, values: Iterable[T]) -> None:
+        """Put all values and end."""
+        for value in values:
+            self._put(value)
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _put(self, value: T) -> None:
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self._depth or self._failed)
             if self._failed:
                 raise _Stopped
             self._waiting.append(value)
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        with self._changed:
-            self._ended = True
             self._changed.notify_all()
 
     def fail(self) -> None:
@@ -59,6 +62,30 @@ class _Channel(Generic[T]):
                 value = self._waiting.popleft()
                 self._changed.notify_all()
             yield value
+
+
+class _Guard:
+    """Runs stages in any threads; the first error of one ends them all."""
+
+    def __init__(self, channels: Sequence[_Channel[Any]], on_failure: Callable[[], None]) -> None:
+        self.errors: list[BaseException] = []
+        self._channels = channels
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+
+    def run(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except _Stopped:
+            return
+        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
+            with self._lock:
+                self.errors.append(error)
+                is_first = len(self.errors) == 1
+            for channel in self._channels:
+                channel.fail()
+            if is_first:
+                self._on_failure()
 
 
 def run_pipeline(
@@ -82,45 +109,26 @@ def run_pipeline(
         BaseException: the first error of any stage, after all stages have ended.
     """
     readings, results = _Channel[T](depth), _Channel[U](depth)
-    errors: list[BaseException] = []
-    lock = threading.Lock()
-
-    def guarded(stage: Callable[[], None]) -> None:
-        try:
-            stage()
-        except _Stopped:
-            return
-        except BaseException as error:  # noqa: BLE001 - raised again in the calling thread
-            with lock:
-                errors.append(error)
-                is_first = len(errors) == 1
-            readings.fail()
-            results.fail()
-            if is_first:
-                on_failure()
-
-    def read_all() -> None:
-        for reading in read():
-            readings.put(reading)
-        readings.end()
-
-    def compute_all() -> None:
-        for reading in readings:
-            results.put(compute(reading))
-        results.end()
-        join_others()  # within the guard: an interrupt that comes now must end them too
+    guard = _Guard((readings, results), on_failure)
+    threads = [
+        threading.Thread(target=guard.run, args=(stage,), name=name)
+        for name, stage in (
+            ("read", lambda: readings.fill(read())),
+            ("write", lambda: write(results)),
+        )
+    ]
 
     def join_others() -> None:
         for thread in threads:
             thread.join()
 
-    threads = [
-        threading.Thread(target=guarded, args=(read_all,), name="read"),
-        threading.Thread(target=guarded, args=(lambda: write(results),), name="write"),
-    ]
+    def compute_all() -> None:
+        results.fill(map(compute, readings))
+        join_others()  # within the guard: an interrupt that comes now must end them too
+
     for thread in threads:
         thread.start()
-    guarded(compute_all)
+    guard.run(compute_all)
     join_others()
-    if errors:
-        raise errors[0]
+    if guard.errors:
+        raise guard.errors[0]
