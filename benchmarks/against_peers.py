@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Final, NamedTuple
 
 import xxhash
-from measuring.peer_process import PeerError, PeerProcess, install_peers
+from measuring.peer_process import PeerError, start_peers
 from measuring.rounds import Sample, alternate, seconds
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
@@ -78,11 +78,6 @@ PEERS: Final = {
 
 def measure(small: bool) -> Iterator[Row | Curve]:
     """Read three teachers with the join and with every peer that runs here."""
-    try:
-        install_peers()
-    except PeerError as error:
-        yield from (_missing(peer, error) for peer in PEERS.values())
-        return
     with scratch_folder() as folder, ExitStack() as stack:
         folders = write_sets(
             folder,
@@ -93,13 +88,15 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         ours = _Ours(folders, stack)
         expected = ours.digests()
         contenders: dict[str, Callable[[], float]] = {OURS: seconds(ours.epoch)}
-        for script, peer in PEERS.items():
+        for script, process in start_peers(PEERS, folder, small=small):
             try:
-                process = stack.enter_context(PeerProcess(script, folder))
+                if isinstance(process, PeerError):
+                    raise process
+                stack.enter_context(process)
                 _require_equal(process.digests(), expected)
                 contenders[script] = process.epoch_seconds
             except PeerError as error:
-                yield _missing(peer, error)
+                yield Row.missing(f"{OURS} against {PEERS[script].name}", "×", str(error))
         found = alternate(contenders, 1 if small else 5)
         yield from _rows(found, folders.num_records)
 
@@ -125,7 +122,7 @@ def _rows(found: dict[str, Sample], num_records: int) -> Iterator[Row | Curve]:
 
 
 class _Ours:
-    """The join in one thread.
+    """The join in the calling thread.
 
     Args:
         folders: of the sets.
@@ -135,7 +132,7 @@ class _Ours:
     def __init__(self, folders: SetFolders, stack: ExitStack) -> None:
         teachers = [stack.enter_context(open_shard_set(path)) for path in folders.teachers]
         self._stream = stack.enter_context(
-            JoinedStream(teachers, global_batch=BATCH, num_threads=1)
+            JoinedStream(teachers, global_batch=BATCH, num_threads=0)
         )
 
     def epoch(self) -> int:
@@ -170,10 +167,6 @@ def _require_equal(found: dict[str, str], expected: dict[str, str]) -> None:
     wrong = [key for key, digest in expected.items() if found.get(key) != digest]
     if wrong:
         raise PeerError(f"other output for {len(wrong)} of {len(expected)} records")
-
-
-def _missing(peer: Peer, error: PeerError) -> Row:
-    return Row.missing(f"{OURS} against {peer.name}", "×", str(error))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from measuring.peer_process import PeerError, PeerProcess, install_peers
+from measuring.peer_process import PeerError, start_peers
 from measuring.rounds import alternate, seconds
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
@@ -64,7 +64,7 @@ def measure(small: bool) -> Iterator[Row | Curve]:
                 None,
             )
     yield Curve(FIGURE, "teachers", "MB per image", lines)
-    yield from _peers(num_records, side_px)
+    yield from _peers(num_records, side_px, small=small)
 
 
 def _megabytes(folders: SetFolders, num_teachers: int) -> float:
@@ -76,23 +76,17 @@ def _weight(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _peers(num_records: int, side_px: int) -> Iterator[Row]:
-    metric = "bytes per image, teachers: 3: {}"
-    try:
-        install_peers()
-    except PeerError as error:
-        yield from (Row.missing(metric.format(name), "MB", str(error)) for name in PEERS.values())
-        return
-    for script, name in PEERS.items():
-        with scratch_folder() as folder:
-            write_sets(folder, num_records=num_records, num_teachers=3, side_px=side_px)
-            try:
-                with PeerProcess(script, folder):
-                    megabytes = _weight(folder / script) / num_records / 1e6
-            except PeerError as error:
-                yield Row.missing(metric.format(name), "MB", str(error))
+def _peers(num_records: int, side_px: int, *, small: bool) -> Iterator[Row]:
+    with scratch_folder() as folder:
+        write_sets(folder, num_records=num_records, num_teachers=3, side_px=side_px)
+        for script, process in start_peers(PEERS, folder, small=small):
+            metric = f"bytes per image, teachers: 3: {PEERS[script]}"
+            if isinstance(process, PeerError):
+                yield Row.missing(metric, "MB", str(process))
                 continue
-        yield Row(metric.format(name), megabytes, "MB", None, "lower", "its files alone", None)
+            process.close()
+            megabytes = _weight(folder / script) / num_records / 1e6
+            yield Row(metric, megabytes, "MB", None, "lower", "its files alone", None)
 
 
 def _lossless(folders: SetFolders, small: bool) -> Iterator[Row]:

@@ -23,6 +23,7 @@ from sdxl_distill.stream.loader import JoinedStream
 RESUME_STEP: Final = 1_000_000
 BATCH: Final = 16
 FIRST_BATCH_SECONDS: Final = 0.5
+NOISE: Final = 0.05
 
 
 def measure(small: bool) -> Iterator[Row | Curve]:
@@ -40,7 +41,7 @@ def measure(small: bool) -> Iterator[Row | Curve]:
                 "start": seconds(lambda: _first_batch(folders.teachers, 0)),
                 "resume": seconds(lambda: _first_batch(folders.teachers, RESUME_STEP)),
             },
-            1 if small else 9,
+            1 if small else 21,
         )
         parse = _parse_manifest(folders.teachers[0], 100 if small else 100_000)
     yield Row.of(
@@ -56,8 +57,8 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         found["resume"].over(found["start"]),
         "×",
         better="lower",
-        target=1.0,
-        against="the same at step 0",
+        target=1.0 + NOISE,
+        against="the same at step 0; a twentieth is noise",
     )
     found = alternate({"parse": seconds(parse)}, 1 if small else 3)
     yield Row.of("manifest of 10⁵ shards, parsed and checked", found["parse"], "s", better="lower")

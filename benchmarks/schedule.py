@@ -46,13 +46,13 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         seconds, num_bytes = _plan_cost(10**exponent, records_per_shard=512)
         times[_OURS].append((10**exponent, seconds))
         memories[_OURS].append((10**exponent, num_bytes / 2**20))
-    yield from _planners(exponents, times, memories)
+    yield from _planners(exponents, times, memories, small=small)
     yield Curve(TIME_FIGURE, "records", "s", times, is_log=True)
     yield Curve(MEMORY_FIGURE, "records", "MiB", memories, is_log=True)
     largest = 10 ** exponents[-1]
     # A shard of 10⁴ records is of the size that 10⁹ records ask for; 512 is the default.
-    for records_per_shard in (10_000, 512):
-        yield from _rows(largest, records_per_shard, 1 if small else 9)
+    for records_per_shard, num_rounds in ((10_000, 9), (512, 3)):
+        yield from _rows(largest, records_per_shard, 1 if small else num_rounds)
 
 
 def _rows(num_records: int, records_per_shard: int, num_rounds: int) -> Iterator[Row]:
@@ -96,10 +96,12 @@ def _planners(
     exponents: range,
     times: dict[str, list[tuple[float, float]]],
     memories: dict[str, list[tuple[float, float]]],
+    *,
+    small: bool,
 ) -> Iterator[Row]:
     """Run the peers' planners until one takes too long, and note where it stopped."""
     try:
-        install_peers()
+        install_peers(small=small)
     except PeerError as error:
         for name in PLANNERS.values():
             yield Row.missing(f"{name}: plan an epoch", "s", str(error))
@@ -181,7 +183,7 @@ def _peer_cost(script: str, num_records: int) -> tuple[float, float] | None:
             text=True,
             timeout=_PEER_SECONDS,
             check=True,
-            preexec_fn=limit_memory,  # noqa: PLW1509 - no thread is running
+            preexec_fn=limit_memory,
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None

@@ -6,6 +6,7 @@ import json
 import select
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -13,18 +14,43 @@ from typing import Any, Final
 _FOLDER: Final = Path(__file__).parents[1]
 PEER_PYTHON: Final = _FOLDER / ".peers/bin/python"
 PEER_SCRIPTS: Final = _FOLDER / "peers"
+NEED_NOTHING_MORE: Final = frozenset(
+    {"webdataset_zip", "loose_files", "loose_files_workers", "memory_map"}
+)
+"""Peers that the project's own environment can run; a small run tries no others."""
 
 
 class PeerError(RuntimeError):
     """A peer could not be started, or died, or did not answer in time."""
 
 
-def install_peers() -> None:
-    """Make the environment of the peers, as far as that is possible here.
+def start_peers(
+    names: Iterable[str], root: Path, *, small: bool
+) -> Iterator[tuple[str, PeerProcess | PeerError]]:
+    """Yield each peer when it has prepared its files, or why it could not.
+
+    Args:
+        names: of scripts.
+        root: folder of the sets.
+        small: install nothing, and leave out what would need it.
+    """
+    for name in names:
+        try:
+            if name not in NEED_NOTHING_MORE:
+                install_peers(small=small)
+            yield name, PeerProcess(name, root)
+        except PeerError as error:
+            yield name, error
+
+
+def install_peers(*, small: bool) -> None:
+    """Make the environment of the peers where it is missing.
 
     Raises:
-        PeerError: saying why it cannot be made.
+        PeerError: saying why there is none.
     """
+    if small:
+        raise PeerError("left out of small runs")
     command = [sys.executable, PEER_SCRIPTS / "install.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -47,8 +73,9 @@ class PeerProcess:
         self._timeout_seconds = timeout_seconds
         self._log_path = root / f"{name}.log"
         self._log = self._log_path.open("w")
+        python = sys.executable if name in NEED_NOTHING_MORE else PEER_PYTHON
         self._process = subprocess.Popen(
-            [PEER_PYTHON, PEER_SCRIPTS / f"{name}.py", root],
+            [python, PEER_SCRIPTS / f"{name}.py", root],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
