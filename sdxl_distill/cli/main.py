@@ -74,6 +74,8 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
     )
     command.add_arguments(parser)
     arguments = parser.parse_args(argv)
+    # The libraries draw bars of their own for files that are written in a moment.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _configure_logging()
     try:
         return command.run(arguments) or 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-_KEPT = 0.9
+_KEPT = 0.6
 
 
 @dataclass(frozen=True)

@@ -96,8 +96,8 @@ def _draw_distance(axes: Axes, curves: Mapping[str, Curve]) -> None:
     axes.plot(loss.steps, loss.values, color=_STUDENT_COLOR, alpha=0.25, linewidth=1)
     axes.plot(loss.steps, loss.smoothed(), color=_STUDENT_COLOR, linewidth=2, label="training")
     for tag, label, style in (
-        ("validation/loss", "validation", "o-"),
-        ("validation_ema/loss", "validation, EMA", "s--"),
+        ("distill/validation/loss", "validation", "o-"),
+        ("distill/validation_ema/loss", "validation, EMA", "s--"),
     ):
         if tag in curves:
             curve = curves[tag]

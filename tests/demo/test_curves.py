@@ -12,9 +12,9 @@ def test_curves_are_what_tensorboard_wrote(tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(1, 6):
             writer.add_scalar("distill/loss", 1 / step, step)
-        writer.add_scalar("validation/loss", 7.0, 5)
+        writer.add_scalar("distill/validation/loss", 7.0, 5)
     curves = read_curves(tmp_path)
-    assert curves.keys() == {"distill/loss", "validation/loss"}
+    assert curves.keys() == {"distill/loss", "distill/validation/loss"}
     assert curves["distill/loss"].steps.tolist() == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(curves["distill/loss"].values, 1 / np.arange(1, 6), rtol=1e-6)
 

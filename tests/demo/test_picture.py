@@ -19,8 +19,8 @@ def log_dir(request, tmp_path_factory):
             for number, tag in enumerate(TAGS, start=1):
                 writer.add_scalar(f"distill/{tag}", number / step, step)
             if request.param:
-                writer.add_scalar("validation/loss", 2 / step, step)
-                writer.add_scalar("validation_ema/loss", 3 / step, step)
+                writer.add_scalar("distill/validation/loss", 2 / step, step)
+                writer.add_scalar("distill/validation_ema/loss", 3 / step, step)
     return folder
 
 
