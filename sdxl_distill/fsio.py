@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -24,6 +25,7 @@ from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _GONE = {errno.ENOENT, errno.ESTALE}
 
@@ -161,7 +163,7 @@ class Directory:
         self.path = Path(path)
         self.token = token or new_token()
         self.publication = Publication.LINK
-        self._num_staged = 0
+        self._numbers = count(1)  # safe to draw from in many threads
         with storage_errors(self.path):
             if create:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -191,9 +193,8 @@ class Directory:
 
     def stage(self) -> StagedFile:
         """Open a new temporary file of this owner, to be filled and published."""
-        self._num_staged += 1
         with self._errors():
-            return StagedFile(self, f"{TEMPORARY_PREFIX}{self.token}-{self._num_staged}")
+            return StagedFile(self, f"{TEMPORARY_PREFIX}{self.token}-{next(self._numbers)}")
 
     def publish(self, staged: StagedFile, name: str) -> bool:
         """Give a staged file its name, create-only. True: made; False: the name existed.
@@ -222,19 +223,57 @@ class Directory:
         with self.stage() as staged, self._errors():
             staged.file.write(content)
             staged.seal()
-            os.rename(
-                staged.temporary_name,
-                name,
-                src_dir_fd=self.descriptor,
-                dst_dir_fd=self.descriptor,
-            )
+            self._rename_over(staged.temporary_name, name)
             os.fsync(self.descriptor)
+
+    def swap_bytes(self, name: str, content: bytes, max_bytes: int) -> bytes | None:
+        """Give `name` new content in one step and return what it had; None: it was not there.
+
+        What many writers swap is lost by none of them: each content is returned to one of them
+        or stays. Where the file system cannot exchange names, as NFS, this is a look and a
+        rename, and what comes between the two is lost.
+
+        Raises:
+            CorruptError: when `name` is no regular file, or larger than `max_bytes`.
+            StorageError: as `publish`.
+        """
+        with self.stage() as staged:
+            with self._errors():
+                staged.file.write(content)
+            if self.publish(staged, name):
+                return None
+            with self._errors():
+                before = self.read(name, max_bytes)
+                if _rename(self.descriptor, staged.temporary_name, name, _RENAME_EXCHANGE):
+                    before = self.read(staged.temporary_name, max_bytes)
+                else:
+                    self._rename_over(staged.temporary_name, name)
+                os.fsync(self.descriptor)
+        return before
+
+    def link_from(self, source: Directory, name: str) -> bool:
+        """Give a file of another folder its name here too, create-only.
+
+        Returns:
+            True: the name is that file's now, or was before. False: another file has it.
+
+        Raises:
+            StorageError: when there is no such file, or it cannot be linked.
+        """
+        _check_name(name)
+        with self._errors():
+            try:
+                os.link(name, name, src_dir_fd=source.descriptor, dst_dir_fd=self.descriptor)
+            except FileExistsError:
+                return os.path.samestat(source._status(name), self._status(name))
+            os.fsync(self.descriptor)
+        return True
 
     def exists(self, name: str) -> bool:
         """Whether `name` is there, whatever it is."""
         with self._errors():
             try:
-                os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+                self._status(name)
             except FileNotFoundError:
                 return False
             return True
@@ -299,7 +338,7 @@ class Directory:
     def _publish_sealed(self, temporary_name: str, name: str) -> bool:
         directory = self.descriptor
         if self.publication is Publication.RENAME:
-            os.rename(temporary_name, name, src_dir_fd=directory, dst_dir_fd=directory)
+            self._rename_over(temporary_name, name)
             return True
         try:
             if self.publication is Publication.LINK:
@@ -311,15 +350,17 @@ class Directory:
             return self._same_file(temporary_name, name)
         return True
 
+    def _rename_over(self, temporary_name: str, name: str) -> None:
+        os.rename(temporary_name, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
     def _same_file(self, left: str, right: str) -> bool:
         try:
-            status = [
-                os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-                for name in (left, right)
-            ]
+            return os.path.samestat(self._status(left), self._status(right))
         except FileNotFoundError:
             return False
-        return os.path.samestat(*status)
+
+    def _status(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -340,9 +381,18 @@ def _check_name(name: str) -> None:
 
 
 def _rename_noreplace(directory: int, source: str, target: str) -> None:
+    if not _rename(directory, source, target, _RENAME_NOREPLACE):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def _rename(directory: int, source: str, target: str, flag: int) -> bool:
+    """Rename by `renameat2`; False when kernel or file system does not know the flag."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if libc.renameat2(directory, source.encode(), directory, target.encode(), _RENAME_NOREPLACE):
+        return False
+    if libc.renameat2(directory, source.encode(), directory, target.encode(), flag):
         number = ctypes.get_errno()
+        if number in (errno.EINVAL, errno.ENOSYS):
+            return False
         raise OSError(number, os.strerror(number))
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,42 @@ def test_replacing_is_all_or_nothing_for_a_reader(tmp_path: Path) -> None:
         stop.set()
         thread.join()
     assert torn == []
+
+
+def test_of_many_swaps_at_once_none_is_lost(tmp_path: Path) -> None:
+    with Directory(tmp_path) as directory, ThreadPoolExecutor(4) as pool:
+        contents = [str(number).encode() for number in range(200)]
+        returned = list(pool.map(lambda each: directory.swap_bytes("name", each, 9), contents))
+    assert returned.count(None) == 1
+    left = read_bytes(tmp_path / "name", 9)
+    assert sorted([left, *(each for each in returned if each is not None)]) == sorted(contents)
+    assert names(tmp_path) == ["name"]
+
+
+def test_a_swap_without_exchange_replaces_and_returns_what_it_saw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdxl_distill.fsio._rename", lambda *_: False)
+    with Directory(tmp_path) as directory:
+        returned = [directory.swap_bytes("name", each, 9) for each in (b"first", b"second")]
+    assert returned == [None, b"first"]
+    assert read_bytes(tmp_path / "name", 9) == b"second"
+    assert names(tmp_path) == ["name"]
+
+
+def test_a_linked_file_is_told_from_another_of_the_same_name(tmp_path: Path) -> None:
+    with (
+        Directory(tmp_path / "source", create=True) as source,
+        Directory(tmp_path / "target", create=True) as target,
+    ):
+        for name in ("own", "other"):
+            source.publish_bytes(name, b"content")
+        target.publish_bytes("other", b"content")
+        assert [target.link_from(source, "own") for _ in range(2)] == [True, True]
+        assert not target.link_from(source, "other")
+        with pytest.raises(StorageError):
+            target.link_from(source, "missing")
+    assert (tmp_path / "source/own").samefile(tmp_path / "target/own")
 
 
 def test_probe_finds_hard_links_and_leaves_nothing(tmp_path: Path) -> None:
