@@ -1,4 +1,4 @@
-"""The command `sdxl-distill train` as a script, for `accelerate launch train.py`."""
+"""`sdxl-distill train` as a script, for `accelerate launch`."""
 
 from __future__ import annotations
 

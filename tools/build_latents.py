@@ -1,4 +1,4 @@
-"""The command `sdxl-distill build-latents` as a script, for `accelerate launch tools/build_latents.py`."""
+"""`sdxl-distill build-latents` as a script, for `accelerate launch`."""
 
 from __future__ import annotations
 

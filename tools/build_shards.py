@@ -1,4 +1,4 @@
-"""The command `sdxl-distill build-shards` as a script, for `accelerate launch tools/build_shards.py`."""
+"""`sdxl-distill build-shards` as a script, for `accelerate launch`."""
 
 from __future__ import annotations
 

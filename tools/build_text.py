@@ -1,4 +1,4 @@
-"""The command `sdxl-distill build-text` as a script, for `accelerate launch tools/build_text.py`."""
+"""`sdxl-distill build-text` as a script, for `accelerate launch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `sdxl-distill export-student` as a script, for `accelerate launch tools/export_student.py`."""
+"""`sdxl-distill export-student` as a script."""
 
 from __future__ import annotations
 

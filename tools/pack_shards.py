@@ -1,4 +1,4 @@
-"""The command `sdxl-distill pack-shards` as a script, for `accelerate launch tools/pack_shards.py`."""
+"""`sdxl-distill pack-shards` as a script."""
 
 from __future__ import annotations
 

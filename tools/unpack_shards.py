@@ -1,4 +1,4 @@
-"""The command `sdxl-distill unpack-shards` as a script, for `accelerate launch tools/unpack_shards.py`."""
+"""`sdxl-distill unpack-shards` as a script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `sdxl-distill verify-shards` as a script, for `accelerate launch tools/verify_shards.py`."""
+"""`sdxl-distill verify-shards` as a script."""
 
 from __future__ import annotations
 

@@ -1,53 +1,67 @@
-"""Repairing a set: it is renamed aside, and every good shard is published back by link."""
+"""Repairing a set: it is renamed aside, and every good shard is published back by link.
+
+A set in which nothing is damaged stays where it is.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Final
 
-from sdxl_distill.build.commit import publish_set_record, shard_header
+from sdxl_distill.build.commit import adopt_shard, publish_set_record, shard_header
+from sdxl_distill.build.examination import Accepts, Examination, examine, read_index
 from sdxl_distill.build.plan import PlannedShard
-from sdxl_distill.build.withdrawal import CATALOG_FOLDER, folders_to_repair_from, withdraw_set
+from sdxl_distill.build.withdrawal import (
+    CATALOG_FOLDER,
+    folders_to_repair_from,
+    kept_after_repair,
+    withdraw_set,
+)
 from sdxl_distill.build.work_queue import WorkQueue
+from sdxl_distill.catalog.segment import segment_number
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory, read_bytes, storage_errors
-from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.fsio import Directory, read_bytes
 from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
 from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
-from sdxl_distill.shards.tar_index import index_of_tar
 
-_NUM_THREADS = 8
+_NUM_THREADS: Final = 8
+_NUM_NAMED: Final = 5
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RepairSummary:
-    """What a repair found."""
+    """What a repair found.
 
-    num_kept: int = 0
-    """Shards that were good and are committed again."""
-    damaged: list[str] = field(default_factory=list[str])
-    """Shards that the next build makes anew, each with the reason."""
-    folders: list[Path] = field(default_factory=list[Path])
-    """Where the set as it was is kept; for the user to look at and remove."""
+    Attributes:
+        num_kept: shards that are good and committed.
+        num_missing: shards that the next build makes.
+        damage: what was in the way, each with the reason; empty when the set stayed as it was.
+        folders: where the set as it was is kept; for the user to look at and remove.
+    """
+
+    num_kept: int
+    num_missing: int
+    damage: tuple[str, ...]
+    folders: tuple[Path, ...]
 
 
 def repair_set(
-    path: Path,
-    record: SetRecord,
-    shards: Sequence[PlannedShard],
-    accepts: Callable[[ShardIndex], bool],
+    path: Path, record: SetRecord, shards: Sequence[PlannedShard], accepts: Accepts
 ) -> RepairSummary:
     """Keep the good shards of a set and let the next build make the others; rank 0 only.
 
-    Good is a tar that reads strictly, belongs to this set and source, and whose index, if there
-    is one, is that of its bytes. An interrupted repair is continued.
+    An interrupted repair is continued.
 
     Args:
-        path: folder of the set.
+        path: folder of the set; need not exist.
         record: what the set is to be; a damaged `set.json` is replaced by it.
         shards: all shards of the set.
         accepts: whether a tar holds the keys of its shard.
@@ -61,76 +75,102 @@ def repair_set(
         where = str(path / SET_RECORD_NAME)
         content = read_bytes(path / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
         record.require_same(SetRecord.from_bytes(content, where), where)
-    folders = folders_to_repair_from(path) or [withdraw_set(path, for_repair=True)]
-    summary = RepairSummary(folders=folders)
-    with Directory(path, create=True) as directory, WorkQueue(directory):
-        publish_set_record(directory, record)
-        for folder in folders:
-            _link_catalog(folder, path)
-
-        def bring_back(shard: PlannedShard) -> str | None:
-            faults = [_bring_back(directory, folder, record, shard, accepts) for folder in folders]
-            return None if None in faults else faults[0]
-
-        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="repair") as pool:
-            for shard, fault in zip(shards, pool.map(bring_back, shards), strict=True):
-                if fault is None:
-                    summary.num_kept += 1
-                else:
-                    summary.damaged.append(f"{shard.name}: {fault}")
+    examinations = [
+        examine(folder, record, shards, accepts) for folder in folders_to_repair_from(path)
+    ]
+    if path.exists():
+        here = examine(path, record, shards, accepts)
+        if here.damage:
+            here = replace(here, folder=withdraw_set(path, for_repair=True))
+        examinations.insert(0, here)
+    kept = _bring_back(path, record, shards, accepts, examinations) if examinations else set()
+    summary = RepairSummary(
+        num_kept=len(kept),
+        num_missing=len(shards) - len(kept),
+        damage=tuple(fault for each in examinations for fault in each.damage),
+        folders=tuple(each.folder for each in examinations if each.folder != path),
+    )
+    _report(path, summary)
     return summary
 
 
+def restore_catalog(path: Path) -> None:
+    """Bring the catalog of a latents set back, when a repair was interrupted before it did so.
+
+    The catalog says which image is in which shard: a scan must go on with that one.
+    """
+    path = path.resolve()
+    for folder in folders_to_repair_from(path):
+        _link_catalog(folder, path)
+
+
 def _bring_back(
-    directory: Directory,
-    folder: Path,
+    path: Path,
     record: SetRecord,
+    shards: Sequence[PlannedShard],
+    accepts: Accepts,
+    examinations: Sequence[Examination],
+) -> set[PlannedShard]:
+    """Commit every shard that is good in one of the folders, and return these shards."""
+    kept: set[PlannedShard] = set()
+    with Directory(path, create=True) as directory, WorkQueue(directory):
+        publish_set_record(directory, record)
+        for examination in examinations:
+            _link_catalog(examination.folder, path)
+            good = [each for each in shards if each.name in examination.good and each not in kept]
+            with (
+                Directory(examination.folder) as source,
+                ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="repair") as pool,
+            ):
+                list(pool.map(partial(_commit, source, directory, record, accepts), good))
+            kept.update(good)
+    return kept
+
+
+def _commit(
+    source: Directory,
+    directory: Directory,
+    record: SetRecord,
+    accepts: Accepts,
     shard: PlannedShard,
-    accepts: Callable[[ShardIndex], bool],
-) -> str | None:
-    """Publish one shard again; return what is wrong with it, None when nothing."""
+) -> None:
     name = shard.name
-    with Directory(folder) as source:
-        try:
-            descriptor = source.open(name.tar)
-            try:
-                index = index_of_tar(descriptor, name, shard_header(record, shard))
-            finally:
-                os.close(descriptor)
-        except FileNotFoundError:
-            return "is missing"
-        except CorruptError as error:
-            return error.found
-        content = index.to_bytes()
-        try:
-            stored = source.read(name.idx, MAX_INDEX_BYTES)
-        except FileNotFoundError:
-            stored = content
-        except CorruptError as error:
-            return error.found
-        if stored != content or not accepts(index):
-            return "tar and index do not agree" if stored != content else "has other keys"
-        _link(source, directory, name.tar)
-        directory.publish_bytes(name.idx, content)
-    return None
+    if not directory.link_from(source, name.tar):
+        # Built anew since the repair began: that tar stays, and its own index counts.
+        adopt_shard(directory, name, shard_header(record, shard), accepts)
+        return
+    try:
+        content = source.read(name.idx, MAX_INDEX_BYTES)
+    except FileNotFoundError:
+        content = read_index(source, record, shard).to_bytes()
+    directory.publish_bytes(name.idx, content)
 
 
 def _link_catalog(folder: Path, path: Path) -> None:
-    """Bring back the catalog of a latents set: it says which image is in which shard."""
+    """Bring back the segments of a catalog, up to the first of which there is another one."""
     if not (folder / CATALOG_FOLDER).is_dir():
         return
     with (
         Directory(folder / CATALOG_FOLDER) as source,
         Directory(path / CATALOG_FOLDER, create=True) as target,
     ):
-        for name in sorted(source.names()):
-            if (source.path / name).is_file():
-                _link(source, target, name)
+        for name in sorted(name for name in source.names() if segment_number(name) is not None):
+            if not target.link_from(source, name):
+                return
 
 
-def _link(source: Directory, target: Directory, name: str) -> None:
-    """Give a file its name in another folder too, create-only: an interrupted repair did so."""
-    with storage_errors(target.path / name), suppress(FileExistsError):
-        os.link(name, name, src_dir_fd=source.descriptor, dst_dir_fd=target.descriptor)
-    with storage_errors(target.path):
-        os.fsync(target.descriptor)
+def _report(path: Path, summary: RepairSummary) -> None:
+    if not summary.folders:
+        _log.info("%s: nothing is damaged in %d shards", path, summary.num_kept)
+        return
+    for fault in summary.damage[:_NUM_NAMED]:
+        _log.warning("%s: damaged: %s", path, fault)
+    if len(summary.damage) > _NUM_NAMED:
+        _log.warning("%s: … and %d more", path, len(summary.damage) - _NUM_NAMED)
+    _log.info(
+        "%s: %d shards are good, %d are made anew; the set as it was stays in %s",
+        path,
+        summary.num_kept,
+        summary.num_missing,
+        ", ".join(kept_after_repair(folder).name for folder in summary.folders),
+    )

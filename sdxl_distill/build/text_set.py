@@ -26,9 +26,8 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, encode_record, text_schema
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.set_reference import SetReference
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES, ShardSet
 
-_MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
 _ID_DIGITS: Final = 12
 
 _log = logging.getLogger(__name__)
@@ -128,6 +127,6 @@ def _describe(
         metadata = {FINGERPRINT: record.fingerprint}
         content = encode_record(text_tensors(encoder()("")), metadata)
         until_not_swept(directory, partial(directory.publish_bytes, EMPTY_RECORD_NAME, content))
-    empty = directory.read(EMPTY_RECORD_NAME, _MAX_EMPTY_RECORD_BYTES)
+    empty = directory.read(EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES)
     digest = hashlib.sha256(empty).hexdigest()
     return Manifest.build(record, catalog, indices, empty_sha256=digest)

@@ -22,7 +22,8 @@ from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 
 CATALOG_FOLDER = "catalog"
-_REPAIR_SUFFIX = "-repair"
+_REPAIRING = "-repairing"
+_REPAIRED = "-repaired"
 
 
 def withdraw_for_rebuild(launch: Launch, path: Path) -> None:
@@ -47,7 +48,7 @@ def withdraw_for_rebuild(launch: Launch, path: Path) -> None:
 
 def is_withdrawn(path: Path) -> bool:
     """Whether the set was renamed aside to be rebuilt and its new manifest is not there yet."""
-    aside = any(not place.name.endswith(_REPAIR_SUFFIX) for place in folders_aside(path))
+    aside = any(not place.name.endswith((_REPAIRING, _REPAIRED)) for place in folders_aside(path))
     return aside and not (path / MANIFEST_NAME).exists()
 
 
@@ -60,7 +61,7 @@ def withdraw_set(path: Path, *, for_repair: bool = False) -> Path:
         StorageError: when the folder cannot be renamed.
     """
     path = path.resolve()
-    aside = path.parent / f"{_prefix(path)}{new_token()}{_REPAIR_SUFFIX if for_repair else ''}"
+    aside = path.parent / f"{_prefix(path)}{new_token()}{_REPAIRING if for_repair else ''}"
     with Directory(path.parent, create=True) as parent, storage_errors(path):
         if path.exists():
             path.rename(aside)
@@ -81,9 +82,12 @@ def folders_aside(path: Path) -> list[Path]:
 
 def folders_to_repair_from(path: Path) -> list[Path]:
     """Return the folders that an unfinished repair takes good shards from."""
-    if (path / MANIFEST_NAME).exists():
-        return []
-    return [place for place in folders_aside(path) if place.name.endswith(_REPAIR_SUFFIX)]
+    return [place for place in folders_aside(path) if place.name.endswith(_REPAIRING)]
+
+
+def kept_after_repair(aside: Path) -> Path:
+    """Return the name that a repair's folder has once the repaired set is complete."""
+    return aside.with_name(aside.name.removesuffix(_REPAIRING) + _REPAIRED)
 
 
 def discard_withdrawn(path: Path, set_id: str) -> None:
@@ -92,16 +96,21 @@ def discard_withdrawn(path: Path, set_id: str) -> None:
     Only files that a builder of set `set_id` writes are removed: others are somebody's.
     """
     for aside in folders_aside(path):
-        if aside.name.endswith(_REPAIR_SUFFIX):
-            continue
         # All workers of a launch do this at once: what one finds gone, another removed.
         with storage_errors(aside), suppress(FileNotFoundError):
-            for folder in (BUILD_FOLDER, CATALOG_FOLDER):
-                shutil.rmtree(aside / folder, ignore_errors=True)
-            for place in _own_files(aside, set_id):
-                place.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: foreign files, or a zombie that still writes
-                aside.rmdir()
+            if aside.name.endswith(_REPAIRING):
+                aside.rename(kept_after_repair(aside))
+            elif not aside.name.endswith(_REPAIRED):
+                _discard(aside, set_id)
+
+
+def _discard(aside: Path, set_id: str) -> None:
+    for folder in (BUILD_FOLDER, CATALOG_FOLDER):
+        shutil.rmtree(aside / folder, ignore_errors=True)
+    for place in _own_files(aside, set_id):
+        place.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: foreign files, or a zombie that still writes
+        aside.rmdir()
 
 
 def _own_files(aside: Path, set_id: str) -> Iterator[Path]:

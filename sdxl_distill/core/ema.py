@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from sdxl_distill.core.bounded_runs import bounded_runs
 from sdxl_distill.errors import IncompatibleError
 
-_GROUP_ELEMENTS = 1 << 25
+_MAX_ELEMENTS = 1 << 25
 
 
 def ema_decay_at(step: int, ema_decay: float) -> float:
@@ -47,7 +48,8 @@ class Ema:
         Waits for the copy where a parameter is on a GPU and its average is not; else for nothing.
         """
         rate = 1.0 - ema_decay_at(step, self.ema_decay)
-        for group in _groups(parameters):
+        # All in float32 at once would double the memory.
+        for group in bounded_runs(parameters, lambda each: each[1].numel(), _MAX_ELEMENTS):
             averages = [self.averages[name] for name, _ in group]
             # In their own dtype: a bfloat16 weight takes half the way of its float32 copy.
             weights = [
@@ -82,19 +84,3 @@ class Ema:
             )
         for name, tensor in averages.items():
             self.averages[name].copy_(tensor)
-
-
-def _groups(
-    parameters: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Cut parameters into runs of bounded size: all in float32 at once would double the memory."""
-    group: list[tuple[str, torch.Tensor]] = []
-    num_elements = 0
-    for name, parameter in parameters:
-        if group and num_elements + parameter.numel() > _GROUP_ELEMENTS:
-            yield group
-            group, num_elements = [], 0
-        group.append((name, parameter))
-        num_elements += parameter.numel()
-    if group:
-        yield group

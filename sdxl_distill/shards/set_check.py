@@ -23,10 +23,9 @@ from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, wrong_values
 from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES
 
 _CATALOG_FOLDER: Final = "catalog"
-_MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
 _FINISH: Final = "run its builder until it reports the set complete"
 
 
@@ -151,7 +150,7 @@ def check_empty_record(
     findings = FindingList(record.id, EMPTY_RECORD_NAME)
     with findings.collecting():
         try:
-            content = directory.read(EMPTY_RECORD_NAME, _MAX_EMPTY_RECORD_BYTES)
+            content = directory.read(EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES)
         except FileNotFoundError as error:
             raise CorruptError("is missing", expected="a file", action=ACTION) from error
         digest = hashlib.sha256(content).hexdigest()

@@ -34,7 +34,7 @@ from sdxl_distill.shards.shard_name import ShardName
 T = TypeVar("T")
 
 EMPTY_RECORD_NAME: Final = "empty.safetensors"
-_MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
+MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
 _CACHED_INDICES: Final = 1024
 
 
@@ -123,7 +123,7 @@ class ShardSet:
         """
         path = self.directory / EMPTY_RECORD_NAME
         try:
-            content = read_bytes(path, _MAX_EMPTY_RECORD_BYTES)
+            content = read_bytes(path, MAX_EMPTY_RECORD_BYTES)
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != self.manifest.empty_sha256:

@@ -63,6 +63,44 @@ def adamw(
     return weight, exp_avg, exp_avg_sq
 
 
+def step_in_place(
+    weights: list[torch.Tensor],
+    grads: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    terms: StepTerms,
+) -> None:
+    """Do what `adamw` does, to many float32 tensors at once and in place.
+
+    The same single operations in the same order, so the result is the same to the last bit; only
+    the time between them is saved, which is most of it for small tensors.
+
+    Args:
+        weights: contiguous.
+        grads: same shapes, any floating dtype.
+        exp_avgs: same shapes.
+        exp_avg_sqs: same shapes.
+        terms: of this step, the same for all.
+    """
+    scaled = torch._foreach_mul([grad.to(torch.float32) for grad in grads], terms.grad_scale)
+    change = torch._foreach_sub(scaled, exp_avgs)
+    torch._foreach_mul_(change, 1 - terms.beta1)
+    torch._foreach_add_(exp_avgs, change)
+
+    torch._foreach_mul_(scaled, scaled)
+    torch._foreach_mul_(scaled, 1 - terms.beta2)
+    torch._foreach_mul_(exp_avg_sqs, terms.beta2)
+    torch._foreach_add_(exp_avg_sqs, scaled)
+
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, terms.root_correction)
+    torch._foreach_add_(denominators, terms.eps)
+    change = torch._foreach_div(exp_avgs, denominators)
+    torch._foreach_mul_(change, terms.step_size)
+    torch._foreach_mul_(weights, terms.weight_factor)
+    torch._foreach_sub_(weights, change)
+
+
 def updated(
     weight: torch.Tensor,
     grad: torch.Tensor,

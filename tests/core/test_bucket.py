@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sdxl_distill.core.bucket import SDXL_BUCKETS, Bucket, cover_crop, nearest_bucket
 

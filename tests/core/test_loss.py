@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sdxl_distill.core.loss import loss_floor, record_loss, squared_distance, teacher_mean
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.errors import IncompatibleError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdxl_distill.errors import ConfigError
-from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm
+from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm, group_terms
 from sdxl_distill.train.parameter_update import updated
 from sdxl_distill.train.stochastic_rounding import int32_scalar
 
@@ -252,7 +252,7 @@ def test_a_shard_of_rows_is_updated_as_in_the_whole() -> None:
     before = parameter.detach().clone()
     group = optimizer.param_groups[0]
     train(named, optimizer, 1, first=2)
-    terms = optimizer._terms(group, 0, torch.tensor(1.0))
+    terms = optimizer._keyed(group_terms(group, optimizer._steps[0], torch.tensor(1.0)), 0)
 
     assert parameter.grad is not None
     shard = slice(11, 16)
@@ -386,7 +386,7 @@ def test_the_update_is_one_graph_that_serves_every_step() -> None:
 
     def step(number: int) -> None:
         optimizer._steps[0] = number
-        terms = optimizer._terms(group, 0, torch.tensor(1.0 / number))
+        terms = optimizer._keyed(group_terms(group, number, torch.tensor(1.0 / number)), 0)
         arguments = (parameter.detach(), gradient, state, terms, int32_scalar(number), 256)
         assert torch.equal(compiled(*arguments)[0], updated(*arguments)[0])
 
