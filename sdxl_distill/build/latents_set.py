@@ -20,7 +20,7 @@ from sdxl_distill.build.latents import (
     LatentsPlan,
 )
 from sdxl_distill.build.launch import Launch
-from sdxl_distill.build.repair import repair_set
+from sdxl_distill.build.repair import repair_set, restore_catalog
 from sdxl_distill.build.set_builder import BuiltSet, build_set
 from sdxl_distill.build.set_identity import require_same_set
 from sdxl_distill.build.withdrawal import CATALOG_FOLDER, withdraw_for_rebuild
@@ -141,13 +141,20 @@ def _prepare(
         seen = _scan(config, Catalog(), rescan, progress)
         withdraw_for_rebuild(launch, path)
     if repair:
-        # Its catalog is brought back first: the scan must go on with that one.
-        repair_set(path, record, [], lambda _: False)
+        _repair(path, record)
     catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
-    if repair:
-        plan = LatentsPlan(catalog)
-        repair_set(path, record, plan.shards, plan.accepts)
     return record, catalog, report
+
+
+def _repair(path: Path, record: SetRecord) -> None:
+    """Keep the good ones of the shards that the catalog there knows."""
+    restore_catalog(path)
+    catalog = Catalog()
+    if (path / CATALOG_FOLDER).is_dir():
+        with Directory(path / CATALOG_FOLDER) as folder:
+            catalog = Catalog.load(folder)
+    plan = LatentsPlan(catalog)
+    repair_set(path, record, plan.shards, plan.accepts)
 
 
 def _update_catalog(

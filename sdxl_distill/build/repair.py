@@ -161,7 +161,7 @@ def _link_catalog(folder: Path, path: Path) -> None:
 
 def _report(path: Path, summary: RepairSummary) -> None:
     if not summary.folders:
-        _log.info("%s: nothing is damaged in %d shards", path, summary.num_kept)
+        _log.info("%s: none of the %d shards there is damaged", path, summary.num_kept)
         return
     for fault in summary.damage[:_NUM_NAMED]:
         _log.warning("%s: damaged: %s", path, fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,17 @@ from toy_set import ToyContent, build, planned, toy_record
 from sdxl_distill.build.commit import publish_set_record
 from sdxl_distill.build.launch import Launch
 from sdxl_distill.build.repair import RepairSummary, repair_set
+from sdxl_distill.build.set_builder import build_set
 from sdxl_distill.build.withdrawal import (
     folders_aside,
     is_withdrawn,
+    kept_after_repair,
     withdraw_for_rebuild,
     withdraw_set,
 )
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
 from sdxl_distill.fsio import Directory
-from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.world import World
 
 NAMES = [shard.name for shard in planned(3)]
@@ -188,8 +191,8 @@ def test_a_repair_rebuilds_the_damaged_shard_and_keeps_the_others(
     kept = {name for name in NAMES if (path / name.idx).exists()}
     orphan_is_good = (damage, suffix) == (_remove, "idx")
     assert kept == set(NAMES) if orphan_is_good else kept == {NAMES[0], NAMES[2]}
-    assert summary.num_kept == len(kept)
-    assert len(summary.damaged) == 3 - len(kept)
+    assert (summary.num_kept, summary.num_missing) == (len(kept), 3 - len(kept))
+    assert bool(summary.damage) == bool(summary.folders) == (not orphan_is_good)
     assert {name.tar: (path / name.tar).stat().st_ino for name in kept}.items() <= before.items()
     assert build(path, 3).summary.num_built == 3 - len(kept)
 
@@ -198,18 +201,94 @@ def test_a_repair_keeps_the_folder_as_it_was(path: Path) -> None:
     _cut(path / NAMES[0].tar)
     (folder,) = repair(path).folders
     build(path, 3)
-    assert folder.is_dir()
-    assert (folder / NAMES[0].tar).stat().st_size == 1000
+    assert folders_aside(path) == [kept_after_repair(folder)]
+    assert (folders_aside(path)[0] / NAMES[0].tar).stat().st_size == 1000
+
+
+def test_a_repair_that_finds_nothing_leaves_the_set_where_it_is(path: Path) -> None:
+    before = {place.name: place.stat().st_ino for place in path.iterdir()}
+    summary = repair(path)
+    assert {place.name: place.stat().st_ino for place in path.iterdir()} == before
+    assert (summary.num_kept, summary.damage, summary.folders) == (3, (), ())
+    assert folders_aside(path) == []
+
+
+def test_an_unfinished_set_in_which_nothing_is_damaged_is_left_where_it_is(path: Path) -> None:
+    for name in ("manifest.json", NAMES[1].tar, NAMES[1].idx):
+        (path / name).unlink()
+    summary = repair(path)
+    assert (summary.num_kept, summary.num_missing, summary.folders) == (2, 1, ())
+    assert build(path, 3).summary.num_built == 1
+
+
+def test_there_is_nothing_to_repair_where_there_is_no_set(tmp_path: Path) -> None:
+    assert repair(tmp_path / "toy").num_missing == 3
+    assert names(tmp_path) == set()
 
 
 def test_an_interrupted_repair_is_continued(path: Path) -> None:
-    def interrupt(_: ShardIndex) -> bool:
+    before = tars(path)
+    _cut(path / NAMES[0].tar)
+    folder = withdraw_set(path, for_repair=True)
+    path.mkdir()
+    os.link(folder / NAMES[1].tar, path / NAMES[1].tar)  # and here the power fails
+    assert repair(path).folders == (folder,)
+    assert build(path, 3).summary.num_built == 1
+    del before[NAMES[0].tar]
+    assert before.items() <= tars(path).items()
+
+
+def test_what_was_built_since_an_interrupted_repair_stays_and_gets_no_other_index(
+    path: Path,
+) -> None:
+    withdraw_set(path, for_repair=True)
+    with pytest.raises(StorageError):
+        build(path, 3, StopAfterOneShard(random=True))
+    built = tars(path)
+    assert 0 < len(built) < 3
+    for index in path.glob("*.idx"):
+        index.unlink()
+    assert repair(path).num_kept == 3
+    assert built.items() <= tars(path).items()
+    manifest = build(path, 3).manifest
+    assert [entry.tar_sha256 for entry in manifest.shards] == [
+        hashlib.sha256((path / name.tar).read_bytes()).hexdigest() for name in NAMES
+    ]
+
+
+def test_what_was_damaged_since_an_interrupted_repair_is_repaired_too(path: Path) -> None:
+    def interrupt(*_: object) -> Manifest:
         raise StorageError("interrupted")
 
+    _cut(path / NAMES[0].tar)
+    repair(path)
     with pytest.raises(StorageError):
-        repair_set(path, toy_record(), planned(3), interrupt)
+        build_set(path, toy_record(), planned(3), ToyContent, interrupt, World())
+    _cut(path / NAMES[0].tar)
+    assert len(repair(path).folders) == 2
+    assert build(path, 3).summary.num_built == 1
+
+
+def test_a_finished_repair_is_not_continued(path: Path) -> None:
+    for name in NAMES[:2]:
+        _cut(path / name.tar)
+        before = folders_aside(path)
+        (folder,) = repair(path).folders
+        assert folder not in before
+        build(path, 3, ToyContent(random=True))
+        (path / "manifest.json").unlink()
+    assert len(folders_aside(path)) == 2
+
+
+def test_a_repair_rebuilds_a_pair_that_the_manifest_does_not_name(path: Path) -> None:
+    build(path.parent / "other", 3, ToyContent(random=True))
+    for suffix in ("tar", "idx"):
+        name = f"{NAMES[2]}.{suffix}"
+        (path / name).write_bytes((path.parent / "other" / name).read_bytes())
     assert repair(path).num_kept == 3
-    assert len(folders_aside(path)) == 1
+    manifest = build(path, 3).manifest
+    digest = hashlib.sha256((path / NAMES[2].tar).read_bytes()).hexdigest()
+    assert manifest.entry(NAMES[2]).tar_sha256 == digest
 
 
 def test_a_repair_replaces_damaged_set_record_and_manifest(path: Path) -> None:
@@ -242,12 +321,14 @@ def test_a_repair_with_another_configuration_touches_nothing(path: Path) -> None
 def test_a_repair_keeps_the_catalog(path: Path) -> None:
     (path / "catalog").mkdir()
     (path / "catalog" / "catalog-000000.parquet").write_bytes(b"rows")
-    repair(path)
+    _cut(path / NAMES[0].tar)
+    assert repair(path).folders
     assert (path / "catalog" / "catalog-000000.parquet").read_bytes() == b"rows"
 
 
 def test_a_rebuild_does_not_take_an_unfinished_repair_for_its_own(path: Path) -> None:
-    repair(path)
+    _cut(path / NAMES[0].tar)
+    assert repair(path).folders
     withdraw_for_rebuild(Launch(World(), {}), path)
     assert build(path, 3).summary.num_built == 3
 
