@@ -53,7 +53,7 @@ class Ema:
             averages = [self.averages[name] for name, _ in group]
             # In their own dtype: a bfloat16 weight takes half the way of its float32 copy.
             weights = [
-                weight.detach().to(average.device, non_blocking=True)
+                weight.to(average.device, non_blocking=True)
                 for (_, weight), average in zip(group, averages, strict=True)
             ]
             source = group[0][1].device

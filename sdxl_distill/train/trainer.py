@@ -69,6 +69,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.student = student
+        # Walking through the modules takes a millisecond, and every step would do it twice.
+        self._weights = tuple(student.named_parameters())
         self.stream = stream
         self.accelerator = accelerator
         self.folder = RunFolder.of(config)
@@ -137,7 +139,7 @@ class Trainer:
 
                 # Gradients of the mean loss over the global batch.
                 loss_sums = self.step.backward(batch, settings.batch_size)
-                grad_norm = global_grad_norm(self.student.parameters())
+                grad_norm = global_grad_norm(weight for _, weight in self._weights)
                 agreement.ask(stop.requested, torch.cat([loss_sums, grad_norm[None]]))
 
                 # Clip, step, average.
@@ -269,7 +271,7 @@ class Trainer:
         return learning_rate
 
     def _exact_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self.student.named_parameters():
+        for name, weight in self._weights:
             # Weights with exact masters stand still for many steps while their masters move.
             exact = self.config.training.exact_masters
             yield name, self.optimizer.exact_weight(weight) if exact else weight
