@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import pytest
 from toy_set import ToyContent, build, describe, keys_of, planned, toy_record
 
 from sdxl_distill.build.commit import adopt_shard, commit_shard, publish_set_record, shard_header
-from sdxl_distill.build.set_builder import build_set
+from sdxl_distill.build.set_builder import BuiltSet, build_set
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory, LostDirectoryError, StagedFile
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.world import World
@@ -202,9 +203,8 @@ def test_any_finisher_writes_the_same_manifest(tmp_path: Path) -> None:
         assert (path / "manifest.json").read_bytes() == content
 
 
-def test_a_manifest_of_a_greater_catalog_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "toy"
-    grown = build_set(
+def build_grown(path: Path) -> BuiltSet:
+    return build_set(
         path,
         toy_record(),
         planned(4),
@@ -213,6 +213,11 @@ def test_a_manifest_of_a_greater_catalog_is_left_alone(tmp_path: Path) -> None:
         World(),
         catalog=1,
     )
+
+
+def test_a_manifest_of_a_greater_catalog_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "toy"
+    grown = build_grown(path)
     assert build(path, 3).manifest == grown.manifest
     assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == grown.manifest
 
@@ -221,18 +226,30 @@ def test_a_grown_catalog_replaces_the_manifest_and_no_shard(tmp_path: Path) -> N
     path = tmp_path / "toy"
     build(path, 3)
     before = {place.name: place.stat().st_ino for place in path.glob("toy-*")}
-    grown = build_set(
-        path,
-        toy_record(),
-        planned(4),
-        ToyContent,
-        lambda _, record, indices: Manifest.build(record, 1, indices),
-        World(),
-        catalog=1,
-    )
+    grown = build_grown(path)
     after = {place.name: place.stat().st_ino for place in path.glob("toy-*")}
     assert before.items() <= after.items()
     assert (grown.manifest.catalog, len(grown.manifest.shards)) == (1, 4)
+
+
+def test_a_finisher_that_slept_does_not_replace_the_manifest_of_a_later_catalog(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "toy"
+    later: list[Manifest] = []
+
+    def describe_and_sleep(
+        directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+    ) -> Manifest:
+        manifest = describe(directory, record, indices)
+        (path / ".build/claims/finish.0").unlink()  # as if it had slept too long
+        later.append(build_grown(path).manifest)
+        return manifest
+
+    finished = build_set(path, toy_record(), planned(3), ToyContent, describe_and_sleep, World())
+    assert later[0].catalog == 1
+    assert finished.manifest == later[0]
+    assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == later[0]
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx"])
