@@ -8,7 +8,7 @@ module is built without memory first and compared with the files, name by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -188,7 +188,8 @@ class Component:
         Equal for the same weights in one file or many, whichever library version wrote them.
 
         Raises:
-            ConfigError, CorruptError, IncompatibleError: as `tensors`.
+            ConfigError, CorruptError, IncompatibleError: as `tensors`; CorruptError also for
+                weights that are NaN or infinite, before anything is built of them.
         """
         fields = {
             name: self.field(name)
@@ -196,8 +197,9 @@ class Component:
             if self.field(name) != default
         }
         digests = tensor_digests(self.tensors)
+        self._require_finite(name for name, digest in digests.items() if not digest.is_finite)
         tensors = {
-            name: [stored.dtype, list(stored.shape), digests[name]]
+            name: [stored.dtype, list(stored.shape), digests[name].sha256]
             for name, stored in self.tensors.items()
         }
         return fingerprint({"fields": fields, "tensors": tensors})
@@ -235,13 +237,7 @@ class Component:
                 not_finite.append(name)
             # Two steps, since a processor converts half precision slowly and a GPU does not.
             weights[module_names[name]] = tensor.to(device).to(dtype)
-        if not_finite:
-            raise CorruptError(
-                f"{len(not_finite)} tensors hold NaN or infinity: {name_list(not_finite)}",
-                expected="finite weights",
-                where=str(self.folder),
-                action="use an earlier save of this network; this one is broken",
-            )
+        self._require_finite(not_finite)
         module.load_state_dict(weights, assign=True)
         return module.to(device).requires_grad_(False).eval()
 
@@ -255,6 +251,16 @@ class Component:
                 where=str(self.folder),
                 action="use an SDXL checkpoint, or copy its folder again",
             ) from error
+
+    def _require_finite(self, not_finite: Iterable[str]) -> None:
+        names = list(not_finite)
+        if names:
+            raise CorruptError(
+                f"{len(names)} tensors hold NaN or infinity: {name_list(names)}",
+                expected="finite weights",
+                where=str(self.folder),
+                action="use an earlier save of this network; this one is broken",
+            )
 
     def _plain_name(self, name: str) -> str:
         return name.removeprefix(self.kind.prefix)

@@ -137,18 +137,14 @@ def test_a_repair_gives_the_bytes_of_an_undamaged_build(built_workshop, damage):
     assert kept.items() <= identities(workshop.teacher.glob("*.tar")).items()
 
 
-EARLIER = "the folder of a finished repair is taken for an unfinished one's (build/withdrawal.py)"
-
-
-@pytest.mark.xfail(reason=EARLIER, strict=True)
 def test_a_repair_after_an_earlier_one_looks_at_the_set_that_is_there_now(built_workshop):
     workshop = built_workshop
     before = published_files(workshop.teacher)
-    workshop.build_shards("cache.draws=2", repair=True)
-    (workshop.teacher / "manifest.json").unlink()
-    damage_pixels(min(workshop.teacher.glob("*.tar")))
-    workshop.build_shards("cache.draws=2", repair=True)
-    assert published_files(workshop.teacher) == before
+    for _ in range(2):
+        damage_pixels(min(workshop.teacher.glob("*.tar")))
+        workshop.build_shards("cache.draws=2", repair=True)
+        assert published_files(workshop.teacher) == before
+        (workshop.teacher / "manifest.json").unlink()
 
 
 def test_a_repair_rebuilds_what_was_made_from_other_latents(built_workshop):
@@ -277,10 +273,6 @@ def test_a_teacher_with_nan_weights_is_refused(latents_workshop, teacher_copy):
     )
 
 
-@pytest.mark.xfail(
-    reason="NaN weights are seen when they are loaded, after set.json (models/component.py)",
-    strict=True,
-)
 def test_a_teacher_that_was_mended_needs_no_other_id(latents_workshop, teacher_copy, tiny_family):
     change_weights(teacher_copy, lambda tensors: tensors["conv_in.bias"].fill_(torch.nan))
     with pytest.raises(CorruptError):

@@ -99,6 +99,8 @@ def test_weights_that_are_not_finite_are_corrupt_with_their_count(folder, kind, 
     component = rewrite_weights(folder, kind, spoil)
     with pytest.raises(CorruptError, match="2 tensors hold NaN or infinity"):
         component.load(torch.float32, "cpu")
+    with pytest.raises(CorruptError, match="2 tensors hold NaN or infinity"):
+        _ = component.fingerprint
 
 
 @KINDS

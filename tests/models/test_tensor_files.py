@@ -74,7 +74,20 @@ def test_digests_are_the_sha256_of_the_tensors_bytes(tmp_path):
         name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in TENSORS.items()
     }
-    assert tensor_digests(read_header(tmp_path / "x.safetensors")) == expected
+    digests = tensor_digests(read_header(tmp_path / "x.safetensors"))
+    assert {name: digest.sha256 for name, digest in digests.items()} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", ["max", "min", "nan", "-nan", "inf", "-inf"])
+def test_digests_tell_whether_a_tensor_is_finite(tmp_path, dtype, value):
+    limits = {name: getattr(torch.finfo(dtype), name) for name in ("max", "min")}
+    number = limits[value] if value in limits else float(value.removeprefix("-"))
+    tensor = torch.linspace(-1, 1, 1001, dtype=dtype)
+    tensor[500] = -number if value.startswith("-") else number
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    digest = tensor_digests(read_header(tmp_path / "x.safetensors"))["x"]
+    assert digest.is_finite == bool(tensor.isfinite().all()) == (value in limits)
 
 
 def test_sharded_weights_are_the_same_tensors_as_one_file(folder, tmp_path):
