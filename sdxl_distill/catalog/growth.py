@@ -210,5 +210,5 @@ def _changed_captions_error(changed: Sequence[str], where: str) -> IncompatibleE
         expected="the captions that their latents were committed with",
         where=where,
         action="put the captions back, set data.on_changed_caption to keep to go on with the old "
-        "ones, or build anew with cache.skip_existing false to use the new ones",
+        "ones, or build_latents --rebuild to use the new ones",
     )

@@ -21,7 +21,12 @@ from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, wrong_values
-from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_record import (
+    MAX_SET_RECORD_BYTES,
+    REBUILDING,
+    SET_RECORD_NAME,
+    SetRecord,
+)
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES
 
@@ -188,7 +193,7 @@ def check_ids(
             CorruptError(
                 f"image {image_id} is in more than one shard",
                 expected="every image once",
-                action="rebuild the set with cache.skip_existing: false",
+                action=REBUILDING[record.kind],
             )
         )
     left_out = set(undecodable)
@@ -197,7 +202,7 @@ def check_ids(
         findings.add(
             CorruptError(
                 "a record of an image that the manifest says did not decode",
-                action="rebuild the set with cache.skip_existing: false",
+                action=REBUILDING[record.kind],
             ),
             key,
         )

@@ -48,6 +48,17 @@ FIELDS: Final = frozenset(
         "text",
     }
 )
+REBUILDING: Final[Mapping[Kind, str]] = {
+    "latents": "build it anew: build_latents --rebuild",
+    "text": "move its folder away and build it anew: build_text",
+    "predictions": "build it anew: build_shards --set cache.skip_existing=false",
+}
+"""How a user replaces a whole set, for messages."""
+_PLACES: Final[Mapping[Kind, str]] = {
+    "latents": "data.latent_cache.cache_dir",
+    "text": "cache.output_dir",
+    "predictions": "teacher.teacher_id or cache.output_dir",
+}
 _MAX_TIMESTEPS: Final = 100_000
 
 
@@ -122,7 +133,7 @@ class SetRecord:
             raise IncompatibleError(
                 f"the set there was built with {fields}",
                 where=where,
-                action="choose another folder or id, or rebuild with cache.skip_existing: false",
+                action=f"choose another {_PLACES[self.kind]}, or {REBUILDING[self.kind]}",
             )
 
     def to_json(self) -> dict[str, Any]:

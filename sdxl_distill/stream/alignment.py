@@ -135,7 +135,7 @@ def _require_fresh(sets: JoinedSets, common: set[tuple[int, int, int]]) -> None:
             + "; ".join(f"{each.id} has {_spell(counts)}" for each, counts in stale.items()),
             expected=f"shards made from those of set {sets.latents.id}",
             where=", ".join(str(shard_set.directory) for shard_set in stale),
-            action=f"rebuild: {_commands(stale, ' --set cache.skip_existing=false')}",
+            action=f"build these shards anew: {_commands(stale, ' --repair')}",
         )
 
 
@@ -171,5 +171,5 @@ def _other_keys(shard_set: ShardSet, latents: ShardSet, entry: ShardEntry) -> Co
         f"record {record} is {found_key}",
         expected=f"{expected_key}, as in set {latents.id}",
         where=f"set {shard_set.id}, shard {name.tar}",
-        action=f"rebuild: {_commands({shard_set: entry}, ' --set cache.skip_existing=false')}",
+        action=f"build this shard anew: {_commands({shard_set: entry}, ' --repair')}",
     )

@@ -147,6 +147,7 @@ def test_a_changed_caption_of_a_committed_image_is_refused_with_count_and_names(
     ) as e:
         grow(catalog, scan, buckets=BUCKETS, records_per_shard=2)
     assert "data.on_changed_caption" in str(e.value)
+    assert "build_latents --rebuild" in str(e.value)
 
 
 def test_a_changed_caption_is_kept_out_and_reported_on_request() -> None:

@@ -11,7 +11,12 @@ import pytest
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
-from sdxl_distill.shards.record import RecordSchema, TensorSpec, predictions_schema
+from sdxl_distill.shards.record import (
+    RecordSchema,
+    TensorSpec,
+    latents_schema,
+    predictions_schema,
+)
 from sdxl_distill.shards.sealed_json import seal
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.set_reference import SetReference, is_safe_place
@@ -80,6 +85,15 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(
     assert "content.version '2', not '1'" in caught.value.found
     assert "noise.base_seed 7, not 42" in caught.value.found
     assert "teacher" not in caught.value.found
+    assert "cache.skip_existing=false" in str(caught.value)
+
+
+def test_another_latents_set_is_refused_with_the_command_that_builds_it_anew() -> None:
+    vae, other = (
+        SetRecord("latents", "latents", latents_schema(4), {"vae": each}) for each in "ab"
+    )
+    with pytest.raises(IncompatibleError, match="build_latents --rebuild"):
+        vae.require_same(other, "cache/latents")
 
 
 def test_the_same_configuration_from_another_place_is_accepted(predictions: SetRecord) -> None:
