@@ -52,7 +52,7 @@ class TinyJob:
 
     def prepare(self, num_images: int, num_teachers: int = 1) -> None:
         """Write checkpoints and photos of four times the bucket's pixels."""
-        with _quiet():
+        with quiet():
             build_untrained_family(self.family, num_teachers=num_teachers, block_widths=_WIDTHS)
         folder = self.root / "images"
         folder.mkdir()
@@ -126,18 +126,18 @@ class TinyJob:
 
     def build_latents(self, place: str = "sets") -> BuiltLatents:
         """Build the latents set."""
-        with _quiet():
+        with quiet():
             return build_latents_set(self.builder(place=place), Launch(World()))
 
     def build_text(self) -> None:
         """Build the text set."""
         config = self.builder()
-        with _quiet(), open_latents(config) as latents:
+        with quiet(), open_latents(config) as latents:
             build_text_set(config, latents, Launch(World()))
 
     def build_predictions(self, config: BuilderConfig) -> BuiltPredictions:
         """Build a teacher's predictions set."""
-        with _quiet():
+        with quiet():
             return build_predictions_set(config, Launch(World()))
 
 
@@ -153,7 +153,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide progress bars: a table is printed beside them."""
     with Path(os.devnull).open("w") as nowhere:
         stderr, sys.stderr = sys.stderr, nowhere
