@@ -18,7 +18,9 @@ import torch
 
 from sdxl_distill.shards.safetensors_layout import byte_view
 
-_ALIGNMENT_BYTES: Final = 64
+_LINE_BYTES: Final = 64  # of the processor's cache
+_FILE_BLOCK_BYTES: Final = 512  # records begin at a multiple of this in a tar
+_PAGE_BYTES: Final = 4096
 _NO_MEMORY: Final = np.empty(0, np.uint8)
 _GRANULARITY_BYTES: Final = 1 << 20  # blocks of nearly equal buckets serve each other
 
@@ -44,16 +46,26 @@ class Layout(NamedTuple):
     num_bytes: int
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
-        """Lay out contiguous tensors, given by dtype and shape [B, …], one after the other."""
+    def of(cls, tensors: Iterable[tuple[torch.dtype, tuple[int, ...], int]]) -> Layout:
+        """Lay out contiguous tensors one after the other.
+
+        A processor copies three to six times slower when the target lies less than a cache line
+        after the source, modulo a page: each load then seems to wait for the store before it. So
+        each tensor starts in the same cache line of 512 bytes as it does in the file.
+
+        Args:
+            tensors: dtype, shape [B, …], and offset of the tensor in a file's record.
+        """
         places: list[Place] = []
         end = 0
-        for dtype, shape in tensors:
+        for dtype, shape, file_offset in tensors:
+            phase = file_offset % _FILE_BLOCK_BYTES // _LINE_BYTES * _LINE_BYTES
+            offset = end + (phase - end) % _FILE_BLOCK_BYTES
             strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
             row_bytes = dtype.itemsize * strides[0]
-            places.append(Place(dtype, shape, strides, end, row_bytes))
-            end += _padded(shape[0] * row_bytes, _ALIGNMENT_BYTES)
-        return cls(tuple(places), end)
+            places.append(Place(dtype, shape, strides, offset, row_bytes))
+            end = offset + shape[0] * row_bytes
+        return cls(tuple(places), _padded(end, _LINE_BYTES))
 
 
 class Block(NamedTuple):
@@ -96,7 +108,7 @@ class BatchMemory:
         with suppress(IndexError):
             memory = self._free.pop()
         if memory.size < num_bytes:
-            memory = np.empty(_padded(num_bytes, _GRANULARITY_BYTES), np.uint8)
+            memory = _aligned(_padded(num_bytes, _GRANULARITY_BYTES))
         lease = memory[:]
         # Tensors keep the lease alive, the lease does not keep the memory from being used again.
         weakref.finalize(lease, self._give_back, memory).atexit = False
@@ -105,6 +117,13 @@ class BatchMemory:
     def _give_back(self, memory: np.ndarray) -> None:
         if len(self._free) < self._max_free:
             self._free.append(memory)
+
+
+def _aligned(num_bytes: int) -> np.ndarray:
+    """Return memory that begins at a page."""
+    memory = np.empty(num_bytes + _PAGE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _PAGE_BYTES
+    return memory[start : start + num_bytes]
 
 
 def _padded(num_bytes: int, multiple: int) -> int:

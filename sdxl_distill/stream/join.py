@@ -209,14 +209,14 @@ class Join:
 
     def _new_layout(self, bucket: Bucket, num_records: int) -> Layout:
         """Lay out what is read as `_slots` says, then noise and timesteps."""
-        slots = [slot for slot in self._slots() if slot[1] != "noise"]
-        tensors: list[tuple[torch.dtype, tuple[int, ...]]] = []
-        for shard_set, name in slots:
-            dtype, shape = shard_set.manifest.record.schema.resolve(*bucket)[name]
-            tensors.append((TORCH_DTYPES[dtype], (num_records, *shape)))
-        latents_shape = tensors[0][1]
-        tensors += [(torch.float16, latents_shape), (torch.int64, (num_records,))]
-        return Layout.of(tensors)
+        tensors: list[tuple[torch.dtype, tuple[int, ...], int]] = []
+        for shard_set, name in self._slots():
+            place = _header(shard_set, bucket).place(name)
+            tensors.append((TORCH_DTYPES[place.dtype], (num_records, *place.shape), place.offset))
+        if self._noise_source is None:
+            latents_shape = tensors[0][1]
+            tensors.append((torch.float16, latents_shape, 0))
+        return Layout.of([*tensors, (torch.int64, (num_records,), 0)])
 
     def _open_shard(self, row: int, draw: int) -> OpenShard:
         """Open a row of the shard table, and compare the indices of all its records at once."""
@@ -262,9 +262,8 @@ class Join:
 
 def _runs(shard_set: ShardSet, slots: Mapping[tuple[ShardSet, str], int]) -> list[Run]:
     """Return what is read of one set, in as few runs as the places in a record allow."""
-    record, shard = shard_set.manifest.record, shard_set.manifest.shards[0]
     # The order of the tensors is the same in every bucket.
-    header = RecordHeader.build(record.schema, shard.width, shard.height, record.fingerprint)
+    header = _header(shard_set, Bucket(*shard_set.manifest.shards[0][:2]))
     runs: list[Run] = []
     for column, place in enumerate(header.places):
         slot = slots.get((shard_set, place.name))
@@ -275,3 +274,9 @@ def _runs(shard_set: ShardSet, slots: Mapping[tuple[ShardSet, str], int]) -> lis
         else:
             runs.append(Run(shard_set, column, (slot,)))
     return runs
+
+
+def _header(shard_set: ShardSet, bucket: Bucket) -> RecordHeader:
+    """Return a header of one bucket; those of its shards differ in the source's digits alone."""
+    record, source = shard_set.manifest.record, shard_set.manifest.shards[0].source_sha256
+    return RecordHeader.build(record.schema, *bucket, record.fingerprint, source)

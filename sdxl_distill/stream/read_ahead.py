@@ -48,9 +48,9 @@ class ReadAhead:
                 in_flight.extend(self._start(read) for read in islice(reads, room))
                 if not in_flight:
                     return
-                batch = in_flight[0].result()
-                in_flight.popleft()
-                yield batch
+                in_flight[0].wait()
+                # No name for it here: the caller alone decides how long its memory is in use.
+                yield in_flight.popleft().batch()
         finally:
             for unfinished in in_flight:
                 unfinished.cancel()
@@ -86,7 +86,7 @@ class _BatchInFlight:
         future = Future[None]() if pool is None else pool.submit(self._fill, rows)
         self._pieces.append((rows, future))
 
-    def result(self) -> JoinedBatch:
+    def wait(self) -> None:
         """Fill what no thread has begun, and wait for the rest."""
         for rows, future in reversed(self._pieces):
             if future.cancel():
@@ -94,6 +94,9 @@ class _BatchInFlight:
         for _, future in self._pieces:
             if not future.cancelled():
                 future.result()
+
+    def batch(self) -> JoinedBatch:
+        """Return the batch, once it is filled."""
         assert self._unfilled is not None
         return replace(self._unfilled.batch, keys=tuple(self._keys))
 

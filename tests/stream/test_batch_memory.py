@@ -11,10 +11,10 @@ from sdxl_distill.stream.batch_memory import BatchMemory, Layout
 
 LAYOUT = Layout.of(
     [
-        (torch.float16, (3, 4, 5)),
-        (torch.int32, (3, 6)),
-        (torch.bfloat16, (3, 7)),
-        (torch.int64, (3,)),
+        (torch.float16, (3, 4, 5), 1208),
+        (torch.int32, (3, 6), 8),
+        (torch.bfloat16, (3, 7), 500),
+        (torch.int64, (3,), 0),
     ]
 )
 
@@ -32,6 +32,12 @@ def test_tensors_have_the_shapes_and_dtypes_of_the_layout() -> None:
     assert [tuple(each.shape) for each in tensors] == [(3, 4, 5), (3, 6), (3, 7), (3,)]
     assert [each.dtype for each in tensors] == [place.dtype for place in LAYOUT.places]
     assert all(each.is_contiguous() for each in tensors)
+
+
+def test_a_tensor_begins_in_the_cache_line_of_512_bytes_that_it_has_in_the_file() -> None:
+    tensors = memory().take(LAYOUT).tensors
+    lines = [tensor.data_ptr() % 512 for tensor in tensors]
+    assert lines == [1208 % 512 // 64 * 64, 0, 500 // 64 * 64, 0]
 
 
 def test_a_row_of_the_content_is_the_row_of_its_tensor_alone() -> None:
@@ -67,7 +73,7 @@ def test_a_view_of_one_tensor_keeps_the_block_in_use() -> None:
 def test_a_free_block_that_is_too_small_is_not_used() -> None:
     blocks = memory()
     blocks.take(LAYOUT)
-    large = Layout.of([(torch.uint8, (5 << 20,))])
+    large = Layout.of([(torch.uint8, (5 << 20,), 0)])
     gc.collect()
     content, (tensor,) = blocks.take(large)
     assert tensor.numel() == 5 << 20
@@ -76,7 +82,7 @@ def test_a_free_block_that_is_too_small_is_not_used() -> None:
 
 def test_no_more_free_blocks_are_kept_than_asked_for() -> None:
     blocks = memory(max_free=1)
-    layout = Layout.of([(torch.uint8, (8 << 20,))])
+    layout = Layout.of([(torch.uint8, (8 << 20,), 0)])
     tracemalloc.start()
     taken = [blocks.take(layout) for _ in range(3)]
     assert tracemalloc.get_traced_memory()[0] > 24 << 20

@@ -52,7 +52,7 @@ def test_the_order_is_the_same_for_every_world_and_thread_count(pair: list[Shard
                         row[slot] = key, draw
         return [steps[at] for at in sorted(steps)]
 
-    orders = [global_keys(world, threads) for world in (1, 2, 4, 8) for threads in (1, 3)]
+    orders = [global_keys(world, threads) for world in (1, 2, 4, 8) for threads in (0, 1, 3)]
     assert len(orders[0]) > 4
     assert all(order == orders[0] for order in orders[1:])
 
@@ -242,3 +242,25 @@ def test_a_bucket_smaller_than_the_batch_is_reported(
     JoinedStream(pair, global_batch=GLOBAL_BATCH).close()
     assert "bucket 64x128 has 7 records, fewer than the global batch of 8" in caplog.text
     assert "64x64 " not in caplog.text
+
+
+def test_without_threads_the_caller_reads_all(pair: list[ShardSet]) -> None:
+    known = set(threading.enumerate())
+    with JoinedStream(pair, global_batch=GLOBAL_BATCH, num_threads=0) as stream:
+        batches = list(stream.epoch(0))
+        assert set(threading.enumerate()) == known
+    assert len(batches) == stream.schedule.steps(0)
+
+
+def test_a_batch_that_was_dropped_gives_its_memory_to_the_next(pair: list[ShardSet]) -> None:
+    with JoinedStream(pair, global_batch=GLOBAL_BATCH, num_threads=0) as stream:
+        batches = stream.epoch(0)
+        pages = {next(batches).latents.data_ptr() // 4096 for _ in range(3)}
+    assert len(pages) == 1  # a block begins at a page, the latents with it
+
+
+def test_a_batch_that_is_kept_keeps_its_content(pair: list[ShardSet]) -> None:
+    with JoinedStream(pair, global_batch=GLOBAL_BATCH, num_threads=2) as stream:
+        kept = list(stream.epoch(0))
+        again = [batch.latents.clone() for batch in stream.epoch(0)]
+    assert all(torch.equal(old.latents, new) for old, new in zip(kept, again, strict=True))
