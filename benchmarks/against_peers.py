@@ -24,7 +24,7 @@ from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 
-BATCH: Final = 16  # peers/peer.py reads the same
+BATCH: Final = 8  # peers/peer.py reads the same
 OURS: Final = "sdxl_distill"
 FIGURE: Final = "Joining three teachers, one thread, hot cache"
 

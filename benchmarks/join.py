@@ -12,7 +12,7 @@ from typing import Final
 
 from measuring.rounds import Sample, alternate, seconds
 from measuring.row import Curve, Row
-from measuring.scratch import read_all, scratch_folder
+from measuring.scratch import read_all, read_buffer, scratch_folder
 from measuring.script import run_alone
 from measuring.sets import SetFolders, forget_cached_pages, write_sets
 
@@ -22,7 +22,7 @@ from sdxl_distill.stream.loader import JoinedStream
 
 NUM_TEACHERS: Final = (1, 2, 3, 5, 8)
 NUM_THREADS: Final = (0, 1, 2, 4)  # beside the caller, who reads when he would have to wait
-BATCH: Final = 16
+BATCH: Final = 8
 HOT_TARGET: Final = 1.3
 COLD_TARGET: Final = 0.9
 FIGURE_TEACHERS: Final = "Joining, hot cache, one thread"
@@ -63,6 +63,8 @@ class _JoinBench:
         self._layout = layout
         self._num_rounds = num_rounds
         self._stack = stack
+        self._usual_buffer = read_buffer(page_aligned=False)
+        self._aligned_buffer = read_buffer(page_aligned=True)
         self._teachers = [stack.enter_context(open_shard_set(path)) for path in folders.teachers]
 
     def by_teachers(self) -> Iterator[Row | Curve]:
@@ -71,7 +73,11 @@ class _JoinBench:
         for num_teachers in NUM_TEACHERS:
             files = self._folders.tars(num_teachers)
             found = self._alternate(
-                {"raw": lambda files=files: read_all(files), "join": self._reading(num_teachers, 0)}
+                {
+                    "raw": lambda files=files: read_all(files, self._usual_buffer),
+                    "aligned": lambda files=files: read_all(files, self._aligned_buffer),
+                    "join": self._reading(num_teachers, 0),
+                }
             )
             faster = found["raw"].over(found["join"])
             what = f"{self._layout}, teachers: {num_teachers}, one thread, hot"
@@ -81,7 +87,13 @@ class _JoinBench:
                 faster,
                 "×",
                 target=HOT_TARGET if is_target else None,
-                against="readinto of all files of the sets",
+                against="readinto of all files into malloc's memory, as a bytearray is",
+            )
+            yield Row.of(
+                f"{what}: against raw read, page-aligned",
+                found["aligned"].over(found["join"]),
+                "×",
+                against="the same into page-aligned memory",
             )
             yield Row.of(
                 f"{what}: images/s", found["join"].rate_of(self._folders.num_records), "images/s"
@@ -110,7 +122,9 @@ class _JoinBench:
     def cold(self) -> Iterator[Row]:
         """Three teachers from the disk, the page cache dropped before each round."""
         files = self._folders.tars(3)
-        contenders: dict[str, Callable[[], object]] = {"raw": lambda: read_all(files)}
+        contenders: dict[str, Callable[[], object]] = {
+            "raw": lambda: read_all(files, self._aligned_buffer)
+        }
         contenders |= {str(each): self._reading(3, each) for each in NUM_THREADS}
         found = self._alternate(contenders, before=lambda: forget_cached_pages(files))
         share = self._needed_bytes(3) / sum(path.stat().st_size for path in files)

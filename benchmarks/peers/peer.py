@@ -26,7 +26,7 @@ Batch = tuple[list[str], Record]
 """Keys, and tensors [B, …] by the names of `TENSORS` and `prediction_{number}`."""
 
 TENSORS = ("latents", "time_ids", "encoder_hidden_states", "pooled_embeds", "noise", "timestep")
-BATCH = 16
+BATCH = 8
 
 
 def set_folders(root: Path) -> list[Path]:
