@@ -254,7 +254,7 @@ def test_without_threads_the_caller_reads_all(pair: list[ShardSet]) -> None:
 
 def test_a_batch_that_was_dropped_gives_its_memory_to_the_next(pair: list[ShardSet]) -> None:
     with JoinedStream(pair, global_batch=GLOBAL_BATCH, num_threads=0) as stream:
-        batches = stream.epoch(0)
+        batches = stream.forever()
         pages = {next(batches).latents.data_ptr() // 4096 for _ in range(3)}
     assert len(pages) == 1  # a block begins at a page, the latents with it
 
