@@ -26,9 +26,12 @@ _PRELOADED = (
     "sdxl_distill.cli.build_latents",
     "sdxl_distill.cli.build_shards",
     "sdxl_distill.cli.build_summary",
+    "sdxl_distill.export.student",
+    "sdxl_distill.train.session",
+    "torch.utils.tensorboard",
 )
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(list(_PRELOADED))
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(list(_PRELOADED))  # one list per test run: it is global
 
 
 class ForkedCommand:
@@ -36,7 +39,7 @@ class ForkedCommand:
 
     Args:
         arguments: `build-shards`, `--config`, …
-        output: file that receives stdout and stderr.
+        output: file that receives stdout and stderr, after what it holds.
         environment: added to the process's own.
         limits: called in the process before the command.
     """
@@ -49,7 +52,7 @@ class ForkedCommand:
         limits: Callable[[], None] | None = None,
     ) -> None:
         self._output = output
-        self._process = _CONTEXT.Process(
+        self._process = FORK_SERVER.Process(
             target=_run, args=(arguments, str(output), dict(environment or {}), limits)
         )
         self._process.start()
@@ -59,6 +62,11 @@ class ForkedCommand:
         return self._process.is_alive()
 
     @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.exitcode
+
+    @property
     def output(self) -> str:
         return self._output.read_text("utf-8")
 
@@ -66,21 +74,24 @@ class ForkedCommand:
         assert self._process.pid is not None
         os.kill(self._process.pid, signal_number)
 
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it ends, or for so long."""
+        self._process.join(seconds)
+
     def kill_after(self, seconds: float) -> bool:
         """Kill it unless it ends before; True when it was killed."""
-        self._process.join(seconds)
+        self.join(seconds)
         if not self.is_running:
             return False
         self.send(signal.SIGKILL)
-        self._process.join()
-        return self._process.exitcode == -signal.SIGKILL
+        self.join()
+        return self.exit_code == -signal.SIGKILL
 
     def wait(self, timeout_seconds: float = 120) -> int:
         """Return its exit code."""
-        self._process.join(timeout_seconds)
-        assert not self.is_running, f"still running: {self.output}"
-        assert self._process.exitcode is not None
-        return self._process.exitcode
+        self.join(timeout_seconds)
+        assert self.exit_code is not None, f"still running: {self.output}"
+        return self.exit_code
 
 
 def _run(

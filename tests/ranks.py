@@ -1,4 +1,4 @@
-"""The processes of one launch, forked from a server that has imported everything already.
+"""The processes of one launch of the trainer.
 
 They are what a launcher starts: real processes with its environment variables. A start takes a
 second, where one through the launcher takes ten.
@@ -6,19 +6,14 @@ second, where one through the launcher takes ten.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["sdxl_distill.train.session", "sdxl_distill.export.student", "torch.utils.tensorboard"]
-)
+from forked_command import ForkedCommand
+
 DEADLINE_SECONDS = 120.0
 
 
@@ -46,24 +41,21 @@ class Ranks:
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         self._processes = [
-            _CONTEXT.Process(
-                target=_train,
-                args=(
-                    environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    [*argv, *own[rank]],
-                    self.log,
-                ),
+            ForkedCommand(
+                "train",
+                *argv,
+                *own[rank],
+                output=self.log,
+                environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             for rank in range(world)
         ]
-        for process in self._processes:
-            process.start()
 
     def wait(self) -> list[int | None]:
-        """Wait for all and return their exit codes."""
+        """Wait for all and return their exit codes; None for one that does not end."""
         for process in self._processes:
             process.join(DEADLINE_SECONDS)
-        return [process.exitcode for process in self._processes]
+        return [process.exit_code for process in self._processes]
 
     def kill(self) -> None:
         """End all at once by SIGKILL."""
@@ -72,16 +64,14 @@ class Ranks:
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to all ranks or some."""
-        for process in (
-            self._processes if ranks is None else map(self._processes.__getitem__, ranks)
-        ):
-            if process.is_alive():
-                os.kill(process.pid or 0, number)
+        for rank, process in enumerate(self._processes):
+            if process.is_running and (ranks is None or rank in ranks):
+                process.send(number)
 
     @property
     def alive(self) -> bool:
         """Whether any of them runs."""
-        return any(process.is_alive() for process in self._processes)
+        return any(process.is_running for process in self._processes)
 
 
 def wait_until(condition: Callable[[], object], ranks: Ranks | None = None) -> None:
@@ -99,16 +89,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def _train(environment: dict[str, str], argv: list[str], log: Path) -> None:
-    import torch
-
-    from sdxl_distill.cli.main import run_command
-
-    torch.set_num_threads(1)
-    os.environ |= environment
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(run_command("train", argv))

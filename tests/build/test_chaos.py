@@ -6,7 +6,6 @@ complete and clean. docs/architecture.md numbers the invariants.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
+from forked_command import FORK_SERVER
 from toy_set import ToyContent, build, planned, toy_record, work
 
 from sdxl_distill.build.commit import shard_header
@@ -41,8 +41,6 @@ class Trial:
         self.path = folder / "toy"
         self.log = folder / "log"
         self.random = random.Random(seed)
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["toy_set"])
         self.workers: list[ForkServerProcess] = []
         self.seen: dict[str, str] = {}
         self.num_withdrawals = 0
@@ -51,7 +49,7 @@ class Trial:
     def start(self) -> None:
         rank = self.random.randrange(NUM_WORKERS)
         command = [str(self.path), str(rank), str(NUM_WORKERS), *OPTIONS]
-        worker = self.context.Process(target=work, args=(command, str(self.log)), daemon=True)
+        worker = FORK_SERVER.Process(target=work, args=(command, str(self.log)), daemon=True)
         worker.start()
         self.workers.append(worker)
 
