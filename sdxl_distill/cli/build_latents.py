@@ -20,13 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_config_arguments(parser)
     parser.add_argument("--rescan", action="store_true", help="read every image again")
-    parser.add_argument(
+    present = parser.add_mutually_exclusive_group()
+    present.add_argument(
         "--rebuild", action="store_true", help="set the present latents aside and build anew"
     )
-    parser.add_argument(
+    present.add_argument(
         "--repair",
         action="store_true",
-        help="keep the good shards of a damaged set and build the others",
+        help="read the whole set; keep its good shards and build damaged ones anew",
     )
 
 

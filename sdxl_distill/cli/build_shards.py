@@ -18,12 +18,13 @@ Kill it whenever you like: the same command goes on where it was."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_config_arguments(parser)
-    parser.add_argument(
+    present = parser.add_mutually_exclusive_group()
+    present.add_argument(
         "--repair",
         action="store_true",
-        help="keep the good shards of a damaged set and build the others",
+        help="read the whole set; keep its good shards and build damaged and stale ones anew",
     )
-    parser.add_argument(
+    present.add_argument(
         "--withdraw-only",
         action="store_true",
         help="set the present set aside for cache.skip_existing: false and stop; once, before "
@@ -66,5 +67,10 @@ def _withdraw(path: Path) -> None:
         return
     if is_withdrawn(path):
         print(f"{path} was set aside before, and what replaces it is not complete yet")
+        return
+    was_there = path.exists()
+    aside = withdraw_set(path)
+    if was_there:
+        print(f"{path} was set aside as {aside}, which goes when the next build is complete")
     else:
-        print(f"{path} was set aside as {withdraw_set(path)}")
+        print(f"there is no set at {path}: the next build makes it")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="keep the good shards of a damaged set and build the others",
+        help="read the whole set; keep its good shards and build damaged and stale ones anew",
     )
 
 

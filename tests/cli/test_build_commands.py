@@ -107,12 +107,34 @@ def test_withdraw_only_sets_the_set_aside_once(workshop, run):
     first = run("build-shards", options=("--withdraw-only",))
     second = run("build-shards", options=("--withdraw-only",))
     assert (first[0], second[0]) == (0, 0)
-    assert "set aside as" in first[1]
+    assert "set aside as" in first[1] and ".withdrawn-" in first[1]
     assert "set aside before" in second[1]
     assert not workshop.teacher.exists()
     assert run("build-shards", "cache.skip_existing=false")[0] == 0
     assert published_files(workshop.teacher) == before
     assert traces(workshop.root) == []
+
+
+def test_a_repair_says_what_was_damaged_and_where_it_is_kept(workshop, run):
+    workshop.build_latents()
+    workshop.build_shards()
+    code, output = run("build-shards", options=("--repair",))
+    assert code == 0
+    assert f"{workshop.teacher}: none of the 4 shards there is damaged" in output
+    damaged = min(workshop.teacher.glob("*.tar"))
+    damage_pixels(damaged)
+    code, output = run("build-shards", options=("--repair",))
+    assert code == 0
+    assert f"damaged: {damaged.stem}" in output
+    assert "3 shards are good, 1 are made anew" in output
+    (kept,) = workshop.predictions.glob(".*-repaired")
+    assert kept.name in output
+
+
+def test_withdraw_only_says_so_when_there_is_no_set(workshop, run):
+    code, output = run("build-shards", options=("--withdraw-only",))
+    assert code == 0
+    assert f"there is no set at {workshop.teacher}" in output
 
 
 def test_a_misspelt_key_exits_with_2(run):
