@@ -43,5 +43,6 @@ def test_smoothing_keeps_a_constant_from_its_first_value():
 
 
 def test_smoothing_damps_noise():
+    # An average that keeps k of the last has √((1 - k) / (1 + k)) of the deviation: 0.5 at 0.6.
     noise = np.random.Generator(np.random.Philox(0)).standard_normal(400)
-    assert Curve(np.arange(400), noise).smoothed()[100:].std() < 0.4
+    assert Curve(np.arange(400), noise).smoothed()[100:].std() < 0.6
