@@ -113,13 +113,24 @@ def decisive_fields(config: DistillConfig) -> dict[str, Any]:
     return fields
 
 
-def require_equal(found: dict[str, Any], expected: dict[str, Any], where: str) -> None:
+RESUME_AS_CONFIGURED = (
+    "resume with the configuration of the run (its config.json), or start a new run"
+)
+
+
+def require_equal(
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    where: str,
+    action: str = RESUME_AS_CONFIGURED,
+) -> None:
     """Refuse to resume with another configuration, student or stream.
 
     Args:
         found: what the checkpoint was made with.
         expected: what this run has.
         where: the checkpoint.
+        action: what to do when they differ.
 
     Raises:
         IncompatibleError: with every field that differs and both values.
@@ -132,5 +143,5 @@ def require_equal(found: dict[str, Any], expected: dict[str, Any], where: str) -
         raise IncompatibleError(
             f"this run differs from its checkpoint: {lines}",
             where=where,
-            action="resume with the configuration of the run (its config.json), or start a new run",
+            action=action,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,11 @@ from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_eq
 from sdxl_distill.train.run_state import Position, RunState
 from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.validation import averaged_weights, validation_losses
+
+_RESUME_WITH_THE_SAME_DATA: Final = (
+    "resume with the data, seed and global batch of the run; where only the data grew or changed, "
+    "--set data.on_change=next_epoch goes on with it at the next epoch"
+)
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class Trainer:
             require_equal({**state.stream, **changed}, now, where)
             if state.stream != now:
                 return Position(state.position.global_step, state.position.epoch + 1, 0)
-        require_equal(state.stream, now, where)
+        require_equal(state.stream, now, where, _RESUME_WITH_THE_SAME_DATA)
         return state.position
 
     def _require_one_step(self, where: str) -> None:

@@ -166,8 +166,11 @@ def test_changed_data_is_refused_or_goes_on_at_the_next_epoch(
     build_all(copied)
 
     config = copied.config(folder, "training.num_steps=4")
-    with pytest.raises(IncompatibleError, match=r"buckets.64x64.num_records was \d+ and is now"):
+    with pytest.raises(
+        IncompatibleError, match=r"buckets.64x64.num_records was \d+ and is now"
+    ) as refused:
         train(config, resume="latest")
+    assert "data.on_change=next_epoch" in str(refused.value.action)
     going_on = copied.config(folder, "training.num_steps=4", "data.on_change=next_epoch")
     summary = train(going_on, resume="latest")
     assert summary.losses["distill/epoch"] == before["epoch"] + 1
