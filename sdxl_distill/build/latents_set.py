@@ -19,7 +19,7 @@ from sdxl_distill.build.latents import (
     LatentsContent,
     LatentsPlan,
 )
-from sdxl_distill.build.launch import Launch
+from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.repair import repair_set, restore_catalog
 from sdxl_distill.build.set_builder import BuiltSet, build_set
 from sdxl_distill.build.set_identity import require_same_set
@@ -141,6 +141,7 @@ def _prepare(
         seen = _scan(config, Catalog(), rescan, progress)
         withdraw_for_rebuild(launch, path)
     if repair:
+        refuse_in_job_array(launch, str(path))
         _repair(path, record)
     catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
     return record, catalog, report

@@ -121,22 +121,19 @@ class Launch:
         raise kind(found, expected=expected, where=where, action=action)
 
 
-def refuse_withdrawal_in_job_array(launch: Launch, *, is_withdrawn: bool) -> None:
-    """Refuse `skip_existing: false` in a job array: its tasks would withdraw each other's work.
-
-    Args:
-        launch: this task.
-        is_withdrawn: the set was withdrawn once and is being built anew.
+def refuse_in_job_array(launch: Launch, where: str) -> None:
+    """Refuse to replace or repair a set in a job array: its tasks would set each other's aside.
 
     Raises:
-        ConfigError: in a job array whose set was not withdrawn before.
+        ConfigError: in a job array.
     """
-    if launch.is_one_of_many and not is_withdrawn:
+    if launch.is_one_of_many:
         raise ConfigError(
-            "cache.skip_existing is false in a job array, whose tasks cannot agree who withdraws",
-            expected="one withdrawal before the array starts",
-            where="cache.skip_existing",
-            action="run the builder once with --withdraw-only, then submit the array",
+            "a job array is to replace or repair a set, but its tasks cannot agree who does it",
+            expected="one launch that does so before the array starts",
+            where=where,
+            action="run the builder once with --withdraw-only (build_latents: --rebuild) or "
+            "--repair, then submit the array without",
         )
 
 

@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 
 from sdxl_distill.build.alignment import holds_same_keys, planned_after
-from sdxl_distill.build.launch import Launch
+from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.predictions import PredictionsContent, Teacher
-from sdxl_distill.build.repair import repair_set
+from sdxl_distill.build.repair import num_draws_there, repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
 from sdxl_distill.build.set_identity import require_same_set
 from sdxl_distill.build.text_set import build_text_set, text_record
@@ -80,7 +80,10 @@ def build_predictions_set(
         # Before the captions are encoded: that may take an hour.
         require_same_set(path, record, repair=repair)
         if repair:
-            repair_set(path, record, shards, partial(holds_same_keys, latents=latents))
+            refuse_in_job_array(launch, str(path))
+            num_draws = max(config.cache.draws, num_draws_there(path, record.id))
+            there = planned_after(latents, record.id, num_draws)
+            repair_set(path, record, there, partial(holds_same_keys, latents=latents))
         return record.to_json()
 
     record = SetRecord.from_json(launch.decide("predictions", decide), "launch")

@@ -29,6 +29,7 @@ from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory, read_bytes
 from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
 from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.shard_name import ShardName
 
 _NUM_THREADS: Final = 8
 _NUM_NAMED: Final = 5
@@ -92,6 +93,15 @@ def repair_set(
     )
     _report(path, summary)
     return summary
+
+
+def num_draws_there(path: Path, set_id: str) -> int:
+    """Return how many draws the files of a set are of: all are to be kept, wanted now or not."""
+    path = path.resolve()
+    folders = [folder for folder in (path, *folders_to_repair_from(path)) if folder.is_dir()]
+    files = (place.name for folder in folders for place in folder.iterdir())
+    names = (ShardName.parse(file, set_id) for file in files)
+    return max((name.draw + 1 for name in names if name), default=1)
 
 
 def restore_catalog(path: Path) -> None:

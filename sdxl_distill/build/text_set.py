@@ -12,7 +12,7 @@ from typing import Final, cast
 
 from sdxl_distill.build.alignment import holds_same_keys, planned_after
 from sdxl_distill.build.in_place import until_not_swept
-from sdxl_distill.build.launch import Launch
+from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.repair import repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
 from sdxl_distill.build.text import CaptionEncoder, TextContent, text_tensors
@@ -56,6 +56,7 @@ def build_text_set(
     def decide() -> dict[str, object]:
         record = text_record(config, latents, output_dir)
         if repair:
+            refuse_in_job_array(launch, str(output_dir / record.id))
             repair_set(
                 output_dir / record.id,
                 record,

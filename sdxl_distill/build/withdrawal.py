@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from sdxl_distill.build.launch import Launch, refuse_withdrawal_in_job_array
+from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.work_queue import BUILD_FOLDER
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, storage_errors
 from sdxl_distill.shards.manifest import MANIFEST_NAME
@@ -40,7 +40,7 @@ def withdraw_for_rebuild(launch: Launch, path: Path) -> None:
     def decide() -> None:
         if is_withdrawn(path) or launch.is_restart:
             return
-        refuse_withdrawal_in_job_array(launch, is_withdrawn=False)
+        refuse_in_job_array(launch, str(path))
         withdraw_set(path)
 
     launch.decide(f"withdraw {path}", decide)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_distill.build.launch import Launch, refuse_withdrawal_in_job_array
+from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.world import World
 
@@ -109,8 +109,8 @@ def test_only_a_restart_is_a_restart() -> None:
 def test_a_job_array_may_not_withdraw() -> None:
     launch = Launch(World(), {"SLURM_ARRAY_TASK_ID": "3"})
     with pytest.raises(ConfigError, match="--withdraw-only"):
-        refuse_withdrawal_in_job_array(launch, is_withdrawn=False)
-    refuse_withdrawal_in_job_array(launch, is_withdrawn=True)
+        refuse_in_job_array(launch, "toy")
+    refuse_in_job_array(Launch(World(), {}), "toy")
 
 
 def test_a_rank_does_not_wait_for_ever() -> None:

@@ -147,6 +147,15 @@ def test_a_repair_after_an_earlier_one_looks_at_the_set_that_is_there_now(built_
         (workshop.teacher / "manifest.json").unlink()
 
 
+def test_a_repair_keeps_draws_that_are_not_wanted_now(built_workshop):
+    workshop = built_workshop
+    kept = identities(workshop.teacher.glob("*-d1-*.tar"))
+    damage_pixels(min(workshop.teacher.glob("*.tar")))
+    workshop.build_shards("cache.draws=1", repair=True)
+    assert kept
+    assert identities(workshop.teacher.glob("*-d1-*.tar")) == kept
+
+
 def test_a_repair_rebuilds_what_was_made_from_other_latents(built_workshop):
     workshop = built_workshop
     write_images(workshop.images, 1, first=13)
@@ -344,4 +353,6 @@ def test_a_job_array_withdraws_nothing(built_workshop):
     launch = Launch(World(), {"SLURM_ARRAY_TASK_ID": "1"})
     with pytest.raises(ConfigError, match="job array"):
         build_predictions_set(workshop.config("cache.skip_existing=false"), launch)
+    with pytest.raises(ConfigError, match="job array"):
+        build_predictions_set(workshop.config(), launch, repair=True)
     assert published_files(workshop.teacher) == before
