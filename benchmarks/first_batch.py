@@ -26,6 +26,12 @@ FIRST_BATCH_SECONDS: Final = 0.5
 NOISE: Final = 0.05
 
 
+READING: Final = """
+A position in the stream is computed, never walked to, so a late step costs what the first one does.
+A set of 10⁵ shards takes a second or two to open, since every value of its manifest is checked.
+"""
+
+
 def measure(small: bool) -> Iterator[Row | Curve]:
     """Open three teachers and take one batch; parse the manifest of 10⁵ shards."""
     with scratch_folder() as folder:

@@ -74,8 +74,8 @@ def _texts_of(name: str) -> tuple[str, str]:
     tree = ast.parse((_BENCHMARKS / f"{name}.py").read_text("utf-8"))
     reading = ""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "READING":
-            reading = ast.literal_eval(node.value)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "READING" and node.value:
+            reading = ast.literal_eval(node.value).lstrip()
     return ast.get_docstring(tree) or "", reading
 
 
