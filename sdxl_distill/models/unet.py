@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-import torch._dynamo
 from diffusers import UNet2DConditionModel
 from torch import nn
 
