@@ -40,7 +40,8 @@ _OURS: Final = "sdxl_distill"
 READING: Final = """
 Time and memory of a plan grow with the shards, not with the records: 10⁹ records in shards of 512
 are two million shards, and their plan takes longer than the target and more memory. MosaicML plans
-every sample and LitData every chunk for every rank, in Python.
+every sample and LitData every chunk for every rank, in Python. Memory is the peak of traced
+allocations here, and the growth of the process's peak for the peers: a coarser gauge.
 """
 
 
