@@ -75,6 +75,7 @@ def build_latents_set(
             configuration, or changed captions.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
+    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
     path = Path(config.data.latent_cache.cache_dir)
     report: list[ScanReport] = []
 

@@ -65,6 +65,7 @@ def build_predictions_set(
             belongs to another configuration.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
+    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
     output_dir = Path(config.cache.output_dir)
     path = output_dir / config.teacher.teacher_id
     launch.decide("teacher", partial(check_teacher, config))

@@ -51,6 +51,7 @@ def build_text_set(
         ConfigError, IncompatibleError: when the encoders are missing or of another kind.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
+    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
     output_dir = Path(config.cache.output_dir)
 
     def decide() -> dict[str, object]:

@@ -342,9 +342,13 @@ def test_an_unsafe_teacher_id_is_refused(latents_workshop, name):
     refused(latents_workshop, ConfigError, r"teacher\.teacher_id", f'teacher.teacher_id="{name}"')
 
 
-def test_cuda_is_refused_where_there_is_none(latents_workshop):
-    if not torch.cuda.is_available():
-        refused(latents_workshop, ConfigError, "cuda", "device=cuda")
+def test_cuda_is_refused_where_there_is_none_also_when_nothing_is_left_to_build(
+    built_workshop, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for build in (built_workshop.build_latents, built_workshop.build_shards):
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            build("device=cuda")
 
 
 def test_a_job_array_withdraws_nothing(built_workshop):
