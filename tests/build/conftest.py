@@ -56,14 +56,14 @@ def built_template(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family
     write_images(workshop.images, 3, first=10)
     workshop.build_latents()
     workshop.build_shards("cache.draws=2")
-    workshop.config_file.unlink()
     return workshop
 
 
 @pytest.fixture
 def built_workshop(built_template: Workshop, tmp_path: Path) -> Workshop:
     """A copy of `built_template`, to be damaged and built on."""
-    shutil.copytree(built_template.root, tmp_path, dirs_exist_ok=True)
+    without_places = shutil.ignore_patterns("builder.json")
+    shutil.copytree(built_template.root, tmp_path, ignore=without_places, dirs_exist_ok=True)
     return replace(built_template, root=tmp_path)
 
 
