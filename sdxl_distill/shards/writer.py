@@ -18,7 +18,7 @@ from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import MODE, OWNER, read_members
 from sdxl_distill.shards.tar_index import MAX_SHARD_BYTES, IndexRows
 
-_PIECE_BYTES: Final = 1 << 20
+_PIECE_BYTES: Final = 1 << 19
 
 
 class ShardWriter:
