@@ -27,9 +27,9 @@ _NO_SHA256: Final = "0" * 64
 
 
 READING: Final = """
-webdataset's `TarWriter` writes blocks of 10 KiB; they are collected to 512 KiB, and SHA-256 runs in a
-thread beside the writing. What is left is the encoding, tarfile, and the hash itself when no core
-is free for it: on a busy machine the ratio was half of that on a quiet one.
+webdataset's `TarWriter` writes blocks of 10 KiB; they are collected to 512 KiB, and SHA-256 runs
+in a thread beside the writing. What is left is the encoding, tarfile, and the hash itself when no
+core is free for it: on a busy machine the ratio was half of that on a quiet one.
 """
 
 
