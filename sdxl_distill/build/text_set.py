@@ -51,7 +51,7 @@ def build_text_set(
         ConfigError, IncompatibleError: when the encoders are missing or of another kind.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
-    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
+    device = resolve_device(config.device, launch.world.local_rank)
     output_dir = Path(config.cache.output_dir)
 
     def decide() -> dict[str, object]:
@@ -72,7 +72,6 @@ def build_text_set(
 
     def encoder() -> CaptionEncoder:
         if not loaded:
-            device = resolve_device(config.device, launch.world.local_rank)
             checkpoint = Checkpoint.resolve(config.text_source)
             loaded.append(CaptionEncoder(TextEncoders.load(checkpoint, device)))
         return loaded[0]
@@ -87,13 +86,18 @@ def build_text_set(
         catalog=latents.manifest.catalog,
         exclusive=config.cache.exclusive,
     )
-    if loaded and loaded[0].num_truncated:
+    if loaded:
+        _report_cut_captions(loaded[0].num_truncated, record)
+    return path, built
+
+
+def _report_cut_captions(num_truncated: int, record: SetRecord) -> None:
+    if num_truncated:
         _log.warning(
             "%d distinct captions are longer than %d tokens: their ends are not seen",
-            loaded[0].num_truncated,
+            num_truncated,
             cast("int", record.schema.tensors[0].shape[0]),
         )
-    return path, built
 
 
 def text_record(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> SetRecord:
