@@ -28,6 +28,11 @@ BENCHMARKS: Final = (
     "schedule",
     "writing",
     "bytes_per_image",
+    "builders",
+    "trainer",
+    "memory",
+    "fixed_cost",
+    "gpu",
 )
 
 
