@@ -11,7 +11,7 @@ from sdxl_distill.train.optimizer import AdamW
 SHAPES = [(320,), (32, 4, 3, 3), (64, 32, 3, 3), (128, 256), (64, 64), (40, 320), (96, 128), (1,)]
 
 
-def trained(*, compiled: bool) -> list[torch.Tensor]:
+def trained(*, compiled: bool) -> list[torch.nn.Parameter]:
     """Return weights after three steps in 8-bit states."""
     generator = torch.Generator().manual_seed(0)
     weights = [
