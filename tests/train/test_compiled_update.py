@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo
@@ -26,10 +28,11 @@ def trained(*, compiled: bool) -> list[torch.nn.Parameter]:
     return weights
 
 
-@pytest.mark.slow
 # torch's own compiler imports what its TorchScript warns of.
-@pytest.mark.filterwarnings("default")
-def test_the_compiled_step_moves_weights_alike_in_few_graphs():
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_compiled_step_moves_weights_alike_in_few_graphs(monkeypatch):
+    # The same graphs without the code that a C++ compiler, which few machines have, makes of them.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = trained(compiled=True)
