@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import CLIPTokenizer
@@ -48,3 +52,22 @@ def test_special_tokens_come_last_as_in_clip():
 
 def test_vocabulary_is_a_function_of_the_captions():
     assert train_vocabulary(CAPTIONS) == train_vocabulary(CAPTIONS)
+
+
+def test_vocabulary_is_the_same_in_every_process():
+    """Hash maps of the trainer have another order in each process; ties must not follow it."""
+    captions = ["a photo of a cat", "a photo of a dog", "the night sky over a lake, a photo"] * 2
+    program = (
+        "import sys, json; from sdxl_distill.demo.tiny_text import train_vocabulary;"
+        "print(json.dumps(train_vocabulary(json.loads(sys.argv[1]))))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program, json.dumps(captions)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(4)
+    }
+    assert len(outputs) == 1
