@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
@@ -134,12 +133,7 @@ class StagedFile:
     def __enter__(self) -> StagedFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         with suppress(OSError):
             self.file.close()
         with suppress(OSError):
@@ -183,12 +177,7 @@ class Directory:
     def __enter__(self) -> Directory:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def stage(self) -> StagedFile:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
 
 from sdxl_distill.build.heartbeat import Heartbeat, Observer, Timing
 from sdxl_distill.build.in_place import require_in_place, until_not_swept
@@ -177,12 +176,7 @@ class WorkQueue:
     def __enter__(self) -> WorkQueue:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _open(self, name: str) -> Directory:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Literal, TypeVar
 
 import torch
@@ -165,12 +164,7 @@ class ShardSet:
     def __enter__(self) -> ShardSet:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _load_index(self, name: ShardName) -> ShardIndex:

@@ -183,7 +183,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ConfigError(
             "there is no such checkpoint",
             where=str(path),
-            action="name a folder step-XXXXXXXX, or resume with `latest`",
+            action="name a folder such as step-00001000, or resume with `latest`",
         )
     files = _read_json(path / _FILES)
     if files.get("format_version") != FORMAT_VERSION or not isinstance(files.get("sha256"), dict):
