@@ -8,19 +8,15 @@ import importlib
 import re
 import runpy
 import shlex
-import sys
 import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
+import disk_table
 import pytest
+from shard_sets import ShardSets
 
 from sdxl_distill.cli.main import COMMANDS
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import disk_table
-from shard_sets import ShardSets
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

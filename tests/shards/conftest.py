@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from verified_sets import VerifiedSets
 
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
@@ -30,10 +30,6 @@ from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord
 from sdxl_distill.shards.set_reference import SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from verified_sets import VerifiedSets
 
 Tensors = Mapping[str, np.ndarray]
 Layouts = tuple[tuple[int, int, int], ...]

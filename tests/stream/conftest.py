@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shard_sets import ShardSets
 
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from shard_sets import ShardSets
 
 
 @pytest.fixture

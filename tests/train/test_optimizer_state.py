@@ -8,52 +8,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from optimizer_cases import all_bits, any_mode, assert_same_bits, own, train
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.train.optimizer import AdamW
-
-# Two tensors with 8-bit states, one that keeps float32 ones.
-SHAPES = [(16, 512), (12, 40, 3, 3), (10, 33)]
-MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "fp32": (torch.float32, {}),
-    "fp32-8bit": (torch.float32, {"states": "8bit"}),
-    "bf16": (torch.bfloat16, {}),
-    "bf16-8bit": (torch.bfloat16, {"states": "8bit"}),
-    "bf16-master": (torch.bfloat16, {"exact_masters": True}),
-    "bf16-8bit-master": (torch.bfloat16, {"states": "8bit", "exact_masters": True}),
-    "fp16": (torch.float16, {}),
-    "fp16-8bit": (torch.float16, {"states": "8bit"}),
-}
-any_mode = pytest.mark.parametrize("mode", MODES)
-Named = list[tuple[str, torch.nn.Parameter]]
-
-
-def own(mode: str, **overrides: Any) -> tuple[Named, AdamW]:
-    dtype, settings = MODES[mode]
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(shape, generator=generator) * 0.05 for shape in SHAPES]
-    named = [(f"layer.{n}", torch.nn.Parameter(w.to(dtype))) for n, w in enumerate(weights)]
-    return named, AdamW(named, **{"lr": 1e-3, "seed": 7, **settings, **overrides})
-
-
-def train(named: Named, optimizer: AdamW, num_steps: int, first: int = 0) -> None:
-    """Step with gradients that are a function of the step number."""
-    for step in range(first, first + num_steps):
-        generator = torch.Generator().manual_seed(step)
-        for _, parameter in named:
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        optimizer.step()
-
-
-def all_bits(named: Named, optimizer: AdamW) -> dict[str, torch.Tensor]:
-    weights = {name: parameter.detach().clone() for name, parameter in named}
-    return weights | {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
-
-
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
 
 
 @any_mode
