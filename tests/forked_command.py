@@ -21,6 +21,8 @@ from torch.distributed import TCPStore
 _CAP_DAC_OVERRIDE = 1
 _PRELOADED = (
     "pytest",
+    "diffusers.models.autoencoders.autoencoder_kl",  # the package imports them when they are used
+    "diffusers.models.unets.unet_2d_condition",
     "sdxl_distill.build.latents_set",
     "sdxl_distill.build.predictions_set",
     "sdxl_distill.cli.build_latents",
@@ -29,6 +31,7 @@ _PRELOADED = (
     "sdxl_distill.export.student",
     "sdxl_distill.train.session",
     "torch.utils.tensorboard",
+    "transformers.models.clip.modeling_clip",
 )
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(list(_PRELOADED))  # one list per test run: it is global

@@ -22,7 +22,7 @@ from sdxl_distill.build.latents import (
 from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.repair import repair_set, restore_catalog
 from sdxl_distill.build.set_builder import BuiltSet, build_set
-from sdxl_distill.build.set_identity import require_same_set
+from sdxl_distill.build.set_identity import require_complete, require_same_set
 from sdxl_distill.build.withdrawal import CATALOG_FOLDER, withdraw_for_rebuild
 from sdxl_distill.build.work_queue import Claim, WorkQueue
 from sdxl_distill.catalog.catalog import Catalog
@@ -137,6 +137,7 @@ def _prepare(
 ) -> tuple[SetRecord, Catalog, ScanReport]:
     """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
     record, seen = latents_record(config), None
+    require_complete(path, record, [Checkpoint.resolve(config.vae_source).vae])
     if rebuild:
         # Before the withdrawal: a wrong image folder must not cost the set that is there.
         seen = _scan(config, Catalog(), rescan, progress)

@@ -14,7 +14,7 @@ from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.predictions import PredictionsContent, Teacher
 from sdxl_distill.build.repair import num_draws_there, repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
-from sdxl_distill.build.set_identity import require_same_set
+from sdxl_distill.build.set_identity import require_complete, require_same_set
 from sdxl_distill.build.text_set import build_text_set, text_record
 from sdxl_distill.build.withdrawal import withdraw_for_rebuild
 from sdxl_distill.config.builder import BuilderConfig
@@ -75,6 +75,8 @@ def build_predictions_set(
     def decide() -> dict[str, Any]:
         text = text_record(config, latents, output_dir)
         record = predictions_record(config, latents, text, output_dir)
+        teacher = Checkpoint.resolve(config.teacher.checkpoint_path)
+        require_complete(path, record, [teacher.unet])
         if not config.cache.skip_existing:
             # After the checkpoints were looked at: a broken one must not cost the set there.
             withdraw_for_rebuild(launch, path)

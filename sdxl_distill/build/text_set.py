@@ -15,6 +15,7 @@ from sdxl_distill.build.in_place import until_not_swept
 from sdxl_distill.build.launch import Launch, refuse_in_job_array
 from sdxl_distill.build.repair import repair_set
 from sdxl_distill.build.set_builder import BuiltSet, build_set
+from sdxl_distill.build.set_identity import require_complete
 from sdxl_distill.build.text import CaptionEncoder, TextContent, text_tensors
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.device import resolve_device
@@ -56,6 +57,8 @@ def build_text_set(
 
     def decide() -> dict[str, object]:
         record = text_record(config, latents, output_dir)
+        encoders = Checkpoint.resolve(config.text_source).text_encoders
+        require_complete(output_dir / record.id, record, encoders)
         if repair:
             refuse_in_job_array(launch, str(output_dir / record.id))
             repair_set(

@@ -18,12 +18,12 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
-from sdxl_distill.models.component import (
+from sdxl_distill.models.component import Component
+from sdxl_distill.models.component_kind import (
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     UNET,
     VAE,
-    Component,
     ComponentKind,
 )
 from sdxl_distill.models.json_files import read_json
@@ -208,7 +208,7 @@ class Checkpoint:
             )
 
     def _component(self, kind: ComponentKind) -> Component:
-        return Component(kind, self._folder(kind.name, (kind.module_class.__name__,)))
+        return Component(kind, self._folder(kind.name, (kind.class_name,)))
 
     def _folder(self, name: str, class_names: tuple[str, ...]) -> Path:
         entry: Any = self._model_index.get(name)

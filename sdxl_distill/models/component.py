@@ -7,21 +7,18 @@ module is built without memory first and compared with the files, name by name.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.models.component_kind import ComponentKind
 from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.tensor_files import (
     StoredTensor,
@@ -30,83 +27,6 @@ from sdxl_distill.models.tensor_files import (
     stored_tensors,
     tensor_digests,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class ComponentKind:
-    """What one of SDXL's networks must be.
-
-    Attributes:
-        name: of its folder and of its entry in `model_index.json`.
-        module_class: the only class that is ever built for it.
-        build: makes the module of a parsed `config.json`.
-        weights_stem: what its library calls the weights file.
-        defaults: the configuration fields that decide sizes or output, with the values that
-            hold when a file leaves them out.
-        prefix: what some library versions put before every tensor's name, and others do not.
-        legacy_names: tensors of older files that the network no longer has: constants.
-    """
-
-    name: str
-    module_class: type[nn.Module]
-    build: Callable[[dict[str, Any]], nn.Module]
-    weights_stem: str
-    defaults: Mapping[str, Any]
-    prefix: str = ""
-    legacy_names: frozenset[str] = frozenset()
-
-
-def _diffusers_defaults(module_class: type[nn.Module], *no_content: str) -> dict[str, Any]:
-    """Every field of a diffusers class but those that change nothing about its output."""
-    parameters = list(inspect.signature(module_class.__init__).parameters.values())[1:]
-    return {
-        parameter.name: _as_json(parameter.default)
-        for parameter in parameters
-        if parameter.name not in no_content
-    }
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _clip_defaults() -> dict[str, Any]:
-    config = CLIPTextConfig()
-    computation = ("hidden_act", "layer_norm_eps", "num_attention_heads", "eos_token_id")
-    sizes = ("hidden_size", "projection_dim", "max_position_embeddings", "vocab_size")
-    return {name: getattr(config, name) for name in (*computation, *sizes)}
-
-
-def _text_encoder_kind(
-    name: str, module_class: type[CLIPTextModel] | type[CLIPTextModelWithProjection]
-) -> ComponentKind:
-    return ComponentKind(
-        name=name,
-        module_class=module_class,
-        build=lambda config: module_class(CLIPTextConfig.from_dict(config)),
-        weights_stem="model",
-        defaults=_clip_defaults(),
-        prefix="text_model.",
-        legacy_names=frozenset({"embeddings.position_ids"}),
-    )
-
-
-UNET = ComponentKind(
-    name="unet",
-    module_class=UNet2DConditionModel,
-    build=lambda config: cast("nn.Module", UNet2DConditionModel.from_config(config)),
-    weights_stem="diffusion_pytorch_model",
-    defaults=_diffusers_defaults(UNet2DConditionModel, "sample_size"),
-)
-VAE = ComponentKind(
-    name="vae",
-    module_class=AutoencoderKL,
-    build=lambda config: cast("nn.Module", AutoencoderKL.from_config(config)),
-    weights_stem="diffusion_pytorch_model",
-    defaults=_diffusers_defaults(AutoencoderKL, "sample_size", "force_upcast"),
-)
-TEXT_ENCODER = _text_encoder_kind("text_encoder", CLIPTextModel)
-TEXT_ENCODER_2 = _text_encoder_kind("text_encoder_2", CLIPTextModelWithProjection)
 
 
 class Component:
@@ -131,11 +51,10 @@ class Component:
         """
         config = read_json(self.folder / "config.json")
         class_name = config.get("_class_name") or (config.get("architectures") or [None])[0]
-        expected = self.kind.module_class.__name__
-        if class_name != expected:
+        if class_name != self.kind.class_name:
             raise IncompatibleError(
                 f"config.json describes the class {class_name}",
-                expected=expected,
+                expected=self.kind.class_name,
                 where=str(self.folder),
                 action="use an SDXL checkpoint",
             )
@@ -166,26 +85,33 @@ class Component:
         """The stored tensors by the name they have in every library version.
 
         Raises:
-            ConfigError, CorruptError, IncompatibleError: as `stored_tensors`; IncompatibleError
-                also when they are not exactly those of the network in `config.json`.
+            ConfigError, CorruptError, IncompatibleError: as `stored_tensors`.
         """
         stored = stored_tensors(self.folder, self.kind.weights_stem)
         tensors = {self._plain_name(name): tensor for name, tensor in stored.items()}
-        tensors = {
+        return {
             name: tensor for name, tensor in tensors.items() if name not in self.kind.legacy_names
         }
+
+    def require_complete(self) -> None:
+        """Check that the stored tensors are exactly those of the network in `config.json`.
+
+        Raises:
+            ConfigError, CorruptError, IncompatibleError: as `tensors`; IncompatibleError also
+                when one is missing, too many or of another shape.
+        """
         shapes = {
             self._plain_name(name): tuple(tensor.shape)
             for name, tensor in self.on_meta().state_dict().items()
         }
-        self._compare(tensors, shapes)
-        return tensors
+        self._compare(self.tensors, shapes)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over every tensor (name, dtype, shape, bytes) and the fields beside them.
 
         Equal for the same weights in one file or many, whichever library version wrote them.
+        Whether they are all there is `require_complete`'s to say.
 
         Raises:
             ConfigError, CorruptError, IncompatibleError: as `tensors`; CorruptError also for
@@ -222,17 +148,17 @@ class Component:
                 network once and one tensor besides.
 
         Raises:
-            ConfigError, CorruptError, IncompatibleError: as `tensors`; CorruptError also for
-                weights that are NaN or infinite.
+            ConfigError, CorruptError, IncompatibleError: as `require_complete`; CorruptError
+                also for weights that are NaN or infinite.
         """
-        tensors = self.tensors
+        self.require_complete()
         # Sizes are known to be those of the files by now; buffers that no file holds are real.
         with init_empty_weights(include_buffers=False):
             module = self._build()
         module_names = {self._plain_name(name): name for name in module.state_dict()}
         weights: dict[str, torch.Tensor] = {}
         not_finite: list[str] = []
-        for name, tensor in read_tensors(tensors):
+        for name, tensor in read_tensors(self.tensors):
             if not _all_finite(tensor):
                 not_finite.append(name)
             # Two steps, since a processor converts half precision slowly and a GPU does not.
@@ -247,7 +173,7 @@ class Component:
             return self.kind.build(config)
         except Exception as error:
             raise IncompatibleError(
-                f"config.json describes no {self.kind.module_class.__name__} ({error})",
+                f"config.json describes no {self.kind.class_name} ({error})",
                 where=str(self.folder),
                 action="use an SDXL checkpoint, or copy its folder again",
             ) from error

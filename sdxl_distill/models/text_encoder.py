@@ -9,15 +9,17 @@ which other captions a process happens to hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.tokenizer import load_tokenizer
 from sdxl_distill.models.unet import UnetGeometry
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 class TextGeometry(NamedTuple):

@@ -5,15 +5,17 @@ Teacher and student go through the same `predict`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 NUM_TIME_IDS = 6
 """Original height and width, crop top and left, target height and width."""

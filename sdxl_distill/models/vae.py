@@ -5,14 +5,16 @@ Encoding takes the mean of the posterior, never a draw, so that an image has one
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from diffusers import AutoencoderKL
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 PIXELS_PER_LATENT = 8
 _UNSUPPORTED_FIELDS = ("latents_mean", "latents_std", "shift_factor")

@@ -83,6 +83,18 @@ def test_a_build_ends_with_a_summary(workshop, run):
     assert run("build-text")[0] == 0
 
 
+@pytest.mark.parametrize("command", ["build-latents", "build-shards"])
+def test_who_finds_everything_done_does_not_wait_for_diffusers(workshop, run, command):
+    for each in ("build-latents", "build-shards"):
+        assert run(each)[0] == 0
+    program = (
+        "import sys; from sdxl_distill.cli.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'diffusers' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", program, command, "--config", str(workshop.config_file)]
+    subprocess.run(arguments, check=True, capture_output=True)
+
+
 def test_the_summary_names_images_that_were_left_out(workshop, run):
     (workshop.images / "text.jpg").write_text("no picture")
     damage_pixels(workshop.images / "001.png")

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.models.component import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE, Component
+from sdxl_distill.models.component import Component
+from sdxl_distill.models.component_kind import TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE
 
 CLASSES = {
     UNET: UNet2DConditionModel,
@@ -36,6 +38,28 @@ def rewrite_config(folder, kind, **fields):
     config = json.loads(path.read_text()) | fields
     path.write_text(json.dumps(config))
     return Component(kind, folder / kind.name)
+
+
+NO_CONTENT = {"sample_size", "force_upcast"}
+
+
+@pytest.mark.parametrize("kind", [UNET, VAE], ids=lambda kind: kind.name)
+def test_the_defaults_are_those_of_diffusers(kind):
+    """Every field that can change an output; a new one must be looked at by somebody."""
+    parameters = inspect.signature(CLASSES[kind].__init__).parameters.values()
+    theirs = {each.name: each.default for each in parameters if each.name != "self"}
+    assert kind.class_name == CLASSES[kind].__name__
+    assert theirs.keys() - kind.defaults.keys() <= NO_CONTENT
+    for name, default in kind.defaults.items():
+        expected = list(theirs[name]) if isinstance(theirs[name], tuple) else theirs[name]
+        assert (type(default), default) == (type(expected), expected), name
+
+
+@pytest.mark.parametrize("kind", [TEXT_ENCODER, TEXT_ENCODER_2], ids=lambda kind: kind.name)
+def test_the_defaults_are_those_of_transformers(kind):
+    config = CLIPTextConfig()
+    assert kind.class_name == CLASSES[kind].__name__
+    assert kind.defaults == {name: getattr(config, name) for name in kind.defaults}
 
 
 @KINDS
@@ -77,7 +101,7 @@ def test_extra_tensors_are_incompatible_with_their_names(folder):
         folder, UNET, lambda weights: weights | {"lora.up": torch.ones(2), "v_pred": torch.ones(1)}
     )
     with pytest.raises(IncompatibleError, match=r"2 tensors too many: lora\.up, v_pred"):
-        _ = component.fingerprint
+        component.require_complete()
 
 
 def test_a_tensor_of_another_shape_is_incompatible_with_both_shapes(folder):
@@ -194,7 +218,7 @@ def test_a_configuration_of_another_class_is_incompatible(folder, kind):
 def test_a_configuration_that_makes_no_network_is_incompatible(folder, kind, fields):
     component = rewrite_config(folder, kind, **fields)
     with pytest.raises(IncompatibleError, match="describes no"):
-        _ = component.tensors
+        component.require_complete()
 
 
 def test_a_huge_configuration_is_refused_before_memory_is_taken(folder):
@@ -206,4 +230,4 @@ def test_a_huge_configuration_is_refused_before_memory_is_taken(folder):
 def test_a_missing_configuration_is_a_config_error(folder):
     (folder / "unet" / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"there is no config\.json"):
-        _ = Component(UNET, folder / "unet").tensors
+        _ = Component(UNET, folder / "unet").config
