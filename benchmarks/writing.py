@@ -27,15 +27,15 @@ _NO_SHA256: Final = "0" * 64
 
 
 READING: Final = """
-webdataset's `TarWriter` writes blocks of 10 KiB; they are collected to 512 KiB, and SHA-256 runs
-in a thread beside the writing. What is left is the encoding, tarfile, and the hash itself when no
-core is free for it: on a busy machine the ratio was half of that on a quiet one.
+webdataset's `TarWriter` hands each member on whole, and SHA-256 runs in a thread beside the
+writing. What is left is the encoding, two copies, and the hash itself when no core is free for it:
+on a busy machine the ratio was half of that on a quiet one.
 """
 
 
 def measure(small: bool) -> Iterator[Row | Curve]:
     """Write shards of both layouts, and see what memory the length of a shard costs."""
-    side_px, num_records = (128, 16) if small else (1024, 256)
+    side_px, num_records = (128, 16) if small else (1024, 512)
     with scratch_folder() as folder:
         for layout in ("full", "compact"):
             shard = _Shard(folder / layout, layout, side_px)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 from webdataset.writer import TarWriter
 
@@ -45,7 +45,7 @@ class ShardWriter:
         self._name = name
         self._header = header
         self._rows = IndexRows(name, header)
-        self._tar = TarWriter(
+        self._tar = _WholeMembersWriter(
             cast("BinaryIO", self._file), encoder=False, user=OWNER, group=OWNER, mode=MODE, mtime=0
         )
 
@@ -111,12 +111,20 @@ class ShardWriter:
         return index
 
 
-class _HashingFile:
-    """The few methods that a tar stream needs of a file, with a SHA-256 on the way.
+class _WholeMembersWriter(TarWriter):
+    """Hands members on as they come: cutting them into blocks of 10 KiB copies each byte thrice."""
 
-    tarfile writes blocks of 10 KiB: they are collected to pieces, and a thread hashes one piece
-    while it is written. A tar that was given up writes its last bytes when it is collected: they
-    go nowhere when the file has failed or is closed by then.
+    @staticmethod
+    def tarmode(fileobj: Any, compress: bool | str | None = None) -> str:
+        del fileobj, compress
+        return "w"
+
+
+class _HashingFile:
+    """The few methods that a tar needs of a file, with a SHA-256 on the way.
+
+    Headers and padding are collected with the members to pieces, and a thread hashes one piece
+    while it is written.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -126,7 +134,6 @@ class _HashingFile:
         self._hashing: Future[None] | None = None
         self._waiting: list[bytes] = []
         self._num_waiting_bytes = 0
-        self._has_failed = False
         self.num_bytes = 0
 
     def write(self, content: bytes) -> int:
@@ -136,6 +143,9 @@ class _HashingFile:
         if self._num_waiting_bytes >= _PIECE_BYTES:
             self._write_piece()
         return len(content)
+
+    def tell(self) -> int:
+        return self.num_bytes
 
     def flush(self) -> None:
         self._write_piece()
@@ -151,15 +161,9 @@ class _HashingFile:
     def _write_piece(self) -> None:
         piece = b"".join(self._waiting)
         self._waiting, self._num_waiting_bytes = [], 0
-        if self._has_failed or self._file.closed:
-            return
         self._wait_for_hash()
         self._hashing = self._thread.submit(self._sha256.update, piece)
-        try:
-            self._file.write(piece)
-        except OSError:
-            self._has_failed = True
-            raise
+        self._file.write(piece)
 
     def _wait_for_hash(self) -> None:
         if self._hashing is not None:
