@@ -169,12 +169,10 @@ class LatentsContent:
 
     def encode(self, result: LatentBatch, header: RecordHeader) -> Iterator[EncodedRecord]:
         """Yield each image's record, and beside it what no tensor says."""
-        for row, latents in zip(result.rows, result.latents, strict=True):
-            tensors = {
-                "latents": latents,
-                "time_ids": time_ids(row.width, row.height, row.crop, row.bucket),
-            }
-            yield EncodedRecord(row.key, header.encode(tensors), canonical_json(_sidecar(row)))
+        sizes = [time_ids(row.width, row.height, row.crop, row.bucket) for row in result.rows]
+        tensors = {"latents": result.latents, "time_ids": np.stack(sizes)}
+        for row, record in zip(result.rows, header.encode_batch(tensors), strict=True):
+            yield EncodedRecord(row.key, record, canonical_json(_sidecar(row)))
 
 
 def _sidecar(row: CatalogRow) -> dict[str, Any]:

@@ -259,20 +259,23 @@ class PredictionsContent:
     def encode(self, result: TeacherAnswer, header: RecordHeader) -> Iterator[EncodedRecord]:
         """Yield one record for each image, with the tensors that the layout has."""
         question, prediction = result.question, result.prediction()
-        is_full = any(place.name == "noise" for place in header.places)
-        height, width = (8 * size for size in prediction.shape[-2:])
-        for row, key in enumerate(question.keys):
-            tensors = {
-                "teacher_pred": prediction[row],
-                "timestep": question.timesteps[row : row + 1],
-                "seed": question.seeds[row : row + 1],
-                "resolution": torch.tensor([width, height], dtype=torch.int32),
+        num_records, _, height, width = prediction.shape
+        resolution = torch.tensor([8 * width, 8 * height], dtype=torch.int32)
+        tensors = {
+            "teacher_pred": prediction,
+            "timestep": question.timesteps[:, None],
+            "seed": question.seeds[:, None],
+            "resolution": resolution.expand(num_records, 2),
+        }
+        if header.recreates_noise:
+            digests = [tensor_digest(noise) for noise in question.noise.numpy()]
+        else:
+            digests = [None] * num_records
+            tensors |= {
+                "noise": question.noise,
+                "encoder_hidden_states": question.encoder_hidden_states,
+                "pooled_embeds": question.pooled_embeds,
             }
-            if is_full:
-                tensors |= {
-                    "noise": question.noise[row],
-                    "encoder_hidden_states": question.encoder_hidden_states[row],
-                    "pooled_embeds": question.pooled_embeds[row],
-                }
-            digest = None if is_full else tensor_digest(question.noise[row])
-            yield EncodedRecord(key, header.encode(tensors), noise_digest=digest)
+        records = header.encode_batch(tensors)
+        for key, record, digest in zip(question.keys, records, digests, strict=True):
+            yield EncodedRecord(key, record, noise_digest=digest)

@@ -7,7 +7,7 @@ of a shard share their header bytes: `RecordHeader`. See docs/format.md.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -24,6 +24,7 @@ from sdxl_distill.shards.safetensors_layout import (
     TensorPlace,
     build_header,
     dtype_of,
+    join_batches,
     join_tensors,
     parse_header,
 )
@@ -168,6 +169,10 @@ class RecordHeader:
     def encode(self, tensors: Mapping[str, AnyTensor]) -> bytes:
         """Return the bytes of one record; ValueError when a tensor is not as declared."""
         return join_tensors(self.content, self.places, tensors)
+
+    def encode_batch(self, tensors: Mapping[str, AnyTensor]) -> Iterator[bytes]:
+        """Yield the bytes of B records from their tensors [B, …]; ValueError as `encode`."""
+        return join_batches(self.content, self.places, tensors)
 
     def decode(self, record: bytearray) -> dict[str, torch.Tensor]:
         """Return the tensors of one record's bytes, which they share."""

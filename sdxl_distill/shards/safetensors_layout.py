@@ -8,7 +8,7 @@ The strict parser accepts exactly what the writer writes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
@@ -139,17 +139,33 @@ def join_tensors(
         ValueError: when a tensor is missing, unknown, or has another dtype or shape than its
             place: the caller's mistake, never the file's.
     """
+    (joined,) = join_batches(content, places, {name: t[None] for name, t in tensors.items()})
+    return joined
+
+
+def join_batches(
+    content: bytes, places: Sequence[TensorPlace], tensors: Mapping[str, AnyTensor]
+) -> Iterator[bytes]:
+    """Yield the bytes of B files that share a header, from their tensors [B, …].
+
+    What `join_tensors` looks at in every file is looked at once here.
+
+    Raises:
+        ValueError: as `join_tensors`, and when the tensors are not all of one length B.
+    """
     names = sorted(place.name for place in places)
     if sorted(tensors) != names:
         raise ValueError(f"tensors {sorted(tensors)}, expected {names}")
-    parts: list[bytes | memoryview] = [content]
+    rows: list[list[memoryview]] = []
     for place in places:
         tensor = tensors[place.name]
-        found = dtype_of(tensor), tuple(tensor.shape)
+        found = dtype_of(tensor), tuple(tensor.shape[1:])
         if found != (place.dtype, place.shape):
             raise ValueError(f"{place.name} is {found}, expected {(place.dtype, place.shape)}")
-        parts.append(byte_view(_contiguous(tensor)))
-    return b"".join(parts)
+        view, size = byte_view(_contiguous(tensor)), place.num_bytes
+        rows.append([view[row * size : (row + 1) * size] for row in range(len(tensor))])
+    for parts in zip(*rows, strict=True):
+        yield b"".join((content, *parts))
 
 
 def dtype_of(tensor: AnyTensor) -> str:

@@ -120,6 +120,28 @@ def test_tensors_that_are_not_as_declared_are_not_encoded(change: dict) -> None:
         header.encode(tensors | change)
 
 
+def test_a_batch_is_encoded_as_its_records_are_one_by_one() -> None:
+    header = RecordHeader.build(latents_schema(), 64, 96, FINGERPRINT)
+    generator = np.random.default_rng(0)
+    latents = generator.standard_normal((3, 4, 8, 12)).astype(np.float16)
+    time_ids = generator.integers(0, 2000, (3, 6)).astype(np.int32)
+    columns_first = torch.from_numpy(latents.copy()).transpose(2, 3)  # not contiguous
+    one_by_one = [
+        header.encode({"latents": columns_first[row], "time_ids": time_ids[row]})
+        for row in range(3)
+    ]
+    batch = {"latents": columns_first, "time_ids": time_ids}
+    assert list(header.encode_batch(batch)) == one_by_one
+    assert len(set(one_by_one)) == 3
+
+
+def test_a_batch_of_tensors_of_different_lengths_is_not_encoded() -> None:
+    header = RecordHeader.build(latents_schema(), 64, 64, FINGERPRINT)
+    batch = {"latents": np.zeros((3, 4, 8, 8), np.float16), "time_ids": np.zeros((2, 6), np.int32)}
+    with pytest.raises(ValueError, match="zip"):
+        list(header.encode_batch(batch))
+
+
 @pytest.mark.parametrize("schema", [SDXL_FULL, latents_schema(16), text_schema(77, 2048, 1280)])
 def test_a_schema_survives_json(schema: RecordSchema) -> None:
     assert RecordSchema.from_json(json.loads(json.dumps(schema.to_json())), "x") == schema
