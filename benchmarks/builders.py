@@ -1,7 +1,8 @@
 """Builders: predictions and latents per second against bare loops over tensors in memory.
 
 On the tiny family and one compute thread, which stands for a device beside the processor. Two
-processes on two cores have no core left to hide their work on: what is lost is all they do.
+processes on two cores have no core left to hide their work on: what is lost is all they do, and
+the two cores may be halves of one: then reading and writing slow the UNet down from beside it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from measuring.rounds import Sample, alternate, seconds, stopwatch
+from measuring.rounds import Sample, alternate, seconds, stopwatch, timed_calls
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
 from measuring.tiny_job import TinyJob, one_thread
 
+from sdxl_distill.build.latents import LatentsContent
+from sdxl_distill.build.predictions import PredictionsContent
 from sdxl_distill.catalog.image import fit_to_bucket, read_image, read_image_file
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.models.checkpoint import Checkpoint
@@ -30,8 +33,8 @@ from sdxl_distill.models.vae import encode_images, load_vae
 
 BATCH: Final = 8
 VAE_BATCH: Final = 4
-RECORDS_PER_SHARD: Final = 16
-"""Half a second of work, so that two processes end at nearly the same time."""
+RECORDS_PER_SHARD: Final = 64
+"""A quarter of the images, so that two processes have equal shares of them."""
 TARGET: Final = 0.95
 NUM_TOKENS: Final = 77
 
@@ -52,16 +55,19 @@ def measure(small: bool) -> Iterator[Row | Curve]:
 def _predictions(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row]:
     layouts = ("compact", "full")
     build_seconds: dict[str, float] = {}
+    model_shares: dict[str, list[float]] = {layout: [] for layout in layouts}
     contenders: dict[str, Callable[[], float]] = {"bare": seconds(_BareUnet(job, num_images))}
     for layout in layouts:
 
         def build(layout: str = layout) -> float:
             shutil.rmtree(job.root / "sets/predictions/teacher_a", ignore_errors=True)
-            with stopwatch() as elapsed:
+            with stopwatch() as elapsed, timed_calls(PredictionsContent, "compute") as computing:
                 built = job.build_predictions(job.builder(layout=layout, batch_size=BATCH))
                 build_seconds[layout] = elapsed()
-            assert built.predictions.summary.num_records == num_images
-            return built.predictions.summary.seconds
+            summary = built.predictions.summary
+            assert summary.num_records == num_images
+            model_shares[layout].append(computing() / summary.seconds)
+            return summary.seconds
 
         contenders[layout] = build
     found = alternate(contenders, num_rounds)
@@ -77,6 +83,13 @@ def _predictions(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row
             f"predictions/s, {layout}, 1 process, rate",
             found[layout].rate_of(num_images),
             "predictions/s",
+        )
+        yield Row.of(
+            f"predictions/s, {layout}, 1 process, share in which the UNet computes",
+            Sample(tuple(model_shares[layout])),
+            "of 1",
+            target=TARGET,
+            against="the seconds of the build: reading and writing are hidden behind the UNet",
         )
     begin = build_seconds["compact"] - found["compact"].values[-1]
     yield Row.of(
@@ -169,13 +182,15 @@ class _BareUnet:
 
 def _latents(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row]:
     whole_seconds: list[float] = []
+    model_shares: list[float] = []
 
     def build() -> float:
         shutil.rmtree(job.root / "fresh", ignore_errors=True)
-        with stopwatch() as elapsed:
+        with stopwatch() as elapsed, timed_calls(LatentsContent, "compute") as computing:
             built = job.build_latents("fresh").built
             whole_seconds.append(elapsed())
         assert built.summary.num_records == num_images
+        model_shares.append(computing() / built.summary.seconds)
         return built.summary.seconds
 
     found = alternate({"bare": seconds(_BareVae(job)), "build": build}, num_rounds)
@@ -185,6 +200,13 @@ def _latents(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row]:
         "×",
         target=TARGET,
         against=f"bare VAE loop, batches of {VAE_BATCH} decoded images in memory",
+    )
+    yield Row.of(
+        "latents/s, 1 process, share in which the VAE computes",
+        Sample(tuple(model_shares)),
+        "of 1",
+        target=TARGET,
+        against="the seconds of the build: decoding, reading and writing are hidden behind the VAE",
     )
     yield Row.of("latents/s, rate", found["build"].rate_of(num_images), "latents/s")
     yield Row.of(

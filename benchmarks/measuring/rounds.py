@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+from unittest import mock
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,19 @@ def stopwatch() -> Iterator[Callable[[], float]]:
     """Give a function that tells the seconds since the block began."""
     start = time.perf_counter()
     yield lambda: time.perf_counter() - start
+
+
+@contextmanager
+def timed_calls(owner: type, name: str) -> Iterator[Callable[[], float]]:
+    """Give a function that tells the seconds spent in a method since the block began."""
+    method, spent = getattr(owner, name), [0.0]
+
+    @wraps(method)
+    def timed(*arguments: Any, **options: Any) -> Any:
+        with stopwatch() as elapsed:
+            result = method(*arguments, **options)
+            spent[0] += elapsed()
+        return result
+
+    with mock.patch.object(owner, name, timed):
+        yield lambda: spent[0]
