@@ -33,7 +33,8 @@ from sdxl_distill.train.session import load_student, make_accelerator, open_stre
 from sdxl_distill.train.trainer import Trainer
 
 NUM_TEACHERS: Final = 3
-BATCH: Final = 4
+BATCHES: Final = (4, 8)
+IMAGES_PER_RUN: Final = 96
 NUM_TOKENS: Final = 77
 STEP_TARGET: Final = 1.05
 SHARE_TARGET: Final = 0.01
@@ -42,20 +43,27 @@ CPU: Final = torch.device("cpu")
 
 def measure(small: bool) -> Iterator[Row | Curve]:
     """Time steps with and without the average; wait, logging, checkpoints and average apart."""
-    num_images, num_steps, num_rounds = (16, 3, 1) if small else (96, 25, 5)
+    num_images, num_rounds = (16, 1) if small else (96, 4)
     with scratch_folder() as folder, one_thread():
         job = TinyJob(folder, side_px=64 if small else 256)
         job.prepare(num_images, NUM_TEACHERS)
         job.build_latents()
         for teacher_id in ("teacher_a", "teacher_b", "teacher_c"):
             job.build_predictions(job.builder(teacher_id))
-        plain, averaging = (_Runs(job, num_steps, use_ema=use_ema) for use_ema in (False, True))
-        found = alternate(
-            {"bare": seconds(_BareLoop(job, num_steps)), "plain": plain, "averaging": averaging},
-            num_rounds,
-        )
+        for batch_size in (2,) if small else BATCHES:
+            num_steps = 3 if small else IMAGES_PER_RUN // batch_size
+            yield from _steps(job, batch_size, num_steps, num_rounds)
+
+
+def _steps(job: TinyJob, batch_size: int, num_steps: int, num_rounds: int) -> Iterator[Row]:
+    plain, averaging = (
+        _Runs(job, batch_size, num_steps, use_ema=use_ema) for use_ema in (False, True)
+    )
+    bare = seconds(_BareLoop(job, batch_size, num_steps))
+    found = alternate({"bare": bare, "plain": plain, "averaging": averaging}, num_rounds)
+    batch = f"batch of {batch_size}"
     yield Row.of(
-        "step of the trainer, without the average",
+        f"step of the trainer, {batch}, without the average",
         found["plain"].over(found["bare"]),
         "×",
         better="lower",
@@ -63,20 +71,20 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         against="bare forward + backward + clipping + AdamW on one batch in memory",
     )
     yield Row.of(
-        "step of the trainer, with the average",
+        f"step of the trainer, {batch}, with the average",
         found["averaging"].over(found["bare"]),
         "×",
         better="lower",
         against="the same bare loop, which keeps no average",
     )
-    yield Row.of("step", averaging.share("step", num_steps), "s", better="lower")
+    yield Row.of(f"step, {batch}", averaging.share("step", num_steps), "s", better="lower")
     for name, meaning, target in (
         ("wait", "waiting for data", SHARE_TARGET),
         ("log", "logging", SHARE_TARGET),
         ("average", "the average", None),
     ):
         yield Row.of(
-            f"share of the step: {meaning}",
+            f"share of the step, {batch}: {meaning}",
             averaging.share(name),
             "of 1",
             better="lower",
@@ -84,7 +92,7 @@ def measure(small: bool) -> Iterator[Row | Curve]:
             against="all steps of a run",
         )
     yield Row.of(
-        "checkpoint stall",
+        f"checkpoint stall, {batch}",
         Sample(tuple(averaging.spent["save"])),
         "s",
         better="lower",
@@ -99,10 +107,10 @@ class _Runs:
         spent: what → its seconds, one for each run.
     """
 
-    def __init__(self, job: TinyJob, num_steps: int, *, use_ema: bool) -> None:
+    def __init__(self, job: TinyJob, batch_size: int, num_steps: int, *, use_ema: bool) -> None:
         self._job = job
         config = job.distill(
-            NUM_TEACHERS, batch_size=BATCH, num_steps=num_steps, validation={"fraction": 0.0}
+            NUM_TEACHERS, batch_size=batch_size, num_steps=num_steps, validation={"fraction": 0.0}
         )
         student = config.student.model_copy(update={"use_ema": use_ema})
         self._config = config.model_copy(update={"student": student})
@@ -173,13 +181,13 @@ def _trainer(config: DistillConfig) -> Iterator[Trainer]:
 class _BareLoop:
     """As little as training can be."""
 
-    def __init__(self, job: TinyJob, num_steps: int) -> None:
+    def __init__(self, job: TinyJob, batch_size: int, num_steps: int) -> None:
         config = job.distill(NUM_TEACHERS)
         checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
         self._student = load_student(config, checkpoint, CPU)
         self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-4)
         size = (job.side_px, job.side_px)
-        asked = UnetInput.zeros(unet_geometry(checkpoint), BATCH, size, NUM_TOKENS)
+        asked = UnetInput.zeros(unet_geometry(checkpoint), batch_size, size, NUM_TOKENS)
         generator = torch.Generator().manual_seed(0)
         latents, self._target = (
             torch.randn(asked.latents.shape, generator=generator) for _ in range(2)

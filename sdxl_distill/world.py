@@ -33,6 +33,11 @@ class World:
         """Whether this process speaks for its launch: prints, scans, writes logs."""
         return self.rank == 0
 
+    @property
+    def num_cores(self) -> int:
+        """This process's share of the processor cores of its node, at least 1."""
+        return max(1, (os.cpu_count() or 1) // self.local_size)
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as torchrun sets them.

@@ -20,6 +20,12 @@ def test_torchruns_variables_are_read() -> None:
     assert not world.is_main
 
 
+def test_the_processes_of_a_node_share_its_cores(monkeypatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert World(5, 8, 1, 4).num_cores == 3
+    assert World(5, 32, 1, 16).num_cores == 1
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}, {"RANK": "one"}, {"WORLD_SIZE": ""}],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -233,7 +232,6 @@ def _content(config: BuilderConfig, plan: LatentsPlan, launch: Launch) -> Latent
     device = resolve_device(config.device, launch.world.local_rank)
     allow_tf32(config.tf32)
     vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
-    cores = (os.cpu_count() or 1) // launch.world.local_size
     return LatentsContent(
         plan,
         ImageReader(
@@ -241,7 +239,7 @@ def _content(config: BuilderConfig, plan: LatentsPlan, launch: Launch) -> Latent
         ),
         partial(encode_images, vae),
         settings.batch_size,
-        num_threads=max(1, min(cores, _MAX_DECODERS)),
+        num_threads=min(launch.world.num_cores, _MAX_DECODERS),
     )
 
 

@@ -86,8 +86,9 @@ class DistillDataSection(Section):
     lanes: Count | None = None
     """Fixed slices of the records that ranks own; must divide the global batch and be divided by
     the number of processes. Null takes the global batch's largest divisor up to 64."""
-    reader_threads: Count = 4
-    """Threads of one process that read shards."""
+    reader_threads: Count | None = None
+    """Threads of one process that read shards. Null takes 1 to 4, and leaves one of the process's
+    share of the processor cores to the training: more would only get in its way."""
     prefetch_batches: Count = 4
     """Batches, each a share of one step, that a process reads ahead."""
 

@@ -38,6 +38,7 @@ from sdxl_distill.world import World
 # The ranks wait for one of them to write a checkpoint, which may be large and its disk slow.
 _COLLECTIVE_TIMEOUT: Final = timedelta(hours=2)
 _MAX_VIEWS_OF_A_DRAW: Final = 8
+_MAX_USUAL_READERS: Final = 4
 
 _log = logging.getLogger(__name__)
 
@@ -169,10 +170,14 @@ def _stream(
         on_missing=config.data.on_missing,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        num_threads=config.data.reader_threads,
+        num_threads=config.data.reader_threads or _usual_reader_threads(),
         prefetch=config.data.prefetch_batches,
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def _usual_reader_threads() -> int:
+    return min(_MAX_USUAL_READERS, max(1, World.from_environment().num_cores - 1))
 
 
 def load_student(
