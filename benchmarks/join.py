@@ -6,16 +6,20 @@ per image, 0.84 MB. Digests are always on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Final
 
+from measuring.read_calls import ReadCalls
 from measuring.rounds import Sample, alternate, seconds
 from measuring.row import Curve, Row
 from measuring.scratch import read_all, read_buffer, scratch_folder
 from measuring.script import run_alone
 from measuring.sets import SetFolders, forget_cached_pages, write_sets
 
+from sdxl_distill.core.noise import noise
 from sdxl_distill.shards.record import Layout
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
@@ -32,13 +36,15 @@ FIGURE_THREADS: Final = "Joining three teachers, threads"
 READING: Final = """
 The raw read has two rates, and the target is judged against both. malloc puts large memory 16
 bytes behind the begin of a page, where the kernel's copy was measured at half the speed or less on
-this processor; batches are laid out to avoid that (`stream/batch_memory.py`). Where only the slow
-one of the two is beaten, the target is not met in earnest: the join copies half of the bytes, but
-an image also takes four calls of the system, seven digests and about 30 µs of Python. From a hot
+this processor; batches are laid out to avoid that (`stream/batch_memory.py`). The faster of the
+two is out of reach: it reads all bytes into 4 MiB that stay in the processor's cache, a join writes
+into two batches, and its bare read calls, without order, digests or checks, are the row "read
+calls alone". What the join adds to them is seven digests and some 35 µs of Python an image. From a hot
 cache reader threads add little, since each holds the interpreter for too short a time to be worth
 the hand-over; from a disk they do help. Layout `compact` is bound by noise that is drawn anew,
-about 0.8 ms for an image and thread, hot or cold: more than a disk needs, and far less than a UNet
-needs.
+about 0.8 ms for an image and thread, hot or cold: more than a fast disk needs, and far less than a
+UNet needs. It grows with the cores; "of drawing the noise alone" says how near the join comes,
+whose reads from the disk need their share of the same cores.
 """
 
 
@@ -89,6 +95,7 @@ class _JoinBench:
                 {
                     "raw": lambda files=files: read_all(files, self._usual_buffer),
                     "aligned": lambda files=files: read_all(files, self._aligned_buffer),
+                    "calls": ReadCalls(self._folders, num_teachers, BATCH, self._stack),
                     "join": self._reading(num_teachers, 0),
                 }
             )
@@ -109,6 +116,13 @@ class _JoinBench:
                 target=HOT_TARGET if is_target else None,
                 against="the same into page-aligned memory",
             )
+            if self._layout == "full":
+                yield Row.of(
+                    f"{what}: read calls alone against raw read, page-aligned",
+                    found["aligned"].over(found["calls"]),
+                    "×",
+                    against="the limit of any join that copies: no digest, no order, no checks",
+                )
             yield Row.of(
                 f"{what}: images/s", found["join"].rate_of(self._folders.num_records), "images/s"
             )
@@ -140,6 +154,8 @@ class _JoinBench:
             "raw": lambda: read_all(files, self._aligned_buffer)
         }
         contenders |= {str(each): self._reading(3, each) for each in NUM_THREADS}
+        if self._layout == "compact":
+            contenders["noise"] = self._draw_noise
         found = self._alternate(contenders, before=lambda: forget_cached_pages(files))
         share = self._needed_bytes(3) / sum(path.stat().st_size for path in files)
         for num_threads in NUM_THREADS:
@@ -159,6 +175,21 @@ class _JoinBench:
                 target=COLD_TARGET if num_threads == max(NUM_THREADS) else None,
                 against="bytes that the join needs against all bytes",
             )
+
+        if self._layout == "compact":
+            best = min((found[str(each)] for each in NUM_THREADS), key=lambda each: each.median)
+            yield Row.of(
+                "compact, teachers: 3, cold, of drawing the noise alone",
+                found["noise"].over(best),
+                "×",
+                against="as many threads as cores that draw noise and read nothing: the limit",
+            )
+
+    def _draw_noise(self) -> None:
+        side_px, seeds = self._folders.side_px, range(self._folders.num_records)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            draws = pool.map(lambda seed: noise(seed, side_px, side_px), seeds)
+            assert sum(1 for _ in draws) == self._folders.num_records
 
     def _needed_bytes(self, num_teachers: int) -> int:
         """Return the bytes of the tensors that a join reads: shared ones once."""

@@ -53,12 +53,14 @@ class SetFolders:
         teachers: folders of the predictions sets.
         text: folder of the text set; None in layout `full`.
         num_records: of each set.
+        side_px: of the one bucket.
     """
 
     latents: Path
     teachers: tuple[Path, ...]
     text: Path | None
     num_records: int
+    side_px: int
 
     def sets(self, num_teachers: int) -> list[Path]:
         """Return the folders that a join of the first teachers reads."""
@@ -96,7 +98,7 @@ def write_sets(
         each.finish()
     folders = [each.folder.path for each in followers]
     text = folders.pop(0) if layout == "compact" else None
-    return SetFolders(latents.folder.path, tuple(folders), text, num_records)
+    return SetFolders(latents.folder.path, tuple(folders), text, num_records, side_px)
 
 
 def random_record(header: RecordHeader, number: int) -> Tensors:
