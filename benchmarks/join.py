@@ -34,12 +34,12 @@ FIGURE_THREADS: Final = "Joining three teachers, threads"
 
 
 READING: Final = """
-The raw read has two rates, and the target is judged against both. malloc puts large memory 16
-bytes behind the begin of a page, where the kernel's copy was measured at half the speed or less on
-this processor; batches are laid out to avoid that (`stream/batch_memory.py`). The faster of the
-two is out of reach: it reads all bytes into 4 MiB that stay in the processor's cache, a join writes
-into two batches, and its bare read calls, without order, digests or checks, are the row "read
-calls alone". What the join adds to them is seven digests and some 35 µs of Python an image. From a hot
+The raw read has two rates, and the target is judged against both. malloc puts large memory 16 bytes
+behind the begin of a page, where the kernel's copy was measured at half the speed or less on this
+processor; batches are laid out to avoid that (`stream/batch_memory.py`). The faster of the two is
+out of reach: it reads all bytes into 4 MiB that stay in the processor's cache, a join writes into
+two batches, and its bare read calls, without order, digests or checks, are the row "read calls
+alone". What the join adds to them is seven digests and some 35 µs of Python an image. From a hot
 cache reader threads add little, since each holds the interpreter for too short a time to be worth
 the hand-over; from a disk they do help. Layout `compact` is bound by noise that is drawn anew,
 about 0.8 ms for an image and thread, hot or cold: more than a fast disk needs, and far less than a

@@ -174,7 +174,7 @@ class RecordHeader:
         """Yield the bytes of B records from their tensors [B, …]; ValueError as `encode`."""
         return join_batches(self.content, self.places, tensors)
 
-    def decode(self, record: bytearray) -> dict[str, torch.Tensor]:
+    def decode(self, record: bytearray | memoryview) -> dict[str, torch.Tensor]:
         """Return the tensors of one record's bytes, which they share."""
         tensors: dict[str, torch.Tensor] = {}
         for place in self.places:

@@ -6,7 +6,10 @@ What is wrong is collected, not raised, and the check goes on as far as the dama
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory
@@ -117,18 +120,34 @@ def _check_content(
     stored: ShardIndex | None,
     findings: FindingList,
 ) -> ShardIndex | None:
-    """Read the tar strictly and every record by index; return the index that counts."""
+    """Read the tar strictly, and by index where it is not what it should be.
+
+    Returns:
+        The index that counts; None when there is none.
+    """
     computed: ShardIndex | None = None
+    wrong: list[tuple[str, CorruptError]] = []
     with findings.collecting():
         source = _source_sha256(descriptor, name, entry, stored)
-        computed = index_of_tar(descriptor, name, _header(record, name, source))
+        header = _header(record, name, source)
+
+        def look(image_id: str, content: memoryview, sidecar: bytes) -> None:
+            errors = _wrong_content(record, name, image_id, header.decode(content), sidecar)
+            wrong.extend((name.key(image_id), error) for error in errors)
+
+        computed = index_of_tar(descriptor, name, header, look)
     index = stored or computed
     if index is None:
         return None
+    if computed is not None and computed.digest == index.digest:
+        for key, error in wrong:
+            findings.add(error, key)
+        return index
+    # Something is damaged: the index tells which records are.
     num_before = len(findings)
     _check_records(descriptor, record, index, findings)
     is_explained = len(findings) > num_before
-    if computed is not None and computed.digest != index.digest and not is_explained:
+    if computed is not None and not is_explained:
         findings.add(
             CorruptError(
                 f"the index is not that of the tar, whose SHA-256 is {computed.tar_sha256[:12]}…",
@@ -142,17 +161,30 @@ def _check_content(
 def _check_records(
     descriptor: int, record: SetRecord, index: ShardIndex, findings: FindingList
 ) -> None:
-    name = index.name
     reader = ShardReader(os.dup(descriptor), index, diagnose=lambda error: error)
     for number in range(index.num_records):
-        key = index.key(number)
-        place = RecordPlace(index.image_id(number), name.width, name.height, name.draw)
+        key, image_id = index.key(number), index.image_id(number)
         with findings.collecting(key):
-            tensors = reader.read_record(number)
-            for error in wrong_values(tensors, place, record.noise, ACTION):
+            tensors, sidecar = reader.read_record(number), reader.read_sidecar(number)
+            for error in _wrong_content(record, index.name, image_id, tensors, sidecar):
                 findings.add(error, key)
-            if record.kind == "latents":
-                check_sidecar(reader.read_sidecar(number), ACTION)
+
+
+def _wrong_content(
+    record: SetRecord,
+    name: ShardName,
+    image_id: str,
+    tensors: Mapping[str, torch.Tensor],
+    sidecar: bytes,
+) -> Iterator[CorruptError]:
+    """Yield what is wrong with a record whose bytes are those of its digests."""
+    place = RecordPlace(image_id, name.width, name.height, name.draw)
+    yield from wrong_values(tensors, place, record.noise, ACTION)
+    if record.kind == "latents":
+        try:
+            check_sidecar(sidecar, ACTION)
+        except CorruptError as error:
+            yield error
 
 
 def _source_sha256(

@@ -7,7 +7,7 @@ publishes this index, never his own (docs/decisions/0002-create-only-publication
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -104,13 +104,20 @@ class IndexRows:
         )
 
 
-def index_of_tar(descriptor: int, name: ShardName, header: RecordHeader) -> ShardIndex:
+Look = Callable[[str, memoryview, bytes], None]
+"""Called with image id, bytes and sidecar of a record; the bytes change after the call."""
+
+
+def index_of_tar(
+    descriptor: int, name: ShardName, header: RecordHeader, look: Look | None = None
+) -> ShardIndex:
     """Return the index of a tar: of its bytes alone, but for the header of an empty tar.
 
     Args:
         descriptor: of the tar, open for reading.
         name: that the tar has or shall have; its members are checked against it.
         header: that its records must have, byte for byte; `header_of_tar` tells what they have.
+        look: at each record while it is in memory.
 
     Raises:
         CorruptError: at the first byte that is not as our writer writes it, or when the records
@@ -128,6 +135,8 @@ def index_of_tar(descriptor: int, name: ShardName, header: RecordHeader) -> Shar
             raise _corrupt(name, f"{member.name} has another header", _spell(header))
         content = b"" if sidecar is None else _read_sidecar(descriptor, sidecar, name)
         rows.add(image_id, record, content, recreated_noise_digest(header, name, record))
+        if look is not None:
+            look(image_id, record, content)
     return rows.index(sha256_of(descriptor, num_bytes, name.tar))
 
 
