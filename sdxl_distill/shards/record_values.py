@@ -23,9 +23,9 @@ from sdxl_distill.shards.set_record import NoiseRecipe
 _MAX_SEED = 1 << 32
 # Bits of the positive and, read as unsigned, of the negative infinity.
 _INFINITY_BITS = {
-    torch.float16: (np.int16, 0x7C00, 0xFC00),
-    torch.bfloat16: (np.int16, 0x7F80, 0xFF80),
-    torch.float32: (np.int32, 0x7F80_0000, 0xFF80_0000),
+    torch.float16: ((np.int16, np.uint16), 0x7C00, 0xFC00),
+    torch.bfloat16: ((np.int16, np.uint16), 0x7F80, 0xFF80),
+    torch.float32: ((np.int32, np.uint32), 0x7F80_0000, 0xFF80_0000),
 }
 
 
@@ -94,12 +94,12 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     The bits of numbers of one sign grow with their magnitude, and infinity and NaN are the
     largest. Read as signed integers positive numbers come last, read as unsigned ones negative.
     """
-    integer, positive, negative = _INFINITY_BITS[tensor.dtype]
-    bits = np.frombuffer(byte_view(tensor.contiguous()), integer)
-    if not bits.size:
+    integers, positive, negative = _INFINITY_BITS[tensor.dtype]
+    content = byte_view(tensor.contiguous())
+    if not content:
         return True
-    unsigned = bits.view(f"u{bits.itemsize}")
-    return int(bits.max()) < positive and int(unsigned.max()) < negative
+    signed, unsigned = (np.frombuffer(content, each) for each in integers)
+    return int(signed.max()) < positive and int(unsigned.max()) < negative
 
 
 def _wrong_draw(
