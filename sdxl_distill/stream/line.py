@@ -47,8 +47,8 @@ class Lines:
         self._lap_key = derive(seed, Purpose.LAP)
         shard_keys = derive(seed, Purpose.SHARD, codes)
         self._steady = [
-            _steady_line(table, bucket, shard_keys[bucket : bucket + 1])
-            for bucket in range(len(table.buckets))
+            _steady_line(table, rows, shard_keys[bucket : bucket + 1])
+            for bucket, rows in enumerate(_rows_by_bucket(table))
         ]
         self.num_records: Int64s = np.array(
             [line.ends[-1] if line.ends.size else 0 for line in self._steady], dtype=np.int64
@@ -104,14 +104,21 @@ class Lines:
         middle = steady.ends - count + count // 2
         home = middle * self._lanes // self.num_records[bucket]
         number = self._table.number[steady.rows]
-        order = np.lexsort(
-            (derive(self._lap_key, self._codes[bucket : bucket + 1], lap, number), home)
-        )
+        # Hashes differ from one another; what sorts them need not be stable, only what follows.
+        order = np.argsort(derive(self._lap_key, self._codes[bucket : bucket + 1], lap, number))
+        short = home.astype(np.min_scalar_type(self._lanes))
+        order = order[np.argsort(short[order], kind="stable")]
         return Line(steady.rows[order], np.cumsum(count[order]))
 
 
-def _steady_line(table: ShardTable, bucket: int, key: UInt64s) -> Line:
+def _rows_by_bucket(table: ShardTable) -> list[NDArray[np.int32]]:
+    """Return the rows of each bucket whose shards have a record, in one pass over the table."""
+    rows = table.by_bucket().astype(np.int32)
+    sizes = np.bincount(table.bucket, minlength=len(table.buckets))
+    return [own[table.count[own] > 0] for own in np.split(rows, np.cumsum(sizes)[:-1])]
+
+
+def _steady_line(table: ShardTable, rows: NDArray[np.int32], key: UInt64s) -> Line:
     """Sort the shards by a hash of their number: new ones fall in between, old ones keep order."""
-    rows = np.flatnonzero((table.bucket == bucket) & (table.count > 0)).astype(np.int32)
     rows = rows[np.argsort(derive(key, table.number[rows]))]
     return Line(rows, np.cumsum(table.count[rows]))

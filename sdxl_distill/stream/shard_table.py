@@ -13,6 +13,8 @@ from sdxl_distill.errors import ConfigError
 from sdxl_distill.stream.permutation import Int64s
 
 _WHERE = "shard table"
+_NUMBER_BITS = 40
+_MAX_BUCKETS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,12 @@ class ShardTable:
                 expected=f"less than {len(self.buckets)}",
                 where=_WHERE,
             )
+        if self.number.max(initial=0) >> _NUMBER_BITS:
+            raise ConfigError(
+                f"shard number {self.number.max()}",
+                expected=f"less than {1 << _NUMBER_BITS}",
+                where=_WHERE,
+            )
         self._check_unique()
 
     @classmethod
@@ -78,14 +86,21 @@ class ShardTable:
     def __len__(self) -> int:
         return self.bucket.size
 
+    def by_bucket(self) -> Int64s:
+        """Return the rows bucket by bucket, in their own order within each; [S]."""
+        bits16 = self.bucket.astype(np.uint16)  # numpy sorts these in linear time
+        return np.argsort(bits16, kind="stable")
+
     def _check_unique(self) -> None:
-        order = np.lexsort((self.number, self.bucket))
-        bucket, number = self.bucket[order], self.number[order]
-        twice = np.flatnonzero((np.diff(bucket) == 0) & (np.diff(number) == 0))
+        names = (self.bucket << _NUMBER_BITS | self.number)[self.by_bucket()]
+        if not (names[1:] > names[:-1]).all():  # numbers are mostly in order already
+            names.sort()
+        twice = names[1:][names[1:] == names[:-1]]
         if twice.size:
-            width, height = self.buckets[bucket[twice[0]]]
+            bucket, number = divmod(int(twice[0]), 1 << _NUMBER_BITS)
+            width, height = self.buckets[bucket]
             raise ConfigError(
-                f"shard {number[twice[0]]} of bucket {width}x{height} is there twice",
+                f"shard {number} of bucket {width}x{height} is there twice",
                 expected="each shard once",
                 where=_WHERE,
             )
@@ -110,6 +125,10 @@ def _column(name: str, values: ArrayLike) -> Int64s:
 
 
 def _check_buckets(buckets: tuple[tuple[int, int], ...]) -> None:
+    if len(buckets) > _MAX_BUCKETS:
+        raise ConfigError(
+            f"{len(buckets)} buckets", expected=f"at most {_MAX_BUCKETS}", where=_WHERE
+        )
     ascending = all(left < right for left, right in pairwise(buckets))
     in_range = all(0 < side < 2**31 for bucket in buckets for side in bucket)
     if not (ascending and in_range):

@@ -39,7 +39,13 @@ def test_columns_are_int64_copies_that_cannot_be_written() -> None:
         ([(512, 512, 0, -1, 1)], "first holds -1"),
         ([(512, 512, -1, 0, 1)], "number holds -1"),
         ([(0, 512, 0, 0, 1)], "buckets"),
+        ([(512, 512, 1 << 40, 0, 1)], "number 1099511627776"),
+        ([(side, side, 0, 0, 1) for side in range(1, 65_538)], "65537 buckets"),
         ([(512, 512, 7, 0, 1), (512, 512, 7, 3, 1)], "shard 7 of bucket 512x512 is there twice"),
+        (
+            [(512, 512, 7, 0, 1), (64, 64, 7, 0, 1), (512, 512, 3, 0, 1), (512, 512, 7, 0, 1)],
+            "shard 7 of bucket 512x512 is there twice",
+        ),
     ],
 )
 def test_a_bad_row_is_refused(rows: list[tuple[int, int, int, int, int]], message: str) -> None:
