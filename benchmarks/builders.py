@@ -20,12 +20,13 @@ from measuring.rounds import Sample, alternate, seconds, stopwatch, timed_calls
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
-from measuring.tiny_job import TinyJob, one_thread
+from measuring.tiny_job import TinyJob
 
 from sdxl_distill.build.latents import LatentsContent
 from sdxl_distill.build.predictions import PredictionsContent
 from sdxl_distill.catalog.image import fit_to_bucket, read_image, read_image_file
 from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.demo.family import one_thread
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.memory import UnetInput
 from sdxl_distill.models.unet import load_unet, predict, unet_geometry

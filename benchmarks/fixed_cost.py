@@ -17,9 +17,10 @@ from measuring.row import Curve, Row
 from measuring.scratch import read_all, read_buffer, scratch_folder
 from measuring.script import run_alone
 from measuring.sets import write_sets
-from measuring.tiny_job import TinyJob, one_thread
+from measuring.tiny_job import TinyJob
 
 from sdxl_distill.core.noise import noise
+from sdxl_distill.demo.family import one_thread
 from sdxl_distill.shards.verify import verify_set
 
 ROOT: Final = Path(__file__).parents[1]

@@ -19,10 +19,11 @@ from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
 from measuring.sets import write_sets
-from measuring.tiny_job import TinyJob, one_thread
+from measuring.tiny_job import TinyJob
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.demo.family import one_thread
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.memory import UnetInput, counted_memory, prediction_memory
 from sdxl_distill.models.unet import unet_geometry

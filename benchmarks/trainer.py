@@ -21,10 +21,11 @@ from measuring.rounds import Sample, alternate, seconds
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
-from measuring.tiny_job import TinyJob, one_thread, quiet
+from measuring.tiny_job import TinyJob, quiet
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.ema import Ema
+from sdxl_distill.demo.family import one_thread
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.memory import UnetInput
 from sdxl_distill.models.unet import predict, unet_geometry

@@ -38,6 +38,16 @@ def distill_cache(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family)
     return build_distill_cache(tmp_path_factory.mktemp("cache"), tiny_family)
 
 
+@pytest.fixture(scope="session")
+def trained_run(distill_cache: DistillCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps from that cache; what a test adds is its own affair."""
+    from sdxl_distill.train.session import train
+
+    folder = tmp_path_factory.mktemp("run")
+    train(distill_cache.config(folder, "training.num_steps=4"))
+    return folder
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none."""
     if not torch.cuda.is_available():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from sdxl_distill.build.latents_set import BuiltLatents, build_latents_set
@@ -139,17 +138,6 @@ class TinyJob:
         """Build a teacher's predictions set."""
         with quiet():
             return build_predictions_set(config, Launch(World()))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread, as a device beside the processor would."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 @contextmanager

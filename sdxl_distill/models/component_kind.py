@@ -7,7 +7,7 @@ which a builder that finds everything done need not spend.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ _CLIP_DEFAULTS: Final[Mapping[str, Any]] = {
     "max_position_embeddings": 77,
     "vocab_size": 49408,
 }
-_CLIP_LEGACY_NAMES: Final = frozenset({"embeddings.position_ids"})
 
 UNET: Final = ComponentKind(
     name="unet",
@@ -171,14 +170,11 @@ TEXT_ENCODER: Final = ComponentKind(
     weights_stem="model",
     defaults=_CLIP_DEFAULTS,
     prefix="text_model.",
-    legacy_names=_CLIP_LEGACY_NAMES,
+    legacy_names=frozenset({"embeddings.position_ids"}),
 )
-TEXT_ENCODER_2: Final = ComponentKind(
+TEXT_ENCODER_2: Final = replace(
+    TEXT_ENCODER,
     name="text_encoder_2",
     class_name="CLIPTextModelWithProjection",
     build=_build_text_encoder_2,
-    weights_stem="model",
-    defaults=_CLIP_DEFAULTS,
-    prefix="text_model.",
-    legacy_names=_CLIP_LEGACY_NAMES,
 )

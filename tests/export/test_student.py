@@ -26,17 +26,9 @@ from sdxl_distill.world import World
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 
 
-@pytest.fixture(scope="module")
-def run(distill_cache: DistillCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four steps; read only."""
-    folder = tmp_path_factory.mktemp("run")
-    train(distill_cache.config(folder, "training.num_steps=4"))
-    return folder
-
-
 @pytest.fixture
-def config(distill_cache: DistillCache, run: Path) -> DistillConfig:
-    return distill_cache.config(run, "export.dtype=fp32")
+def config(distill_cache: DistillCache, trained_run: Path) -> DistillConfig:
+    return distill_cache.config(trained_run, "export.dtype=fp32")
 
 
 def pipeline_of(folder: Path) -> StableDiffusionXLPipeline:
@@ -68,9 +60,9 @@ def test_diffusers_loads_the_folder_and_samples(
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_the_unet_holds_the_chosen_weights_in_the_chosen_dtype(
-    distill_cache: DistillCache, run: Path, tmp_path: Path, weights: str, dtype: str
+    distill_cache: DistillCache, trained_run: Path, tmp_path: Path, weights: str, dtype: str
 ) -> None:
-    config = distill_cache.config(run, f"export.dtype={dtype}")
+    config = distill_cache.config(trained_run, f"export.dtype={dtype}")
     folder = export_student(config, weights=weights, destination=tmp_path / "export")
     unet = pipeline_of(folder).unet
     _, saved = RunFolder.of(config).checkpoints().load_latest()
@@ -99,7 +91,7 @@ def test_all_else_is_the_base_s(config: DistillConfig, tmp_path: Path, tiny_fami
 
 
 def test_text_encoders_are_those_that_the_student_was_conditioned_on(
-    distill_cache: DistillCache, run: Path, tmp_path: Path, tiny_family: Family
+    distill_cache: DistillCache, trained_run: Path, tmp_path: Path, tiny_family: Family
 ) -> None:
     other = shutil.copytree(tiny_family.base, tmp_path / "other")
     pipeline = pipeline_of(other)
@@ -107,7 +99,9 @@ def test_text_encoders_are_those_that_the_student_was_conditioned_on(
         for weight in pipeline.text_encoder.parameters():
             weight.mul_(2)
     pipeline.text_encoder.save_pretrained(other / "text_encoder")
-    config = distill_cache.config(run, f"student.text_encoder_id={other}", "export.dtype=fp32")
+    config = distill_cache.config(
+        trained_run, f"student.text_encoder_id={other}", "export.dtype=fp32"
+    )
     exported = Checkpoint.resolve(str(export_student(config, destination=tmp_path / "export")))
     assert exported.text_fingerprint() == Checkpoint.resolve(str(other)).text_fingerprint()
     assert (
@@ -154,10 +148,10 @@ def test_an_older_checkpoint_can_be_exported(config: DistillConfig, tmp_path: Pa
 
 
 def test_what_cannot_be_exported_says_why(
-    distill_cache: DistillCache, run: Path, tmp_path: Path, tiny_family: Family
+    distill_cache: DistillCache, trained_run: Path, tmp_path: Path, tiny_family: Family
 ) -> None:
     teacher = tiny_family.teachers[0]
-    other = distill_cache.config(run, f"student.checkpoint_path={teacher}")
+    other = distill_cache.config(trained_run, f"student.checkpoint_path={teacher}")
     with pytest.raises(IncompatibleError, match="started from other weights"):
         export_student(other, destination=tmp_path / "export")
     with pytest.raises(ConfigError, match="there is no checkpoint"):

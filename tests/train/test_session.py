@@ -55,24 +55,18 @@ def student(tiny_family: Family, tmp_path: Path) -> Callable[[str, dict[str, obj
     return make
 
 
-@pytest.fixture(scope="module")
-def run(distill_cache: DistillCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four steps that tests resume; read only."""
-    folder = tmp_path_factory.mktemp("run")
-    train(distill_cache.config(folder, "training.num_steps=4"))
-    return folder
-
-
 @pytest.fixture
-def resumable(run: Path, tmp_path: Path) -> Path:
+def resumable(trained_run: Path, tmp_path: Path) -> Path:
     """A copy of that run."""
-    return shutil.copytree(run, tmp_path / "resumable")
+    return shutil.copytree(trained_run, tmp_path / "resumable")
 
 
-def test_the_run_folder_says_what_went_into_it(distill_cache: DistillCache, run: Path) -> None:
-    resolved = json.loads((run / "runs" / "run" / "config.json").read_text())
+def test_the_run_folder_says_what_went_into_it(
+    distill_cache: DistillCache, trained_run: Path
+) -> None:
+    resolved = json.loads((trained_run / "runs" / "run" / "config.json").read_text())
     assert DistillConfig.model_validate(resolved).training.num_steps == 4
-    fingerprints = json.loads((run / "runs" / "run" / "fingerprints.json").read_text())
+    fingerprints = json.loads((trained_run / "runs" / "run" / "fingerprints.json").read_text())
     with distill_cache.teachers() as teachers:
         expected = {each.id: each.manifest.record.fingerprint for each in teachers}
     assert expected.items() <= fingerprints["sets"].items()
@@ -86,9 +80,9 @@ def test_latest_starts_a_run_that_has_no_checkpoint(
     assert train(config, resume="latest").losses == {}  # nothing is left to do
 
 
-def test_an_existing_run_needs_resume(distill_cache: DistillCache, run: Path) -> None:
+def test_an_existing_run_needs_resume(distill_cache: DistillCache, trained_run: Path) -> None:
     with pytest.raises(ConfigError, match="already has checkpoints, the last of step 4"):
-        train(distill_cache.config(run))
+        train(distill_cache.config(trained_run))
 
 
 @pytest.mark.parametrize(
@@ -105,9 +99,9 @@ def test_an_existing_run_needs_resume(distill_cache: DistillCache, run: Path) ->
     ],
 )
 def test_another_configuration_does_not_resume(
-    distill_cache: DistillCache, run: Path, override: str, message: str
+    distill_cache: DistillCache, trained_run: Path, override: str, message: str
 ) -> None:
-    config = distill_cache.config(run, "training.num_steps=5", override)
+    config = distill_cache.config(trained_run, "training.num_steps=5", override)
     with pytest.raises(IncompatibleError, match=message):
         train(config, resume="latest")
 
@@ -128,17 +122,19 @@ def test_what_changes_no_step_may_change(distill_cache: DistillCache, resumable:
 
 
 def test_another_student_does_not_resume(
-    distill_cache: DistillCache, run: Path, tiny_family: Family
+    distill_cache: DistillCache, trained_run: Path, tiny_family: Family
 ) -> None:
     teacher = tiny_family.teachers[2]
-    config = distill_cache.config(run, f"student.checkpoint_path={teacher}")
+    config = distill_cache.config(trained_run, f"student.checkpoint_path={teacher}")
     with pytest.raises(IncompatibleError, match="differs from its checkpoint: student was"):
         train(config, resume="latest")
 
 
-def test_a_checkpoint_that_is_not_there_is_named(distill_cache: DistillCache, run: Path) -> None:
+def test_a_checkpoint_that_is_not_there_is_named(
+    distill_cache: DistillCache, trained_run: Path
+) -> None:
     with pytest.raises(ConfigError, match="no such checkpoint"):
-        train(distill_cache.config(run), resume=str(run / "step-00000099"))
+        train(distill_cache.config(trained_run), resume=str(trained_run / "step-00000099"))
 
 
 def test_a_foreign_state_is_refused(distill_cache: DistillCache, resumable: Path) -> None:
