@@ -20,6 +20,7 @@ from measuring.rounds import Sample, alternate, seconds, stopwatch, timed_calls
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
+from measuring.sdxl import NUM_TOKENS
 from measuring.tiny_job import TinyJob
 
 from sdxl_distill.build.latents import LatentsContent
@@ -37,7 +38,6 @@ VAE_BATCH: Final = 4
 RECORDS_PER_SHARD: Final = 64
 """A quarter of the images, so that two processes have equal shares of them."""
 TARGET: Final = 0.95
-NUM_TOKENS: Final = 77
 
 
 def measure(small: bool) -> Iterator[Row | Curve]:

@@ -22,12 +22,14 @@ from measuring.tiny_job import TinyJob
 from sdxl_distill.core.noise import noise
 from sdxl_distill.demo.family import one_thread
 from sdxl_distill.shards.verify import verify_set
+from sdxl_distill.world import World
 
 ROOT: Final = Path(__file__).parents[1]
 START_SECONDS: Final = 0.5
 DONE_SECONDS: Final = 3.0
 QUICK_SECONDS: Final = 2.0
 VERIFY_TARGET: Final = 0.5
+NUM_CORES: Final = World().num_cores
 
 
 def measure(small: bool) -> Iterator[Row | Curve]:
@@ -69,7 +71,7 @@ def _complete_set(folder: Path, num_records: int, num_rounds: int) -> Iterator[R
         {
             "build": seconds(lambda: job.build_predictions(job.builder())),
             "build command": seconds(lambda: _python(*build)),
-            "verify": seconds(lambda: verify_set(path, quick=True, num_threads=_num_cores())),
+            "verify": seconds(lambda: verify_set(path, quick=True, num_threads=NUM_CORES)),
             "verify command": seconds(lambda: _python(*verify)),
         },
         num_rounds,
@@ -98,7 +100,7 @@ def _full_verification(folder: Path, small: bool) -> Iterator[Row]:
     buffer = read_buffer(page_aligned=True)
 
     def verify() -> None:
-        verification = verify_set(sets.teachers[0], num_threads=_num_cores())
+        verification = verify_set(sets.teachers[0], num_threads=NUM_CORES)
         assert not verification.findings, verification.findings
 
     def necessary_work(number_and_file: tuple[int, Path]) -> None:
@@ -108,7 +110,7 @@ def _full_verification(folder: Path, small: bool) -> Iterator[Row]:
             noise(number * records_per_shard + record, side_px, side_px)
 
     def do_necessary_work() -> None:
-        with ThreadPoolExecutor(_num_cores()) as pool:
+        with ThreadPoolExecutor(NUM_CORES) as pool:
             list(pool.map(necessary_work, enumerate(files)))
 
     found = alternate(
@@ -124,7 +126,7 @@ def _full_verification(folder: Path, small: bool) -> Iterator[Row]:
         found["raw"].over(found["verify"]),
         "×",
         target=VERIFY_TARGET,
-        against=f"readinto of the same tars, hot cache; threads: {_num_cores()}",
+        against=f"readinto of the same tars, hot cache; threads: {NUM_CORES}",
     )
     yield Row.of(
         "full verification, of the least that it must do",
@@ -144,10 +146,6 @@ def _python(*arguments: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     subprocess.run(command, check=True, capture_output=True, env=environment)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

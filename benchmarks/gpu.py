@@ -17,6 +17,7 @@ from measuring.rounds import Sample
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
+from measuring.sdxl import NUM_TOKENS, SDXL, SQUARE
 from measuring.sets import write_sets
 from measuring.tiny_job import quiet
 
@@ -24,7 +25,6 @@ from sdxl_distill.build.alignment import planned_after
 from sdxl_distill.build.predictions import PredictionsContent, Teacher
 from sdxl_distill.build.set_builder import build_set
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.device import allow_tf32
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
@@ -37,9 +37,6 @@ from sdxl_distill.train.optimizer import clip_factor, global_grad_norm
 from sdxl_distill.train.trainer import make_optimizer
 from sdxl_distill.world import World
 
-SDXL: Final = str(Path(__file__).parent / "sdxl_base")
-SQUARE: Final = Bucket(1024, 1024)
-NUM_TOKENS: Final = 77
 BUILD_BATCH: Final = 8
 TRAIN_BATCH: Final = 4
 FORWARD_TFLOP: Final = 6.76

@@ -6,7 +6,6 @@ per image, 0.84 MB. Digests are always on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from sdxl_distill.core.noise import noise
 from sdxl_distill.shards.record import Layout
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
+from sdxl_distill.world import World
 
 NUM_TEACHERS: Final = (1, 2, 3, 5, 8)
 NUM_THREADS: Final = (0, 1, 2, 4)  # beside the caller, who reads when he would have to wait
@@ -194,7 +194,7 @@ class _JoinBench:
     def _read_beside_noise(self, files: list[Path]) -> None:
         """Do what no join of this layout is spared, and nothing else."""
         side_px, seeds = self._folders.side_px, range(self._folders.num_records)
-        with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as disk:
+        with ThreadPoolExecutor(World().num_cores) as pool, ThreadPoolExecutor(1) as disk:
             disk.submit(read_all, files, self._aligned_buffer)
             draws = pool.map(lambda seed: noise(seed, side_px, side_px), seeds)
             assert sum(1 for _ in draws) == self._folders.num_records

@@ -18,11 +18,11 @@ from measuring.rounds import Sample
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
+from measuring.sdxl import NUM_TOKENS, SDXL, SQUARE
 from measuring.sets import write_sets
 from measuring.tiny_job import TinyJob
 
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.demo.family import one_thread
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.memory import UnetInput, counted_memory, prediction_memory
@@ -31,10 +31,7 @@ from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.estimate import batch_of_zeros, step_of, training_memory
 
-SDXL: Final = str(Path(__file__).parent / "sdxl_base")
-SQUARE: Final = Bucket(1024, 1024)
 BATCH: Final = 4
-NUM_TOKENS: Final = 77
 BUILD_GB: Final = 12.0
 TRAIN_GB: Final = 20.0
 GROWTH_MIB: Final = 16.0

@@ -21,6 +21,7 @@ from measuring.rounds import Sample, alternate, seconds
 from measuring.row import Curve, Row
 from measuring.scratch import scratch_folder
 from measuring.script import run_alone
+from measuring.sdxl import NUM_TOKENS
 from measuring.tiny_job import TinyJob, quiet
 
 from sdxl_distill.config.distill import DistillConfig
@@ -36,7 +37,6 @@ from sdxl_distill.train.trainer import Trainer
 NUM_TEACHERS: Final = 3
 BATCHES: Final = (4, 8)
 IMAGES_PER_RUN: Final = 96
-NUM_TOKENS: Final = 77
 STEP_TARGET: Final = 1.05
 SHARE_TARGET: Final = 0.01
 CPU: Final = torch.device("cpu")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from measuring.sdxl import NUM_TOKENS
 
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
@@ -35,7 +36,7 @@ from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.shards.writer import ShardWriter
 
-CHANNELS, TOKENS, HIDDEN_SIZE, POOLED_SIZE = 4, 77, 2048, 1280
+CHANNELS, HIDDEN_SIZE, POOLED_SIZE = 4, 2048, 1280
 BASE_SEED, MAX_TIMESTEP = 42, 1000
 SIDECAR = b'{"captions":["%s"]}' % (b"about seventy words of caption " * 14)
 _TEXT_ENCODERS, _VAE = "1" * 64, "2" * 64
@@ -125,12 +126,12 @@ def _followers(
     content = {"text": _TEXT_ENCODERS}
     text = None
     if layout == "compact":
-        schema = text_schema(TOKENS, HIDDEN_SIZE, POOLED_SIZE)
+        schema = text_schema(NUM_TOKENS, HIDDEN_SIZE, POOLED_SIZE)
         text = _SetInProgress.create(
             SetRecord("text", f"text-{_TEXT_ENCODERS[:12]}", schema, content), root, latents
         )
         yield text
-    sizes = (CHANNELS, TOKENS, HIDDEN_SIZE, POOLED_SIZE)
+    sizes = (CHANNELS, NUM_TOKENS, HIDDEN_SIZE, POOLED_SIZE)
     for number in range(num_teachers):
         set_id = f"teacher_{number}"
         record = SetRecord(
@@ -157,7 +158,7 @@ def _image_tensors(identity: str, side_px: int) -> Tensors:
         "seed": np.array([seed]),
         "timestep": np.array([timestep(identity, BASE_SEED, 0, 0, MAX_TIMESTEP)]),
         "resolution": np.array([side_px, side_px], np.int32),
-        "encoder_hidden_states": _random(f"text {identity}", (TOKENS, HIDDEN_SIZE)),
+        "encoder_hidden_states": _random(f"text {identity}", (NUM_TOKENS, HIDDEN_SIZE)),
         "pooled_embeds": _random(f"pooled {identity}", (POOLED_SIZE,)),
     }
 

@@ -31,11 +31,10 @@ def require_same_set(path: Path, record: SetRecord, *, repair: bool = False) -> 
         CorruptError: when the set record there is damaged.
         StorageError: when it cannot be read.
     """
-    where = path / SET_RECORD_NAME
+    where = str(path / SET_RECORD_NAME)
     forgiven = (FileNotFoundError, CorruptError) if repair else (FileNotFoundError,)
-    with suppress(*forgiven), naming_repair(str(where)):
-        content = read_bytes(where, MAX_SET_RECORD_BYTES)
-        record.require_same(SetRecord.from_bytes(content, str(where)), str(where))
+    with suppress(*forgiven), naming_repair(where):
+        record.require_same(_record_there(path), where)
 
 
 def require_complete(path: Path, record: SetRecord, networks: Iterable[Component]) -> None:
@@ -54,10 +53,13 @@ def require_complete(path: Path, record: SetRecord, networks: Iterable[Component
         ConfigError, CorruptError, IncompatibleError: as `Component.require_complete`.
         StorageError: when the set record there cannot be read.
     """
-    where = path / SET_RECORD_NAME
     with suppress(FileNotFoundError, CorruptError):
-        there = SetRecord.from_bytes(read_bytes(where, MAX_SET_RECORD_BYTES), str(where))
-        if there.fingerprint == record.fingerprint:
+        if _record_there(path).fingerprint == record.fingerprint:
             return
     for network in networks:
         network.require_complete()
+
+
+def _record_there(path: Path) -> SetRecord:
+    where = path / SET_RECORD_NAME
+    return SetRecord.from_bytes(read_bytes(where, MAX_SET_RECORD_BYTES), str(where))

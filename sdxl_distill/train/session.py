@@ -170,14 +170,19 @@ def _stream(
         on_missing=config.data.on_missing,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        num_threads=config.data.reader_threads or _usual_reader_threads(),
+        num_threads=config.data.reader_threads or usual_reader_threads(World.from_environment()),
         prefetch=config.data.prefetch_batches,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def _usual_reader_threads() -> int:
-    return min(_MAX_USUAL_READERS, max(1, World.from_environment().num_cores - 1))
+def usual_reader_threads(world: World) -> int:
+    """Return how many threads of a process read where the configuration leaves it open.
+
+    All but one of the process's cores, 1 to 4: threads beyond them wait for the interpreter, and
+    so does the training.
+    """
+    return min(_MAX_USUAL_READERS, max(1, world.num_cores - 1))
 
 
 def load_student(

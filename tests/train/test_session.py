@@ -27,7 +27,7 @@ from sdxl_distill.errors import (
 )
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
-from sdxl_distill.train.session import train
+from sdxl_distill.train.session import train, usual_reader_threads
 from sdxl_distill.world import World
 
 
@@ -59,6 +59,12 @@ def student(tiny_family: Family, tmp_path: Path) -> Callable[[str, dict[str, obj
 def resumable(trained_run: Path, tmp_path: Path) -> Path:
     """A copy of that run."""
     return shutil.copytree(trained_run, tmp_path / "resumable")
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (8, 1), (16, 3), (96, 4)])
+def test_readers_leave_a_core_to_the_training(monkeypatch, num_cores, num_threads) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: num_cores)
+    assert usual_reader_threads(World(local_size=4, size=4)) == num_threads
 
 
 def test_the_run_folder_says_what_went_into_it(
