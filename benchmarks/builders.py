@@ -23,8 +23,8 @@ from measuring.script import run_alone
 from measuring.sdxl import NUM_TOKENS
 from measuring.tiny_job import TinyJob
 
-from sdxl_distill.build.latents import LatentsContent
-from sdxl_distill.build.predictions import PredictionsContent
+from sdxl_distill.builder.latents import LatentsContent
+from sdxl_distill.builder.predictions import PredictionsContent
 from sdxl_distill.catalog.image import fit_to_bucket, read_image, read_image_file
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.demo.family import one_thread

@@ -21,9 +21,9 @@ from measuring.sdxl import NUM_TOKENS, SDXL, SQUARE
 from measuring.sets import write_sets
 from measuring.tiny_job import quiet
 
-from sdxl_distill.build.alignment import planned_after
-from sdxl_distill.build.predictions import PredictionsContent, Teacher
-from sdxl_distill.build.set_builder import build_set
+from sdxl_distill.builder.alignment import planned_after
+from sdxl_distill.builder.predictions import PredictionsContent, Teacher
+from sdxl_distill.builder.set_builder import build_set
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.device import allow_tf32
 from sdxl_distill.models.checkpoint import Checkpoint

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sdxl_distill.build.latents_set import build_latents_set
-from sdxl_distill.build.launch import Launch
-from sdxl_distill.build.predictions_set import build_predictions_set
+from sdxl_distill.builder.latents_set import build_latents_set
+from sdxl_distill.builder.launch import Launch
+from sdxl_distill.builder.predictions_set import build_predictions_set
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config

@@ -23,8 +23,8 @@ _PRELOADED = (
     "pytest",
     "diffusers.models.autoencoders.autoencoder_kl",  # the package imports them when they are used
     "diffusers.models.unets.unet_2d_condition",
-    "sdxl_distill.build.latents_set",
-    "sdxl_distill.build.predictions_set",
+    "sdxl_distill.builder.latents_set",
+    "sdxl_distill.builder.predictions_set",
     "sdxl_distill.cli.build_latents",
     "sdxl_distill.cli.build_shards",
     "sdxl_distill.cli.build_summary",

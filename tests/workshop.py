@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_distill.build.latents_set import BuiltLatents, build_latents_set
-from sdxl_distill.build.launch import Launch
-from sdxl_distill.build.predictions_set import BuiltPredictions, build_predictions_set
+from sdxl_distill.builder.latents_set import BuiltLatents, build_latents_set
+from sdxl_distill.builder.launch import Launch
+from sdxl_distill.builder.predictions_set import BuiltPredictions, build_predictions_set
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.loader import load_config
 from sdxl_distill.demo.family import Family

@@ -16,14 +16,14 @@ import torch
 from measuring.tiny_job import TinyJob, quiet
 from torch import nn
 
-from sdxl_distill.build.alignment import planned_after
-from sdxl_distill.build.latents_set import latents_record
-from sdxl_distill.build.plan import PlannedShard
-from sdxl_distill.build.predictions import PredictionsContent, Teacher, TeacherInput
-from sdxl_distill.build.predictions_set import open_latents, predictions_record
-from sdxl_distill.build.set_builder import build_set
-from sdxl_distill.build.shard_builder import EncodedRecord, ShardContent
-from sdxl_distill.build.text_set import text_record
+from sdxl_distill.builder.alignment import planned_after
+from sdxl_distill.builder.latents_set import latents_record
+from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.builder.predictions import PredictionsContent, Teacher, TeacherInput
+from sdxl_distill.builder.predictions_set import open_latents, predictions_record
+from sdxl_distill.builder.set_builder import build_set
+from sdxl_distill.builder.shard_builder import EncodedRecord, ShardContent
+from sdxl_distill.builder.text_set import text_record
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.index import ShardIndex

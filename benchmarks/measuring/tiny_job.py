@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdxl_distill.build.latents_set import BuiltLatents, build_latents_set
-from sdxl_distill.build.launch import Launch
-from sdxl_distill.build.predictions_set import BuiltPredictions, build_predictions_set, open_latents
-from sdxl_distill.build.text_set import build_text_set
+from sdxl_distill.builder.latents_set import BuiltLatents, build_latents_set
+from sdxl_distill.builder.launch import Launch
+from sdxl_distill.builder.predictions_set import (
+    BuiltPredictions,
+    build_predictions_set,
+    open_latents,
+)
+from sdxl_distill.builder.text_set import build_text_set
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import build_untrained_family

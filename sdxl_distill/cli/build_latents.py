@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments, BuilderConfig)
     if config is None:
         return
-    from sdxl_distill.build.latents_set import build_latents_set
-    from sdxl_distill.build.launch import Launch
+    from sdxl_distill.builder.latents_set import build_latents_set
+    from sdxl_distill.builder.launch import Launch
     from sdxl_distill.cli.build_summary import print_build_summary, print_scan_report
     from sdxl_distill.world import World
 

@@ -47,8 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.withdraw_only:
         _withdraw(path)
         return
-    from sdxl_distill.build.launch import Launch
-    from sdxl_distill.build.predictions_set import build_predictions_set
+    from sdxl_distill.builder.launch import Launch
+    from sdxl_distill.builder.predictions_set import build_predictions_set
     from sdxl_distill.cli.build_summary import print_build_summary
     from sdxl_distill.world import World
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _withdraw(path: Path) -> None:
-    from sdxl_distill.build.withdrawal import is_withdrawn, withdraw_set
+    from sdxl_distill.builder.withdrawal import is_withdrawn, withdraw_set
     from sdxl_distill.world import World
 
     if not World.from_environment().is_main:

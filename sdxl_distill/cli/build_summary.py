@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdxl_distill.build.set_builder import BuiltSet
+    from sdxl_distill.builder.set_builder import BuiltSet
     from sdxl_distill.catalog.growth import ScanReport
 
 _MAX_NAMES = 5

@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments, BuilderConfig)
     if config is None:
         return
-    from sdxl_distill.build.launch import Launch
-    from sdxl_distill.build.predictions_set import open_latents
-    from sdxl_distill.build.text_set import build_text_set
+    from sdxl_distill.builder.launch import Launch
+    from sdxl_distill.builder.predictions_set import open_latents
+    from sdxl_distill.builder.text_set import build_text_set
     from sdxl_distill.cli.build_summary import print_build_summary
     from sdxl_distill.world import World
 

@@ -61,8 +61,8 @@ def print_build_estimate(config: BuilderConfig, arguments: argparse.Namespace) -
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `build.estimate.estimate_predictions`.
     """
-    from sdxl_distill.build.estimate import estimate_predictions
-    from sdxl_distill.build.rate import measure_build_rate
+    from sdxl_distill.builder.estimate import estimate_predictions
+    from sdxl_distill.builder.rate import measure_build_rate
     from sdxl_distill.world import World
 
     estimate = estimate_predictions(config)

@@ -148,7 +148,7 @@ def _compare(arguments: argparse.Namespace, result: Verification) -> None:
 
 def _recompute(arguments: argparse.Namespace, config: BuilderConfig, result: Verification) -> None:
     """Add what the teacher says differently today."""
-    from sdxl_distill.build.recompute import recompute_records
+    from sdxl_distill.builder.recompute import recompute_records
     from sdxl_distill.cli.progress_bar import progress_bar
     from sdxl_distill.shards.finding import FindingList
     from sdxl_distill.shards.shard_set import open_shard_set

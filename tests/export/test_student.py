@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from distill_cache import DistillCache
 
-from sdxl_distill.build.launch import Launch
-from sdxl_distill.build.predictions_set import build_predictions_set
+from sdxl_distill.builder.launch import Launch
+from sdxl_distill.builder.predictions_set import build_predictions_set
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, StorageError

@@ -12,10 +12,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from distill_cache import DistillCache, build_all, write_images
 
-from sdxl_distill.build.latents_set import build_latents_set
-from sdxl_distill.build.launch import Launch
-from sdxl_distill.build.predictions_set import build_predictions_set, open_latents
-from sdxl_distill.build.text_set import build_text_set
+from sdxl_distill.builder.latents_set import build_latents_set
+from sdxl_distill.builder.launch import Launch
+from sdxl_distill.builder.predictions_set import build_predictions_set, open_latents
+from sdxl_distill.builder.text_set import build_text_set
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family, build_untrained_family
 from sdxl_distill.errors import (

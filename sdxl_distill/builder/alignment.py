@@ -1,0 +1,36 @@
+"""How text and predictions sets follow a latents set: shard for shard, key for key."""
+
+from __future__ import annotations
+
+from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.shard_set import ShardSet
+
+
+def latents_name(latents: ShardSet, name: ShardName) -> ShardName:
+    """Return the latents shard that a shard of another set is aligned with."""
+    return ShardName(latents.id, name.width, name.height, name.number)
+
+
+def planned_after(latents: ShardSet, set_id: str, num_draws: int = 1) -> list[PlannedShard]:
+    """Return the shards of a set that follows a latents set: one for each of its shards and draw.
+
+    Draws follow each other, so that the set grows evenly and its first draw is there first.
+    """
+    return [
+        PlannedShard(
+            ShardName(set_id, entry.width, entry.height, entry.number, draw),
+            entry.num_records,
+            entry.tar_sha256,
+        )
+        for draw in range(num_draws)
+        for entry in latents.manifest.shards
+    ]
+
+
+def holds_same_keys(index: ShardIndex, latents: ShardSet) -> bool:
+    """Whether a shard holds the keys of the latents shard that it is aligned with."""
+    return (
+        index.keys_digest == latents.manifest.entry(latents_name(latents, index.name)).keys_digest
+    )

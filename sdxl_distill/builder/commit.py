@@ -1,0 +1,150 @@
+"""How a set and its shards become part of the cache: create-only, tar first, then its index.
+
+Whoever finds a tar under the name reads it strictly and publishes *its* index, not his own. So a
+name has one content for ever, and tar and index cannot mix, whoever sleeps, dies, works twice
+or rounds differently (docs/decisions/0002-create-only-publication.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sdxl_distill.builder.in_place import until_not_swept
+from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.fsio import Directory, LostDirectoryError, StagedFile, storage_errors
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.tar_index import index_of_tar
+
+REPAIR = "run the builder once with --repair: it keeps the good shards and rebuilds this one"
+
+
+def publish_set_record(directory: Directory, record: SetRecord) -> SetRecord:
+    """Write `set.json`, or check that the one there describes the same set; return that one.
+
+    Call it before the first claim and before any model is loaded: a folder that belongs to
+    another configuration is refused here. The record returned may name other places of the
+    sets it was made from.
+
+    Raises:
+        IncompatibleError: naming every field that differs.
+        CorruptError: when the one there is damaged.
+        StorageError: when the folder cannot be written.
+    """
+    where = str(directory.path / SET_RECORD_NAME)
+    found = until_not_swept(directory, lambda: _set_record_there(directory, record, where))
+    record.require_same(found, where)
+    return found
+
+
+def _set_record_there(directory: Directory, record: SetRecord, where: str) -> SetRecord:
+    if directory.publish_bytes(SET_RECORD_NAME, record.to_bytes()):
+        return record
+    try:
+        with naming_repair(where):
+            content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+            return SetRecord.from_bytes(content, where)
+    except FileNotFoundError as error:
+        raise LostDirectoryError("a file that was there a moment ago is gone") from error
+
+
+def shard_header(record: SetRecord, shard: PlannedShard) -> RecordHeader:
+    """Return the header that every record of a shard must have, byte for byte."""
+    name = shard.name
+    return RecordHeader.build(
+        record.schema, name.width, name.height, record.fingerprint, shard.source_sha256
+    )
+
+
+def adopt_shard(
+    directory: Directory,
+    name: ShardName,
+    header: RecordHeader,
+    accepts: Callable[[ShardIndex], bool],
+) -> ShardIndex | None:
+    """Commit the tar that is there, whoever wrote it; None when there is none.
+
+    Args:
+        directory: of the set, opened before it was looked at.
+        name: of the shard.
+        header: that this shard's records must have: set fingerprint, schema, source.
+        accepts: whether the tar holds the keys of this shard.
+
+    Raises:
+        CorruptError: when it is damaged or of another set; names `--repair`.
+        StorageError: when the operating system refuses.
+    """
+    with naming_repair(str(directory.path / name.tar)):
+        try:
+            descriptor = directory.open(name.tar)
+        except FileNotFoundError:
+            return None
+        try:
+            index = index_of_tar(descriptor, name, header)
+        finally:
+            os.close(descriptor)
+    if not accepts(index):
+        raise CorruptError(
+            f"the tar holds {index.num_records} records with other keys than this shard's",
+            where=str(directory.path / name.tar),
+            action=REPAIR,
+        )
+    until_not_swept(directory, lambda: directory.publish_bytes(name.idx, index.to_bytes()))
+    return index
+
+
+def commit_shard(
+    directory: Directory,
+    tar: StagedFile,
+    index: ShardIndex,
+    accepts: Callable[[ShardIndex], bool],
+) -> ShardIndex:
+    """Publish a staged tar and its index; when a tar is there already, publish that one's.
+
+    Args:
+        directory: of the set, opened before it was looked at.
+        tar: staged in that directory.
+        index: of the staged tar.
+        accepts: whether a tar that is there already holds the keys of this shard.
+
+    Returns:
+        The index that counts: of the tar under the shard's name.
+
+    Raises:
+        LostDirectoryError: when somebody removed what was staged, or the folder.
+        CorruptError: when a tar is there already and damaged or of another set.
+        StorageError: when the disk is full or refuses; nothing committed is touched.
+    """
+    name = index.name
+    # Staged before the tar is published, so that a full disk cannot part the two.
+    with directory.stage() as idx:
+        with storage_errors(directory.path / name.idx):
+            idx.file.write(index.to_bytes())
+            idx.seal()
+        if directory.publish(tar, name.tar):
+            directory.publish(idx, name.idx)
+            return index
+    adopted = adopt_shard(directory, name, index.header, accepts)
+    if adopted is None:
+        raise LostDirectoryError(
+            "a tar that was there a moment ago is gone",
+            where=str(directory.path / name.tar),
+            action="run again; committed work is kept",
+        )
+    return adopted
+
+
+@contextmanager
+def naming_repair(where: str) -> Iterator[None]:
+    """Let a CorruptError of the block say which file of the set it is, and name `--repair`."""
+    try:
+        yield
+    except CorruptError as error:
+        raise CorruptError(
+            error.found, expected=error.expected, where=where, action=REPAIR
+        ) from error

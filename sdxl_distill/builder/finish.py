@@ -1,0 +1,165 @@
+"""Finishing a set: when all shards are committed, one worker writes the manifest.
+
+The manifest is a function of set record, catalog and indices, so two finishers of a catalog
+write the same bytes; the claim on it only saves reading every index twice. It is replaced only
+by that of a later catalog.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+
+from sdxl_distill.builder.commit import REPAIR, naming_repair, shard_header
+from sdxl_distill.builder.in_place import require_in_place, until_not_swept
+from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.builder.withdrawal import discard_withdrawn
+from sdxl_distill.builder.work_queue import WorkQueue
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.fsio import Directory
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
+from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.stop_request import StopRequest
+
+FINISH = "finish"
+
+Describe = Callable[[Directory, SetRecord, Iterable[ShardIndex]], Manifest]
+"""Makes the manifest from the folder, the set record there and all indices in order."""
+
+Sources = dict[ShardName, str | None]
+"""Of each shard the SHA-256 of the latents shard that it is made from, None in a latents set."""
+
+
+def finish_set(
+    directory: Directory,
+    queue: WorkQueue,
+    record: SetRecord,
+    shards: Sequence[PlannedShard],
+    catalog: int,
+    describe: Describe,
+    stop: StopRequest,
+) -> Manifest:
+    """Return the manifest of a set whose shards are all committed; write it if need be.
+
+    While another worker writes it, wait for that one, or for its death.
+
+    Args:
+        directory: of the set.
+        queue: the claims on it.
+        record: the set record that is there.
+        shards: all shards of catalog `catalog`.
+        catalog: its number; a manifest of a greater one is left alone.
+        describe: makes the manifest.
+        stop: ends the wait.
+
+    Raises:
+        CorruptError: when an index or tar is missing, damaged, or of another set.
+        IncompatibleError: when a shard was made from another latents shard than today's.
+        StorageError, Preempted: as `build_shards`.
+    """
+    planned = {shard.name: shard.source_sha256 for shard in shards}
+    while (found := _manifest_there(directory)) is None or not _holds(
+        found, record, catalog, planned
+    ):
+        stop.check(str(directory.path))
+        require_in_place(directory)
+        claim = queue.claim(FINISH)
+        if claim is None:
+            time.sleep(queue.timing.poll_seconds)
+            continue
+        manifest = describe(directory, record, _indices(directory, queue, record, shards))
+        until_not_swept(directory, partial(_put, directory, manifest))
+        queue.release(claim, committed=False)
+    discard_withdrawn(directory.path, record.id)
+    queue.sweep()
+    return found
+
+
+def _manifest_there(directory: Directory) -> Manifest | None:
+    where = str(directory.path / MANIFEST_NAME)
+    with suppress(FileNotFoundError), naming_repair(where):
+        return _parse(directory, directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
+    return None
+
+
+def _parse(directory: Directory, content: bytes) -> Manifest | None:
+    """Read a manifest; a damaged one counts as none, since the indices tell all it should say."""
+    with suppress(CorruptError):
+        return Manifest.from_bytes(content, str(directory.path / MANIFEST_NAME))
+    return None
+
+
+def _put(directory: Directory, manifest: Manifest) -> None:
+    """Write the manifest; what it replaced is put back when it is that of a later catalog.
+
+    A finisher that slept before this moment may find the set grown and finished by another.
+    """
+    newest = manifest
+    while True:
+        content = directory.swap_bytes(MANIFEST_NAME, newest.to_bytes(), MAX_MANIFEST_BYTES)
+        replaced = content and _parse(directory, content)
+        if not replaced or not _is_later(replaced, newest):
+            return
+        newest = replaced
+
+
+def _is_later(manifest: Manifest, other: Manifest) -> bool:
+    """Whether a manifest holds all of another one and was made for more images or draws."""
+    sizes = [(each.catalog, len(each.shards)) for each in (manifest, other)]
+    return sizes[0] > sizes[1] and _holds(manifest, other.record, other.catalog, _sources(other))
+
+
+def _holds(manifest: Manifest, record: SetRecord, catalog: int, planned: Sources) -> bool:
+    """Whether a manifest describes at least the planned shards, made from the same sources.
+
+    A later catalog may have been finished with fewer draws: then its first draw counts.
+    """
+    if manifest.record != record or manifest.catalog < catalog:
+        return False
+    if manifest.catalog > catalog:
+        planned = {name: source for name, source in planned.items() if name.draw == 0}
+    return planned.items() <= _sources(manifest).items()
+
+
+def _sources(manifest: Manifest) -> Sources:
+    sources = (entry.source_sha256 for entry in manifest.shards)
+    return dict(zip(manifest.names(), sources, strict=True))
+
+
+def _indices(
+    directory: Directory, queue: WorkQueue, record: SetRecord, shards: Sequence[PlannedShard]
+) -> Iterator[ShardIndex]:
+    for shard in shards:
+        with naming_repair(str(directory.path / shard.name.idx)):
+            index = _index(directory, record, shard)
+        yield index
+        queue.heartbeat.show_progress()
+
+
+def _index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
+    name, expected = shard.name, shard_header(record, shard)
+    try:
+        index = ShardIndex.from_bytes(directory.read(name.idx, MAX_INDEX_BYTES), name)
+        descriptor = directory.open(name.tar)
+    except FileNotFoundError as error:
+        raise CorruptError("the index or its tar, once committed, is missing") from error
+    num_bytes = os.fstat(descriptor).st_size
+    os.close(descriptor)
+    if index.header.source_sha256 != expected.source_sha256:
+        raise IncompatibleError(
+            "the shard was made from another latents shard than the one there today",
+            where=str(directory.path / name.idx),
+            action=REPAIR,
+        )
+    if index.header.content != expected.content or num_bytes != index.tar_bytes:
+        raise CorruptError(
+            f"an index of another set, or of a tar of {index.tar_bytes} bytes",
+            expected=f"an index of set {record.id} and its tar of {num_bytes} bytes",
+        )
+    return index

@@ -1,0 +1,250 @@
+"""Signs of life: every worker keeps one file, and anybody can tell the dead from the living.
+
+The file names the process and counts the records it finished; a worker that hangs stops
+counting. No clock is compared between machines: an observer measures, on its own monotonic
+clock, for how long it saw no change. Rejected: a time stamp per claim, wrong under clock skew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sdxl_distill.builder.in_place import until_not_swept
+from sdxl_distill.errors import CorruptError, StorageError
+from sdxl_distill.fsio import Directory, new_token, storage_errors
+
+HEARTBEAT_BYTES = 512
+_NUM_LOOK_INTERVALS = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How often workers show life, and how long others wait before they act."""
+
+    heartbeat_seconds: float = 15.0
+    """Between two heartbeats of one worker."""
+    expiry_seconds: float = 120.0
+    """A heartbeat that did not change for so long belongs to a dead or hung worker."""
+    straggler_factor: float = 3.0
+    """An idle worker takes over what is held longer than this many median shards."""
+    poll_seconds: float = 1.0
+    """Between two looks of an idle worker at what the others still hold."""
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """What tells one process from every other, also after its pid was given away again."""
+
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    start_ticks: int
+
+    @classmethod
+    def current(cls) -> ProcessIdentity:
+        """Return the identity of this process.
+
+        Where there is no /proc the boot id is one that nobody shares, so that only the
+        unchanged heartbeat tells whether the process is dead.
+        """
+        pid = os.getpid()
+        try:
+            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+            namespace = str(Path("/proc/self/ns/pid").readlink())
+        except FileNotFoundError:
+            return cls(new_token(), "", pid, 0)
+        return cls(boot_id, namespace, pid, _start_ticks(pid) or 0)
+
+    def is_gone(self, observer: ProcessIdentity) -> bool:
+        """Whether the observer, on the same host, can see that this process has ended."""
+        here = (observer.boot_id, observer.pid_namespace)
+        return (self.boot_id, self.pid_namespace) == here and (
+            _start_ticks(self.pid) != self.start_ticks
+        )
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return when a process started, in clock ticks after boot; None when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name, in brackets, may hold spaces and brackets; after it come state … start time.
+    state, *rest = status.rpartition(")")[2].split()
+    return None if state in {"Z", "X"} else int(rest[18])
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The content of one heartbeat file."""
+
+    identity: ProcessIdentity
+    num_records: int = 0
+    """Records finished since the worker started: what must move."""
+    num_pending: int = 0
+    """Those of them in shards that are not committed yet."""
+
+    def to_bytes(self) -> bytes:
+        """Encode as JSON of a fixed length, so that it can be rewritten in place."""
+        return json.dumps(asdict(self)).encode("ascii").ljust(HEARTBEAT_BYTES)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Beat | None:
+        """Decode; None when it is empty, torn or something else."""
+        try:
+            fields: dict[str, Any] = json.loads(content)
+            identity = ProcessIdentity(**fields.pop("identity"))
+            beat = cls(identity, **fields)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        numbers = (identity.pid, identity.start_ticks, beat.num_records, beat.num_pending)
+        return beat if all(type(number) is int for number in numbers) else None
+
+
+class Heartbeat:
+    """This worker's own sign of life, rewritten by a thread until closed.
+
+    Args:
+        workers: the directory of heartbeats; its token is the worker's name.
+        timing: how often to write.
+    """
+
+    def __init__(self, workers: Directory, timing: Timing) -> None:
+        self._workers = workers
+        self._timing = timing
+        self._lock = threading.Lock()
+        self._beat = Beat(ProcessIdentity.current())
+        self._closed = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    @property
+    def beat(self) -> Beat:
+        """What the next heartbeat will say."""
+        with self._lock:
+            return self._beat
+
+    def finish_records(self, num_records: int) -> None:
+        """Count records that were finished in a shard still being built."""
+        self._move(num_records, num_records)
+
+    def settle_records(self, num_records: int) -> None:
+        """Count the records of a shard as settled: it was committed or dropped."""
+        self._move(0, -num_records)
+
+    def show_progress(self) -> None:
+        """Count one piece of work that is not a record, so as not to look hung."""
+        self._move(1, 0)
+
+    def close(self) -> None:
+        """Stop beating and remove the file: a worker that left holds nothing."""
+        self._closed.set()
+        self._thread.join()
+        self._workers.remove(self._workers.token)
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _move(self, num_records: int, num_pending: int) -> None:
+        with self._lock:
+            beat = self._beat
+            self._beat = Beat(
+                beat.identity, beat.num_records + num_records, beat.num_pending + num_pending
+            )
+
+    def _keep_beating(self) -> None:
+        while not self._closed.wait(self._timing.heartbeat_seconds):
+            # A disk that refuses a heartbeat refuses the shard too, and that error is shown;
+            # here it only means that others may take over what this worker holds.
+            with suppress(StorageError):
+                self._write()
+
+    def _write(self) -> None:
+        """Rewrite the file in place: over NFS others see it at their next open.
+
+        It is published whole at first, and again when one who took this worker for dead, while
+        it slept, removed it: an empty heartbeat would name no process.
+        """
+        token, content = self._workers.token, self.beat.to_bytes()
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with storage_errors(self._workers.path), suppress(FileNotFoundError):
+            descriptor = os.open(token, flags, dir_fd=self._workers.descriptor)
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                file.write(content)
+            return
+        until_not_swept(self._workers, partial(self._workers.publish_bytes, token, content))
+
+
+class Observer:
+    """Watches the heartbeats of other workers on its own monotonic clock.
+
+    Args:
+        workers: the directory of heartbeats.
+        timing: when an unchanged heartbeat means death.
+        clock: seconds, never going back; replaced in tests.
+    """
+
+    def __init__(
+        self, workers: Directory, timing: Timing, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._workers = workers
+        self._timing = timing
+        self._clock = clock
+        self._identity = ProcessIdentity.current()
+        self._seen: dict[str, _Sighting] = {}
+
+    def is_dead(self, token: str) -> bool:
+        """Look at one worker. True: it left, was killed, or finished nothing for too long.
+
+        A worker has a heartbeat before it has anything else, and gives that up last. One look
+        counts for at most two intervals: an observer that slept itself must not take the
+        others' silence, which it did not watch, for their death.
+        """
+        try:
+            content = self._workers.read(token, HEARTBEAT_BYTES)
+        except FileNotFoundError:
+            return True
+        except CorruptError:
+            content = b""
+        beat = Beat.from_bytes(content)
+        if beat is not None and beat.identity.is_gone(self._identity):
+            return True
+        now = self._clock()
+        seen = self._seen.get(token)
+        if seen is None or seen.content != content:
+            self._seen[token] = _Sighting(content, now, 0.0)
+            return False
+        longest = _NUM_LOOK_INTERVALS * self._timing.heartbeat_seconds
+        seen.unchanged_seconds += min(now - seen.looked_at, longest)
+        seen.looked_at = now
+        return seen.unchanged_seconds >= self._timing.expiry_seconds
+
+    def num_pending(self) -> int:
+        """Return how many records the other living workers finished in uncommitted shards."""
+        num_pending = 0
+        for token in self._workers.names() - {self._workers.token}:
+            with suppress(FileNotFoundError, CorruptError):
+                beat = Beat.from_bytes(self._workers.read(token, HEARTBEAT_BYTES))
+                if beat is not None and not beat.identity.is_gone(self._identity):
+                    num_pending += beat.num_pending
+        return num_pending
+
+
+@dataclass
+class _Sighting:
+    content: bytes
+    looked_at: float
+    unchanged_seconds: float

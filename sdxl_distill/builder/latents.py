@@ -1,0 +1,186 @@
+"""What a latents set holds: each catalogued image, decoded, cropped to its bucket and encoded.
+
+Decoding and resizing run in threads ahead of the VAE. An image that does not decode, or is no
+longer the one that was scanned, is left out of its shard; the manifest lists it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.builder.shard_builder import EncodedRecord
+from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.image import BadImageError, fit_to_bucket, read_image, read_image_file
+from sdxl_distill.catalog.segment import CatalogRow
+from sdxl_distill.core.image_id import image_id
+from sdxl_distill.core.micro_conditioning import time_ids
+from sdxl_distill.fingerprint import canonical_json
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.shard_name import ShardName
+
+LATENTS_ID: Final = "latents"
+IMAGE_PIPELINE: Final = "cover-lanczos-1"
+"""Names decoding, resize and crop in the set's fingerprint; another one gives other latents."""
+
+_log = logging.getLogger(__name__)
+
+
+class PixelBatch(NamedTuple):
+    """Decoded images of one bucket: rows of the catalog and uint8 [B, H, W, 3]."""
+
+    rows: list[CatalogRow]
+    pixels: torch.Tensor
+
+
+class LatentBatch(NamedTuple):
+    """The same images encoded: scaled latents, float16 [B, C, H/8, W/8] on the CPU."""
+
+    rows: list[CatalogRow]
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads and decodes the images of a catalog.
+
+    Attributes:
+        image_dir: the folder that was scanned.
+        max_pixels: larger images are bad.
+        on_bad_image: `skip` leaves a bad image out, `error` raises it.
+    """
+
+    image_dir: Path
+    max_pixels: int
+    on_bad_image: Literal["skip", "error"]
+
+    def read(self, row: CatalogRow) -> npt.NDArray[np.uint8] | None:
+        """Return uint8 [H, W, 3] of the row's bucket; None for a bad image that is skipped.
+
+        Raises:
+            BadImageError: with `on_bad_image: error`.
+            StorageError: when the disk refuses; that is no fault of the image.
+        """
+        try:
+            content = read_image_file(self.image_dir / row.source, row.source)
+            if image_id(content) != row.image_id:
+                raise BadImageError(
+                    "changed since the scan",
+                    expected="the bytes that the catalog knows",
+                    where=row.source,
+                    action="run build_latents again: the new bytes become an image of their own",
+                )
+            pixels = read_image(content, row.source, self.max_pixels).pixels
+        except BadImageError as error:
+            if self.on_bad_image == "error":
+                raise
+            _log.warning("left out: %s", error)
+            return None
+        return fit_to_bucket(pixels, row.bucket)
+
+
+class LatentsPlan:
+    """Which images each shard of the latents set holds, by the shard's name.
+
+    Args:
+        catalog: of the images.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self._shards = {
+            ShardName(LATENTS_ID, *shard.bucket, shard.number): shard for shard in catalog.shards
+        }
+
+    @property
+    def shards(self) -> list[PlannedShard]:
+        """Every shard of the catalog."""
+        return [PlannedShard(name, shard.num_rows) for name, shard in self._shards.items()]
+
+    def rows(self, name: ShardName) -> list[CatalogRow]:
+        """Return the images of a shard in the order of their keys."""
+        return self._catalog.rows(self._shards[name])
+
+    def accepts(self, index: ShardIndex) -> bool:
+        """Whether a tar holds images of its shard only; some may not have decoded."""
+        return {row.key for row in self.rows(index.name)}.issuperset(index.keys())
+
+    def undecodable(self, indices: Iterable[ShardIndex]) -> set[str]:
+        """Return the keys of the catalog that none of the shards holds."""
+        committed = set(chain.from_iterable(index.keys() for index in indices))
+        return {row.key for name in self._shards for row in self.rows(name)} - committed
+
+
+class LatentsContent:
+    """Content of the latents set, for `shard_builder.build_shards`.
+
+    Args:
+        plan: which image is in which shard.
+        images: where their pixels come from.
+        encode_images: uint8 [B, H, W, 3] → scaled latents float16 [B, C, H/8, W/8].
+        batch_size: images that are encoded at once.
+        num_threads: that decode.
+    """
+
+    def __init__(
+        self,
+        plan: LatentsPlan,
+        images: ImageReader,
+        encode_images: Callable[[torch.Tensor], torch.Tensor],
+        batch_size: int,
+        num_threads: int,
+    ) -> None:
+        self._plan = plan
+        self._images = images
+        self._encode_images = encode_images
+        self._batch_size = batch_size
+        self._num_threads = num_threads
+
+    def accepts(self, index: ShardIndex) -> bool:
+        """As `LatentsPlan.accepts`."""
+        return self._plan.accepts(index)
+
+    def read(self, shard: PlannedShard) -> Iterator[PixelBatch]:
+        """Yield the shard's images that decode, in the order of their keys."""
+        rows = self._plan.rows(shard.name)
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode") as pool:
+            for start in range(0, len(rows), self._batch_size):
+                batch = rows[start : start + self._batch_size]
+                decoded = list(zip(batch, pool.map(self._images.read, batch), strict=True))
+                good = [(row, pixels) for row, pixels in decoded if pixels is not None]
+                if good:
+                    pixels = torch.from_numpy(np.stack([pixels for _, pixels in good]))
+                    yield PixelBatch([row for row, _ in good], pixels)
+
+    def compute(self, batch: PixelBatch) -> LatentBatch:
+        """Encode one batch."""
+        return LatentBatch(batch.rows, self._encode_images(batch.pixels).cpu())
+
+    def encode(self, result: LatentBatch, header: RecordHeader) -> Iterator[EncodedRecord]:
+        """Yield each image's record, and beside it what no tensor says."""
+        sizes = [time_ids(row.width, row.height, row.crop, row.bucket) for row in result.rows]
+        tensors = {"latents": result.latents, "time_ids": np.stack(sizes)}
+        for row, record in zip(result.rows, header.encode_batch(tensors), strict=True):
+            yield EncodedRecord(row.key, record, canonical_json(_sidecar(row)))
+
+
+def _sidecar(row: CatalogRow) -> dict[str, Any]:
+    return {
+        "captions": list(row.captions),
+        "crop": row.crop._asdict(),
+        "original_height": row.height,
+        "original_width": row.width,
+        "source": row.source,
+        "subset": row.subset,
+    }

@@ -1,0 +1,254 @@
+"""From a configuration to the latents set: scan, catalog, VAE, shards, manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+
+from sdxl_distill.builder.commit import publish_set_record
+from sdxl_distill.builder.latents import (
+    IMAGE_PIPELINE,
+    LATENTS_ID,
+    ImageReader,
+    LatentsContent,
+    LatentsPlan,
+)
+from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.repair import repair_set, restore_catalog
+from sdxl_distill.builder.set_builder import BuiltSet, build_set
+from sdxl_distill.builder.set_identity import require_complete, require_same_set
+from sdxl_distill.builder.withdrawal import CATALOG_FOLDER, withdraw_for_rebuild
+from sdxl_distill.builder.work_queue import Claim, WorkQueue
+from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.growth import ScanReport, extend_catalog
+from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.device import allow_tf32, resolve_device
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import latents_schema
+from sdxl_distill.shards.set_record import SetRecord
+
+_COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MAX_DECODERS: Final = 8
+_SCAN: Final = "scan"
+
+
+class BuiltLatents(NamedTuple):
+    """The complete set, and on rank 0 what the scan found."""
+
+    built: BuiltSet
+    report: ScanReport | None
+
+
+def build_latents_set(
+    config: BuilderConfig,
+    launch: Launch,
+    *,
+    rebuild: bool = False,
+    repair: bool = False,
+    rescan: bool = False,
+    scan_progress: Progress | None = None,
+) -> BuiltLatents:
+    """Build what is missing of the latents set, beside any other workers.
+
+    Args:
+        config: of the builder.
+        launch: this process among those started with it.
+        rebuild: set the present set aside and build anew.
+        repair: keep the good shards of a damaged set and build the others.
+        rescan: read every image again, known or not.
+        scan_progress: shows the scan, on rank 0.
+
+    Raises:
+        ConfigError: for a missing or empty image folder, or no VAE.
+        IncompatibleError: for a VAE that is not SDXL's kind, a folder of another
+            configuration, or changed captions.
+        CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
+    """
+    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
+    path = Path(config.data.latent_cache.cache_dir)
+    report: list[ScanReport] = []
+
+    def decide() -> dict[str, object]:
+        record, catalog, found = _prepare(
+            config, launch, path, rebuild, repair, rescan, scan_progress
+        )
+        report.append(found)
+        return {"record": record.to_json(), "catalog": catalog.n}
+
+    decision = launch.decide("latents", decide)
+    record = SetRecord.from_json(decision["record"], "launch")
+    with Directory(path / CATALOG_FOLDER) as directory:
+        catalog = Catalog.load(directory, decision["catalog"])
+    plan = LatentsPlan(catalog)
+    built = build_set(
+        path,
+        record,
+        plan.shards,
+        partial(_content, config, plan, launch),
+        partial(_describe, plan, catalog.n),
+        launch.world,
+        catalog=catalog.n,
+        exclusive=config.cache.exclusive,
+    )
+    return BuiltLatents(built, report[0] if report else None)
+
+
+def latents_record(config: BuilderConfig) -> SetRecord:
+    """Return the identity of the latents set that a configuration describes.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when its VAE is missing, damaged or of
+            another kind.
+    """
+    checkpoint = Checkpoint.resolve(config.vae_source)
+    return SetRecord(
+        kind="latents",
+        id=LATENTS_ID,
+        schema=latents_schema(latent_channels(checkpoint)),
+        content={
+            "buckets": sorted(list(bucket) for bucket in config.buckets),
+            "image_pipeline": IMAGE_PIPELINE,
+            "records_per_shard": config.data.records_per_shard,
+            "vae": checkpoint.vae_fingerprint(),
+            "vae_dtype": config.data.latent_cache.dtype,
+        },
+    )
+
+
+def _prepare(
+    config: BuilderConfig,
+    launch: Launch,
+    path: Path,
+    rebuild: bool,
+    repair: bool,
+    rescan: bool,
+    progress: Progress | None,
+) -> tuple[SetRecord, Catalog, ScanReport]:
+    """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
+    record, seen = latents_record(config), None
+    require_complete(path, record, [Checkpoint.resolve(config.vae_source).vae])
+    if rebuild:
+        # Before the withdrawal: a wrong image folder must not cost the set that is there.
+        seen = _scan(config, Catalog(), rescan, progress)
+        withdraw_for_rebuild(launch, path)
+    if repair:
+        refuse_in_job_array(launch, str(path))
+        _repair(path, record)
+    catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
+    return record, catalog, report
+
+
+def _repair(path: Path, record: SetRecord) -> None:
+    """Keep the good ones of the shards that the catalog there knows."""
+    restore_catalog(path)
+    catalog = Catalog()
+    if (path / CATALOG_FOLDER).is_dir():
+        with Directory(path / CATALOG_FOLDER) as folder:
+            catalog = Catalog.load(folder)
+    plan = LatentsPlan(catalog)
+    repair_set(path, record, plan.shards, plan.accepts)
+
+
+def _update_catalog(
+    config: BuilderConfig,
+    path: Path,
+    record: SetRecord,
+    rescan: bool,
+    seen: Scan | None,
+    progress: Progress | None,
+) -> tuple[Catalog, ScanReport]:
+    """Add what is new in the image folder to the catalog, while no other launch does so."""
+    # Another configuration must be refused before it adds to this one's catalog, and a set
+    # begins only when there are images for it.
+    require_same_set(path, record)
+    with (
+        Directory(path.resolve(), create=True) as directory,
+        WorkQueue(directory, exclusive=config.cache.exclusive) as queue,
+        _catalog_folder(directory) as folder,
+    ):
+        claim = _claim_scan(queue)
+        _sweep_catalog(folder)
+
+        def show(num_done: int, num_files: int) -> None:
+            queue.heartbeat.show_progress()
+            if progress is not None:
+                progress(num_done, num_files)
+
+        scan = seen or _scan(config, Catalog.load(folder), rescan, show)
+        publish_set_record(directory, record)
+        catalog, report = extend_catalog(
+            folder,
+            scan,
+            buckets=config.buckets,
+            records_per_shard=config.data.records_per_shard,
+            on_changed_caption=config.data.on_changed_caption,
+        )
+        queue.release(claim, committed=False)
+        return catalog, report
+
+
+def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progress | None) -> Scan:
+    return scan_folder(
+        config.data.image_dir,
+        catalog,
+        max_pixels=config.data.max_image_pixels,
+        on_bad_image=config.data.on_bad_image,
+        rescan=rescan,
+        progress=progress,
+    )
+
+
+def _catalog_folder(directory: Directory) -> Directory:
+    folder = Directory(directory.path / CATALOG_FOLDER, create=True, token=directory.token)
+    folder.publication = directory.publication
+    return folder
+
+
+def _claim_scan(queue: WorkQueue) -> Claim:
+    while (claim := queue.claim(_SCAN)) is None:
+        time.sleep(queue.timing.poll_seconds)
+    return claim
+
+
+def _sweep_catalog(folder: Directory) -> None:
+    """Remove temporary files: whoever left one no longer holds the claim on the scan."""
+    for name in folder.names():
+        if name.startswith(TEMPORARY_PREFIX):
+            folder.remove(name)
+
+
+def _content(config: BuilderConfig, plan: LatentsPlan, launch: Launch) -> LatentsContent:
+    settings = config.data.latent_cache
+    device = resolve_device(config.device, launch.world.local_rank)
+    allow_tf32(config.tf32)
+    vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
+    return LatentsContent(
+        plan,
+        ImageReader(
+            Path(config.data.image_dir), config.data.max_image_pixels, config.data.on_bad_image
+        ),
+        partial(encode_images, vae),
+        settings.batch_size,
+        num_threads=min(launch.world.num_cores, _MAX_DECODERS),
+    )
+
+
+def _describe(
+    plan: LatentsPlan,
+    catalog: int,
+    _directory: Directory,
+    record: SetRecord,
+    indices: Iterable[ShardIndex],
+) -> Manifest:
+    indices = list(indices)
+    return Manifest.build(record, catalog, indices, plan.undecodable(indices))

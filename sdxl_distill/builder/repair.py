@@ -1,0 +1,186 @@
+"""Repairing a set: it is renamed aside, and every good shard is published back by link.
+
+A set in which nothing is damaged stays where it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from sdxl_distill.builder.commit import adopt_shard, publish_set_record, shard_header
+from sdxl_distill.builder.examination import Accepts, Examination, examine, read_index
+from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.builder.withdrawal import (
+    CATALOG_FOLDER,
+    folders_to_repair_from,
+    kept_after_repair,
+    withdraw_set,
+)
+from sdxl_distill.builder.work_queue import WorkQueue
+from sdxl_distill.catalog.segment import segment_number
+from sdxl_distill.errors import CorruptError
+from sdxl_distill.fsio import Directory, read_bytes
+from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
+from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.shard_name import ShardName
+
+_NUM_THREADS: Final = 8
+_NUM_NAMED: Final = 5
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RepairSummary:
+    """What a repair found.
+
+    Attributes:
+        num_kept: shards that are good and committed.
+        num_missing: shards that the next build makes.
+        damage: what was in the way, each with the reason; empty when the set stayed as it was.
+        folders: where the set as it was is kept; for the user to look at and remove.
+    """
+
+    num_kept: int
+    num_missing: int
+    damage: tuple[str, ...]
+    folders: tuple[Path, ...]
+
+
+def repair_set(
+    path: Path, record: SetRecord, shards: Sequence[PlannedShard], accepts: Accepts
+) -> RepairSummary:
+    """Keep the good shards of a set and let the next build make the others; rank 0 only.
+
+    An interrupted repair is continued.
+
+    Args:
+        path: folder of the set; need not exist.
+        record: what the set is to be; a damaged `set.json` is replaced by it.
+        shards: all shards of the set.
+        accepts: whether a tar holds the keys of its shard.
+
+    Raises:
+        IncompatibleError: when the set there is another one; nothing was touched.
+        StorageError: when the folder cannot be renamed or files cannot be linked.
+    """
+    path = path.resolve()
+    with suppress(FileNotFoundError, CorruptError):
+        where = str(path / SET_RECORD_NAME)
+        content = read_bytes(path / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+        record.require_same(SetRecord.from_bytes(content, where), where)
+    examinations = [
+        examine(folder, record, shards, accepts) for folder in folders_to_repair_from(path)
+    ]
+    if path.exists():
+        here = examine(path, record, shards, accepts)
+        if here.damage:
+            here = replace(here, folder=withdraw_set(path, for_repair=True))
+        examinations.insert(0, here)
+    kept = _bring_back(path, record, shards, accepts, examinations) if examinations else set()
+    summary = RepairSummary(
+        num_kept=len(kept),
+        num_missing=len(shards) - len(kept),
+        damage=tuple(fault for each in examinations for fault in each.damage),
+        folders=tuple(each.folder for each in examinations if each.folder != path),
+    )
+    _report(path, summary)
+    return summary
+
+
+def num_draws_there(path: Path, set_id: str) -> int:
+    """Return how many draws the files of a set are of: all are to be kept, wanted now or not."""
+    path = path.resolve()
+    folders = [folder for folder in (path, *folders_to_repair_from(path)) if folder.is_dir()]
+    files = (place.name for folder in folders for place in folder.iterdir())
+    names = (ShardName.parse(file, set_id) for file in files)
+    return max((name.draw + 1 for name in names if name), default=1)
+
+
+def restore_catalog(path: Path) -> None:
+    """Bring the catalog of a latents set back, when a repair was interrupted before it did so.
+
+    The catalog says which image is in which shard: a scan must go on with that one.
+    """
+    path = path.resolve()
+    for folder in folders_to_repair_from(path):
+        _link_catalog(folder, path)
+
+
+def _bring_back(
+    path: Path,
+    record: SetRecord,
+    shards: Sequence[PlannedShard],
+    accepts: Accepts,
+    examinations: Sequence[Examination],
+) -> set[PlannedShard]:
+    """Commit every shard that is good in one of the folders, and return these shards."""
+    kept: set[PlannedShard] = set()
+    with Directory(path, create=True) as directory, WorkQueue(directory):
+        publish_set_record(directory, record)
+        for examination in examinations:
+            _link_catalog(examination.folder, path)
+            good = [each for each in shards if each.name in examination.good and each not in kept]
+            with (
+                Directory(examination.folder) as source,
+                ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="repair") as pool,
+            ):
+                list(pool.map(partial(_commit, source, directory, record, accepts), good))
+            kept.update(good)
+    return kept
+
+
+def _commit(
+    source: Directory,
+    directory: Directory,
+    record: SetRecord,
+    accepts: Accepts,
+    shard: PlannedShard,
+) -> None:
+    name = shard.name
+    if not directory.link_from(source, name.tar):
+        # Built anew since the repair began: that tar stays, and its own index counts.
+        adopt_shard(directory, name, shard_header(record, shard), accepts)
+        return
+    try:
+        content = source.read(name.idx, MAX_INDEX_BYTES)
+    except FileNotFoundError:
+        content = read_index(source, record, shard).to_bytes()
+    directory.publish_bytes(name.idx, content)
+
+
+def _link_catalog(folder: Path, path: Path) -> None:
+    """Bring back the segments of a catalog, up to the first of which there is another one."""
+    if not (folder / CATALOG_FOLDER).is_dir():
+        return
+    with (
+        Directory(folder / CATALOG_FOLDER) as source,
+        Directory(path / CATALOG_FOLDER, create=True) as target,
+    ):
+        for name in sorted(name for name in source.names() if segment_number(name) is not None):
+            if not target.link_from(source, name):
+                return
+
+
+def _report(path: Path, summary: RepairSummary) -> None:
+    if not summary.folders:
+        _log.info("%s: none of the %d shards there is damaged", path, summary.num_kept)
+        return
+    for fault in summary.damage[:_NUM_NAMED]:
+        _log.warning("%s: damaged: %s", path, fault)
+    if len(summary.damage) > _NUM_NAMED:
+        _log.warning("%s: … and %d more", path, len(summary.damage) - _NUM_NAMED)
+    _log.info(
+        "%s: %d shards are good, %d are made anew; the set as it was stays in %s",
+        path,
+        summary.num_kept,
+        summary.num_missing,
+        ", ".join(kept_after_repair(folder).name for folder in summary.folders),
+    )
