@@ -120,7 +120,7 @@ class StagedFile:
         descriptor = os.open(
             temporary_name,
             os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-            0o644,
+            0o666,  # less what the umask takes
             dir_fd=directory.descriptor,
         )
         self.file: BinaryIO = os.fdopen(descriptor, "w+b")

@@ -25,6 +25,7 @@ from sdxl_distill.demo.tiny_unet import new_unet
 from sdxl_distill.demo.tiny_vae import draw_pyramid, new_vae
 from sdxl_distill.demo.training import train_unet, train_vae
 from sdxl_distill.demo.weights import draw_weights, perturb_weights
+from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.text_encoder import TextEncoders
 from sdxl_distill.models.unet import load_unet
@@ -161,6 +162,7 @@ def train_base(
     report = _reporter(progress, "base", recipe.base_steps)
     _train_on(unet, directory, photos, recipe.base_steps, recipe.base_lr, generator, report)
     unet.save_pretrained(directory / "unet")
+    follow_umask(directory)
 
 
 def train_teacher(directory: Path, base: Path, photos: Path, recipe: Recipe, seed: int) -> float:
@@ -213,6 +215,7 @@ def build_untrained_family(
     draw_weights(unet, generator)
     unet.save_pretrained(base / "unet")
     write_scheduler_and_index(base, prediction_type)
+    follow_umask(base)
 
     teachers = []
     for letter in "abcdefgh"[:num_teachers]:
@@ -231,6 +234,7 @@ def write_teacher(directory: Path, base: Path, unet: UNet2DConditionModel) -> No
     """
     shutil.copytree(base, directory, ignore=shutil.ignore_patterns("unet"))
     unet.save_pretrained(directory / "unet")
+    follow_umask(directory)
 
 
 def write_scheduler_and_index(directory: Path, prediction_type: str = "epsilon") -> None:

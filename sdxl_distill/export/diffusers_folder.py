@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from sdxl_distill.errors import ConfigError, StorageError
+from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fsio import TEMPORARY_PREFIX, new_token, storage_errors
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
@@ -56,6 +57,7 @@ def export_diffusers_folder(
         temporary.mkdir(parents=True)
         try:
             _write(temporary, base, text, weights, dtype)
+            follow_umask(temporary)
             _flush(temporary)
             if destination.exists():
                 replaced = temporary.with_name(f"{temporary.name}-replaced")

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
+from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, read_bytes, storage_errors
 
@@ -140,6 +141,7 @@ class CheckpointFolder:
             temporary.mkdir()
             try:
                 _write_files(temporary, checkpoint)
+                follow_umask(temporary)
                 if folder.exists(name):
                     self._remove(name)
                 temporary.rename(self.path / name)
