@@ -15,12 +15,17 @@ from sdxl_distill.builder.commit import shard_header
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import (
+    MAX_INDEX_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_SET_RECORD_BYTES,
+)
 from sdxl_distill.shards.index import ShardIndex
-from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
-from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.shards.tar_index import index_of_tar
 
 Accepts = Callable[[ShardIndex], bool]
@@ -146,7 +151,7 @@ def _damage_beside_shards(
 def _is_empty_record_good(directory: Directory, manifest: Manifest | None) -> bool:
     """Whether the manifest vouches for the empty caption's record, or neither is there."""
     try:
-        content = directory.read(EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES)
+        content = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
     except FileNotFoundError:
         return manifest is None
     except CorruptError:

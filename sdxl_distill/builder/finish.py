@@ -20,9 +20,9 @@ from sdxl_distill.builder.withdrawal import discard_withdrawn
 from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
 from sdxl_distill.shards.index import ShardIndex
-from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
-from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.stop_request import StopRequest

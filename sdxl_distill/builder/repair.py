@@ -27,8 +27,8 @@ from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.catalog.segment import segment_number
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory, read_bytes
-from sdxl_distill.shards.index_layout import MAX_INDEX_BYTES
-from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_SET_RECORD_BYTES
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 
 _NUM_THREADS: Final = 8

@@ -20,6 +20,7 @@ from sdxl_distill.builder.text import CaptionEncoder, TextContent, text_tensors
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.device import resolve_device
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_RECORD_BYTES
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.text_encoder import TextEncoders, text_geometry
 from sdxl_distill.shards.index import ShardIndex
@@ -27,7 +28,7 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, encode_record, text_schema
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.set_reference import SetReference
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES, ShardSet
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
 
 _ID_DIGITS: Final = 12
 
@@ -136,6 +137,6 @@ def _describe(
         metadata = {FINGERPRINT: record.fingerprint}
         content = encode_record(text_tensors(encoder()("")), metadata)
         until_not_swept(directory, partial(directory.publish_bytes, EMPTY_RECORD_NAME, content))
-    empty = directory.read(EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES)
+    empty = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
     digest = hashlib.sha256(empty).hexdigest()
     return Manifest.build(record, catalog, indices, empty_sha256=digest)

@@ -21,9 +21,12 @@ from sdxl_distill.config.section import (
     StoredDtype,
 )
 from sdxl_distill.core.bucket import SDXL_BUCKETS, Bucket
+from sdxl_distill.limits import MAX_DRAWS, MAX_RECORDS, MAX_SIDE_PX, MAX_TIMESTEPS
 
 _SDXL_SIZE = 1024
 _SIZE_STEP = 128  # SDXL's sides are multiples of 64 at 1024; times size / 1024 they must be of 8
+_LONGEST_SIDE = max(max(bucket) for bucket in SDXL_BUCKETS)
+_MAX_SCALED_SIZE = MAX_SIDE_PX * _SDXL_SIZE // _LONGEST_SIDE // _SIZE_STEP * _SIZE_STEP
 
 
 def _check_teacher_id(teacher_id: str) -> str:
@@ -106,7 +109,7 @@ class BuilderDataSection(Section):
     """Side in pixels of the square that every bucket's area is about."""
     bucket: BucketSection = BucketSection()
     latent_cache: LatentCacheSection = LatentCacheSection()
-    records_per_shard: Count = 512
+    records_per_shard: Annotated[int, Field(ge=1, le=MAX_RECORDS)] = 512
     """Most records in one shard: the unit of work, of retry and of streaming."""
     on_bad_image: Literal["skip", "error"] = "skip"
     """What happens to an image that cannot be decoded: leave it out and list it, or stop."""
@@ -125,6 +128,12 @@ class BuilderDataSection(Section):
                 key=("size",),
                 action="choose such a size, list bucket.resolutions, or set bucket.enabled: false",
             )
+        if scaled and self.size > _MAX_SCALED_SIZE:
+            raise BrokenRule(
+                f"{self.size}, which scales SDXL's longest bucket beyond {MAX_SIDE_PX} pixels",
+                expected=f"at most {_MAX_SCALED_SIZE}",
+                key=("size",),
+            )
         return self
 
 
@@ -141,14 +150,14 @@ class CacheSection(Section):
     """Root of every timestep and every noise; equal for all teachers of one student."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Smallest timestep, included."""
-    max_timestep: Count = 1000
+    max_timestep: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)] = 1000
     """Largest timestep, excluded; at most the teacher's number of training timesteps."""
     skip_existing: bool = True
     """Keep committed shards and build the others; false sets the old set aside and builds anew."""
     layout: Literal["full", "compact"] = "full"
     """Full: every record holds noise and text embeddings. Compact: they are shared or recomputed,
     a quarter of the size from the second teacher on."""
-    draws: Annotated[int, Field(ge=1, le=1024)] = 1
+    draws: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 1
     """How many (timestep, noise) pairs of every image are predicted."""
     batch_size: Count = 8
     """Records that the UNet predicts at once on one device."""

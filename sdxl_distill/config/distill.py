@@ -20,6 +20,7 @@ from sdxl_distill.config.section import (
     Seed,
     StoredDtype,
 )
+from sdxl_distill.limits import MAX_STEPS
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -116,7 +117,7 @@ class TrainingSection(Section):
     """Records in one forward pass of one process."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per step; global batch = batch_size × this × number of processes."""
-    num_steps: Count = 10_000
+    num_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 10_000
     """Optimizer steps of the whole run."""
     lr: Positive = 5e-6
     """Learning rate after the warm-up."""

@@ -11,8 +11,8 @@ import json5
 
 from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.fsio import read_bytes
+from sdxl_distill.limits import MAX_CONFIG_BYTES
 
-MAX_CONFIG_BYTES = 65_536
 _PLACE = re.compile(r"<string>:(\d+) ")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from sdxl_distill.limits import MAX_SIDE_PX
+
 
 class Section(BaseModel):
     """A frozen group of keys; unknown keys and values of another type are refused."""
@@ -64,5 +66,5 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Side = Annotated[int, Field(ge=8, le=16384, multiple_of=8)]
+Side = Annotated[int, Field(ge=8, le=MAX_SIDE_PX, multiple_of=8)]
 Resolution = Annotated[tuple[Side, Side], Field(strict=False)]

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.limits import MAX_TIMESTEPS
 from sdxl_distill.models.component import Component
 from sdxl_distill.models.component_kind import (
     TEXT_ENCODER,
@@ -32,7 +33,6 @@ from sdxl_distill.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
-_MAX_TRAIN_TIMESTEPS = 100_000
 
 
 class Checkpoint:
@@ -178,10 +178,10 @@ class Checkpoint:
             )
         num_steps, start, end, schedule = (config[name] for name in names)
         numbers = isinstance(start, int | float) and isinstance(end, int | float)
-        if not numbers or type(num_steps) is not int or num_steps > _MAX_TRAIN_TIMESTEPS:
+        if not numbers or type(num_steps) is not int or num_steps > MAX_TIMESTEPS:
             raise CorruptError(
                 f"num_train_timesteps {num_steps!r}, beta_start {start!r}, beta_end {end!r}",
-                expected=f"three numbers, at most {_MAX_TRAIN_TIMESTEPS} timesteps",
+                expected=f"three numbers, at most {MAX_TIMESTEPS} timesteps",
                 where=str(path),
             )
         if zero_terminal_snr is None:

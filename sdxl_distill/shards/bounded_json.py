@@ -11,8 +11,8 @@ import math
 from typing import Any, Final, NoReturn, cast
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_JSON_DEPTH
 
-MAX_DEPTH: Final = 8
 _CONTAINERS: Final = (dict, list)
 
 
@@ -36,9 +36,9 @@ def parse_json(content: bytes, where: str, max_bytes: int) -> Any:
     except (ValueError, RecursionError) as error:
         reason = error.args[0] if isinstance(error, _AmbiguousJsonError) else "cannot be parsed"
         raise CorruptError(f"the JSON {reason}", expected="valid JSON", where=where) from error
-    if not _is_shallow(value, MAX_DEPTH):
+    if not _is_shallow(value, MAX_JSON_DEPTH):
         raise CorruptError(
-            "the JSON is nested too deep", expected=f"at most {MAX_DEPTH} levels", where=where
+            "the JSON is nested too deep", expected=f"at most {MAX_JSON_DEPTH} levels", where=where
         )
     return value
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_SIDECAR_BYTES
 from sdxl_distill.shards.index_layout import ACTION, encode_index, parse_index
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.safetensors_layout import byte_view
@@ -25,7 +26,6 @@ from sdxl_distill.shards.tar import (
     padded,
 )
 
-MAX_SIDECAR_BYTES: Final = 1 << 20
 _NO_DIGEST: Final = "0" * 64
 
 UInt64: TypeAlias = npt.NDArray[np.uint64]

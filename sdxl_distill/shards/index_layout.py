@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.limits import MAX_RECORDS
 from sdxl_distill.shards.safetensors_layout import (
-    MAX_HEADER_BYTES,
     SafetensorsHeader,
     build_header,
     dtype_of,
@@ -23,8 +23,6 @@ from sdxl_distill.shards.safetensors_layout import (
 )
 
 FORMAT_VERSION: Final = 1
-MAX_RECORDS: Final = 65_536
-MAX_INDEX_BYTES: Final = MAX_RECORDS * 512 + 2 * MAX_HEADER_BYTES
 ACTION: Final = "rebuild this shard: run its builder with --repair"
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")

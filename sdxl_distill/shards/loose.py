@@ -14,8 +14,9 @@ from typing import Final, NamedTuple
 
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_DRAWS
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
-from sdxl_distill.shards.shard_name import MAX_DRAWS, ShardName, is_bucket_side
+from sdxl_distill.shards.shard_name import ShardName, is_bucket_side
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 
 _NAME: Final = re.compile(

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 from sdxl_distill.core.image_id import parse_record_key
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.limits import MAX_MANIFEST_BYTES
 from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.sealed_json import seal, unseal
@@ -30,7 +31,6 @@ from sdxl_distill.shards.shard_entry import (
 from sdxl_distill.shards.shard_name import ShardName
 
 MANIFEST_NAME: Final = "manifest.json"
-MAX_MANIFEST_BYTES: Final = 256 << 20
 _MANIFEST_FIELDS: Final = frozenset({"catalog", "draws", "empty_sha256", "shards", "undecodable"})
 
 

@@ -17,12 +17,12 @@ from typing import Final, NamedTuple
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory, storage_errors
-from sdxl_distill.shards.index import MAX_SIDECAR_BYTES, ShardIndex
+from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_RECORD_BYTES, MAX_SIDECAR_BYTES
+from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.loose import LooseFolder, LooseRecord, open_new_folder
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.safetensors_layout import MAX_HEADER_BYTES
-from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.set_reference import SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set

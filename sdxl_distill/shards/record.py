@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import torch
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_LENGTH, MAX_RANK, MAX_TENSORS
 from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.safetensors_layout import (
     TORCH_DTYPES,
@@ -38,9 +39,6 @@ SOURCE_SHA256: Final = "source_sha256"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _TENSOR_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SIDES: Final = ("H/8", "W/8")
-_MAX_TENSORS: Final = 32
-_MAX_RANK: Final = 4
-_MAX_LENGTH: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class RecordSchema:
         Raises:
             CorruptError: for unknown dtypes, unsafe names, names given twice, absurd lengths.
         """
-        if not isinstance(value, list) or not 1 <= len(cast("list[Any]", value)) <= _MAX_TENSORS:
+        if not isinstance(value, list) or not 1 <= len(cast("list[Any]", value)) <= MAX_TENSORS:
             raise CorruptError("no list of tensors", expected="1 to 32 tensors", where=where)
         specs = tuple(_parse_spec(entry, where) for entry in cast("list[Any]", value))
         if len({spec.name for spec in specs}) != len(specs):
@@ -240,12 +238,10 @@ def _parse_spec(value: Any, where: str) -> TensorSpec:
     name, dtype, shape = fields["name"], fields["dtype"], fields["shape"]
     if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name) or dtype not in RECORD_DTYPES:
         raise CorruptError("a schema with an unsafe name or unknown dtype", where=where)
-    if not isinstance(shape, list) or not 1 <= len(cast("list[Any]", shape)) <= _MAX_RANK:
+    if not isinstance(shape, list) or not 1 <= len(cast("list[Any]", shape)) <= MAX_RANK:
         raise CorruptError(f"tensor {name} without a shape", where=where)
     sizes = tuple(cast("list[Any]", shape))
-    if not all(
-        size in _SIDES or (type(size) is int and 1 <= size <= _MAX_LENGTH) for size in sizes
-    ):
+    if not all(size in _SIDES or (type(size) is int and 1 <= size <= MAX_LENGTH) for size in sizes):
         raise CorruptError(f"tensor {name} has an absurd shape", where=where)
     return TensorSpec(name, dtype, sizes)
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_HEADER_BYTES
 from sdxl_distill.shards.bounded_json import parse_json, require_names
 
-MAX_HEADER_BYTES: Final = 64 * 1024
 # In the library's own order of dtypes; tensors are stored from the last to the first.
 ITEM_BYTES: Final = {"U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8}
 TORCH_DTYPES: Final = {

@@ -15,20 +15,16 @@ import numpy as np
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.shards.finding import Finding, FindingList
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
-from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, wrong_values
-from sdxl_distill.shards.set_record import (
-    MAX_SET_RECORD_BYTES,
-    REBUILDING,
-    SET_RECORD_NAME,
-    SetRecord,
-)
+from sdxl_distill.shards.set_record import REBUILDING, SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 
 _CATALOG_FOLDER: Final = "catalog"
 _FINISH: Final = "run its builder until it reports the set complete"
@@ -155,7 +151,7 @@ def check_empty_record(
     findings = FindingList(record.id, EMPTY_RECORD_NAME)
     with findings.collecting():
         try:
-            content = directory.read(EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES)
+            content = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
         except FileNotFoundError as error:
             raise CorruptError("is missing", expected="a file", action=ACTION) from error
         digest = hashlib.sha256(content).hexdigest()

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields, fingerprint
+from sdxl_distill.limits import MAX_COUNTER, MAX_SET_RECORD_BYTES, MAX_TIMESTEPS
 from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.record import (
     Layout,
@@ -30,8 +31,6 @@ from sdxl_distill.shards.shard_name import is_safe_set_id
 Kind: TypeAlias = Literal["latents", "text", "predictions"]
 
 SET_RECORD_NAME: Final = "set.json"
-MAX_SET_RECORD_BYTES: Final = 1 << 20
-MAX_COUNTER: Final = 1 << 53
 FIELDS: Final = frozenset(
     {
         "content",
@@ -59,7 +58,6 @@ _PLACES: Final[Mapping[Kind, str]] = {
     "text": "cache.output_dir",
     "predictions": "teacher.teacher_id or cache.output_dir",
 }
-_MAX_TIMESTEPS: Final = 100_000
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,7 @@ def _parse_recipe(value: Any, where: str) -> NoiseRecipe | None:
     if not (
         isinstance(fields["algorithm"], str)
         and type(fields["base_seed"]) is int
-        and all(is_counter(step) and step <= _MAX_TIMESTEPS for step in steps)
+        and all(is_counter(step) and step <= MAX_TIMESTEPS for step in steps)
         and steps[0] < steps[1]
     ):
         raise CorruptError("a noise recipe with absurd fields", where=where)
@@ -264,7 +262,7 @@ def _parse_schedule(value: Any, where: str) -> NoiseSchedule | None:
     if not (
         all(type(beta) in (int, float) and math.isfinite(beta) and 0 <= beta < 1 for beta in betas)
         and is_counter(fields["num_train_timesteps"])
-        and fields["num_train_timesteps"] <= _MAX_TIMESTEPS
+        and fields["num_train_timesteps"] <= MAX_TIMESTEPS
         and type(fields["zero_terminal_snr"]) is bool
     ):
         raise CorruptError("a noise schedule with absurd fields", where=where)

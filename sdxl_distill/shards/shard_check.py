@@ -13,9 +13,10 @@ import torch
 
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_INDEX_BYTES
 from sdxl_distill.shards.finding import Finding, FindingList
 from sdxl_distill.shards.index import ShardIndex
-from sdxl_distill.shards.index_layout import ACTION, MAX_INDEX_BYTES
+from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, check_sidecar, wrong_values

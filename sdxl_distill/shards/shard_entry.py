@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_DRAWS, MAX_RECORDS, MAX_SHARD_BYTES, MAX_SHARDS
 from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.index import ShardIndex
-from sdxl_distill.shards.index_layout import MAX_RECORDS
 from sdxl_distill.shards.set_reference import is_sha256
-from sdxl_distill.shards.shard_name import MAX_DRAWS, MAX_NUMBER, ShardName, is_bucket_side
-from sdxl_distill.shards.tar_index import MAX_SHARD_BYTES
+from sdxl_distill.shards.shard_name import ShardName, is_bucket_side
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -141,7 +140,7 @@ def _is_sha256_or_none(value: Any) -> bool:
 _IS_LEGAL: Final[dict[str, Callable[[Any], bool]]] = {
     "width": _is_side,
     "height": _is_side,
-    "number": _is_between(0, MAX_NUMBER),
+    "number": _is_between(0, MAX_SHARDS - 1),
     "draw": _is_between(0, MAX_DRAWS - 1),
     "num_records": _is_between(0, MAX_RECORDS),
     "tar_bytes": _is_between(1, MAX_SHARD_BYTES),

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from sdxl_distill.core.image_id import record_key
+from sdxl_distill.limits import MAX_DRAWS, MAX_SIDE_PX
 
-MAX_SIDE_PX: Final = 8192
-MAX_NUMBER: Final = 999_999
-MAX_DRAWS: Final = 1024
 _SET_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SHARD: Final = re.compile(r"([1-9]\d*)x([1-9]\d*)(?:-d([1-9]\d*))?-(\d{6})\.(?:tar|idx)", re.ASCII)
 _MEMBER: Final = re.compile(r"([0-9a-f]{32})_(\d+x\d+(?:_d\d+)?)\.(safetensors|json)", re.ASCII)

@@ -20,12 +20,18 @@ from sdxl_distill.errors import (
     StorageError,
 )
 from sdxl_distill.fsio import open_regular, read_bytes
+from sdxl_distill.limits import (
+    MAX_INDEX_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_SET_RECORD_BYTES,
+)
 from sdxl_distill.shards.index import ShardIndex
-from sdxl_distill.shards.index_layout import ACTION, MAX_INDEX_BYTES
-from sdxl_distill.shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from sdxl_distill.shards.index_layout import ACTION
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.set_reference import SetReference
 from sdxl_distill.shards.shard_entry import ShardEntry
 from sdxl_distill.shards.shard_name import ShardName
@@ -33,7 +39,6 @@ from sdxl_distill.shards.shard_name import ShardName
 T = TypeVar("T")
 
 EMPTY_RECORD_NAME: Final = "empty.safetensors"
-MAX_EMPTY_RECORD_BYTES: Final = 64 << 20
 _CACHED_INDICES: Final = 1024
 
 
@@ -122,7 +127,7 @@ class ShardSet:
         """
         path = self.directory / EMPTY_RECORD_NAME
         try:
-            content = read_bytes(path, MAX_EMPTY_RECORD_BYTES)
+            content = read_bytes(path, MAX_RECORD_BYTES)
         except FileNotFoundError:
             content = b""
         if hashlib.sha256(content).hexdigest() != self.manifest.empty_sha256:

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import numpy as np
 
 from sdxl_distill.core.noise import noise
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_RECORDS, MAX_SHARD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.shards.digest import bytes_digest, rest_digest, tensor_digest
-from sdxl_distill.shards.index import (
-    MAX_SIDECAR_BYTES,
-    ShardIndex,
-    is_strictly_ascending,
-    tar_layout,
-)
-from sdxl_distill.shards.index_layout import ACTION, MAX_RECORDS
+from sdxl_distill.shards.index import ShardIndex, is_strictly_ascending, tar_layout
+from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.safetensors_layout import MAX_HEADER_BYTES
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import TarMember, read_at, read_members, sha256_of
-
-MAX_SHARD_BYTES: Final = 2 << 30
 
 
 class IndexRows:

@@ -13,15 +13,11 @@ from typing import NamedTuple
 
 from sdxl_distill.errors import StorageError
 from sdxl_distill.fsio import Directory, read_bytes
+from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.shards.loose import LooseRecord, open_new_folder
-from sdxl_distill.shards.set_record import MAX_SET_RECORD_BYTES, SET_RECORD_NAME
+from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import (
-    EMPTY_RECORD_NAME,
-    MAX_EMPTY_RECORD_BYTES,
-    ShardSet,
-    open_shard_set,
-)
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
 
 
 class Unpacked(NamedTuple):
@@ -62,7 +58,7 @@ def unpack_set(
                 on_progress(num_done, len(names))
         if shard_set.manifest.empty_sha256 is not None:
             shard_set.read_empty_record()  # checks it
-            content = read_bytes(shard_set.directory / EMPTY_RECORD_NAME, MAX_EMPTY_RECORD_BYTES)
+            content = read_bytes(shard_set.directory / EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
             _write_new(directory, EMPTY_RECORD_NAME, content)
         content = read_bytes(shard_set.directory / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
         _write_new(directory, SET_RECORD_NAME, content)

@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 from sdxl_distill.errors import ConfigError, CorruptError, DistillError, IncompatibleError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.shards.finding import FindingList
-from sdxl_distill.shards.index import MAX_SIDECAR_BYTES
 from sdxl_distill.shards.loose import LooseFolder, LooseRecord
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, check_sidecar, wrong_values
@@ -24,7 +24,6 @@ from sdxl_distill.shards.set_check import check_recipe, read_set_record
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, Kind, NoiseRecipe, SetRecord
 from sdxl_distill.shards.verify import Progress, Verification, show_nothing
 
-_MAX_RECORD_BYTES: Final = 64 << 20
 _MAX_FINDINGS: Final = 50
 _ACTION: Final = "unpack this record anew from its shard, or build it anew"
 _IMAGE_TENSORS: Final = ("latents", "noise", "teacher_pred")
@@ -128,7 +127,7 @@ def _check_file(
     header: RecordHeader | None = None
     num_bytes = 0
     try:
-        content = bytearray(directory.read(loose.file_name, _MAX_RECORD_BYTES))
+        content = bytearray(directory.read(loose.file_name, MAX_RECORD_BYTES))
         num_bytes = len(content)
         header = RecordHeader.parse(bytes(content), loose.file_name)
         _require_form(header, num_bytes, loose, record)

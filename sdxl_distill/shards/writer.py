@@ -11,12 +11,12 @@ from webdataset.writer import TarWriter
 from sdxl_distill.core.image_id import parse_record_key
 from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.fsio import storage_errors
-from sdxl_distill.shards.index import MAX_SIDECAR_BYTES, ShardIndex
-from sdxl_distill.shards.index_layout import MAX_RECORDS
+from sdxl_distill.limits import MAX_RECORDS, MAX_SHARD_BYTES, MAX_SIDECAR_BYTES
+from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import MODE, OWNER, read_members
-from sdxl_distill.shards.tar_index import MAX_SHARD_BYTES, IndexRows
+from sdxl_distill.shards.tar_index import IndexRows
 
 _PIECE_BYTES: Final = 1 << 19
 

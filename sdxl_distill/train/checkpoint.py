@@ -26,6 +26,7 @@ from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, read_bytes, storage_errors
+from sdxl_distill.limits import MAX_STEPS
 
 FORMAT_VERSION = 1
 _FILES = "files.json"
@@ -33,7 +34,6 @@ _STATE = "state.json"
 _LATEST = "latest"
 _MAX_JSON_BYTES = 16 << 20
 _MAX_LATEST_BYTES = 64
-_MAX_STEP = 99_999_999
 _STEP_FOLDER = re.compile(r"step-([0-9]{8})")
 
 _log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class CheckpointFolder:
         except (FileNotFoundError, CorruptError):
             name = ""
         match = _STEP_FOLDER.fullmatch(name)
-        return int(match[1]) if match else _MAX_STEP
+        return int(match[1]) if match else MAX_STEPS
 
     def _write(self, folder: Directory, name: str, checkpoint: Checkpoint) -> None:
         temporary = self.path / f"{TEMPORARY_PREFIX}{new_token()}"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from sdxl_distill.catalog.captions import (
-    MAX_CAPTION_BYTES,
     caption_name,
     metadata_caption,
     read_caption,
     read_metadata,
 )
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.limits import MAX_CAPTION_BYTES
 
 
 def write_lines(path: Path, *lines: object) -> Path:

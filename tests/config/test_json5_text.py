@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_distill.config.json5_text import MAX_CONFIG_BYTES, json_path, parse_json5, read_json5
+from sdxl_distill.config.json5_text import json_path, parse_json5, read_json5
 from sdxl_distill.errors import ConfigError
+from sdxl_distill.limits import MAX_CONFIG_BYTES
 
 
 def _error(path: Path) -> ConfigError:
