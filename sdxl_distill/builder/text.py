@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
 from sdxl_distill.builder.alignment import holds_same_keys, latents_name
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.shard_builder import EncodedRecord
-from sdxl_distill.errors import CorruptError
 from sdxl_distill.models.text_encoder import TextEmbeddings, TextEncoders
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_set import ShardSet
+from sdxl_distill.shards.sidecar import parse_captions
 
 _CAPTIONS_AT_ONCE: Final = 16
 _CACHED_CAPTIONS: Final = 1024  # 310 KiB each with SDXL's encoders
@@ -82,7 +81,12 @@ class TextContent:
         for start in range(0, len(keys), _CAPTIONS_AT_ONCE):
             records = range(start, min(start + _CAPTIONS_AT_ONCE, len(keys)))
             captions = [
-                _first_caption(reader.read_sidecar(record), keys[record]) for record in records
+                parse_captions(
+                    reader.read_sidecar(record),
+                    "rebuild the latents set",
+                    f"latents set, key {keys[record]}",
+                )[0]
+                for record in records
             ]
             yield CaptionBatch([keys[record] for record in records], captions)
 
@@ -102,21 +106,3 @@ def text_tensors(embeddings: TextEmbeddings) -> dict[str, torch.Tensor]:
         "encoder_hidden_states": embeddings.hidden[0],
         "pooled_embeds": embeddings.pooled[0],
     }
-
-
-def _first_caption(sidecar: bytes, key: str) -> str:
-    try:
-        fields: Any = json.loads(sidecar)
-        caption = fields["captions"][0]
-    except (ValueError, LookupError, TypeError) as error:
-        raise CorruptError(
-            "a sidecar without captions",
-            expected='JSON with "captions": [text, …]',
-            where=f"latents set, key {key}",
-            action="rebuild the latents set",
-        ) from error
-    if not isinstance(caption, str):
-        raise CorruptError(
-            f"a caption of type {type(caption).__name__}", where=f"latents set, key {key}"
-        )
-    return caption

@@ -173,6 +173,12 @@ class ShardIndex:
             raise _corrupt(self.name, "other offsets", "those that follow from the sizes")
         if self.digests.shape[1] != len(self.header.places):
             raise _corrupt(self.name, "digests of other tensors", "those of the common header")
+        if (self.noise_digests is not None) != self.header.recreates_noise:
+            raise _corrupt(
+                self.name,
+                "noise digests are missing, or stand beside stored noise",
+                "digests of the noise exactly where records hold a seed in its place",
+            )
         if not is_strictly_ascending(self.ids):
             raise _corrupt(self.name, "keys unsorted or twice", "keys in ascending order")
         if self.to_bytes() != content:

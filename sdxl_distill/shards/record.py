@@ -16,9 +16,10 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import torch
 
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.limits import MAX_LENGTH, MAX_RANK, MAX_TENSORS
+from sdxl_distill.limits import MAX_LENGTH, MAX_RANK, MAX_RECORD_BYTES, MAX_TENSORS
 from sdxl_distill.shards.bounded_json import require_names
 from sdxl_distill.shards.safetensors_layout import (
+    ITEM_BYTES,
     TORCH_DTYPES,
     AnyTensor,
     SafetensorsHeader,
@@ -39,6 +40,19 @@ SOURCE_SHA256: Final = "source_sha256"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _TENSOR_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SIDES: Final = ("H/8", "W/8")
+_FLOATS: Final = ("F16", "BF16", "F32")
+# Of every tensor that readers know by its name: dtypes and shape, None for any length.
+_FORMS: Final[Mapping[str, tuple[tuple[str, ...], tuple[int | str | None, ...]]]] = {
+    "encoder_hidden_states": (("F16",), (None, None)),
+    "latents": (("F16",), (None, *_SIDES)),
+    "noise": (("F16",), (None, *_SIDES)),
+    "pooled_embeds": (("F16",), (None,)),
+    "resolution": (("I32",), (2,)),
+    "seed": (("I64",), (1,)),
+    "teacher_pred": (_FLOATS, (None, *_SIDES)),
+    "time_ids": (("I32",), (6,)),
+    "timestep": (("I64",), (1,)),
+}
 
 
 @dataclass(frozen=True)
@@ -79,14 +93,24 @@ class RecordSchema:
         """Read a schema that may come from a stranger.
 
         Raises:
-            CorruptError: for unknown dtypes, unsafe names, names given twice, absurd lengths.
+            CorruptError: for unknown dtypes, unsafe names, names given twice, absurd lengths, and
+                for tensors that are not what their names say.
         """
         if not isinstance(value, list) or not 1 <= len(cast("list[Any]", value)) <= MAX_TENSORS:
             raise CorruptError("no list of tensors", expected="1 to 32 tensors", where=where)
         specs = tuple(_parse_spec(entry, where) for entry in cast("list[Any]", value))
         if len({spec.name for spec in specs}) != len(specs):
             raise CorruptError("a schema that names a tensor twice", where=where)
-        return cls(specs)
+        schema = cls(specs)
+        # In the smallest bucket, so that a schema which fits none is refused before it is used.
+        forms = schema.resolve(8, 8).values()
+        if sum(ITEM_BYTES[dtype] * prod(shape) for dtype, shape in forms) > MAX_RECORD_BYTES:
+            raise CorruptError(
+                "a schema of huge records",
+                expected=f"at most {MAX_RECORD_BYTES} bytes a record",
+                where=where,
+            )
+        return schema
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,11 @@ class RecordHeader:
         fingerprint: str,
         source_sha256: str | None = None,
     ) -> RecordHeader:
-        """Return the header of a shard's records from what determines it."""
+        """Return the header of a shard's records from what determines it.
+
+        Raises:
+            CorruptError: when such a record would be larger than 64 MiB.
+        """
         metadata = {FINGERPRINT: fingerprint}
         if source_sha256 is not None:
             metadata[SOURCE_SHA256] = source_sha256
@@ -142,6 +170,14 @@ class RecordHeader:
 
     @classmethod
     def _of(cls, header: SafetensorsHeader) -> RecordHeader:
+        if header.num_bytes > MAX_RECORD_BYTES:
+            raise CorruptError(
+                f"tensors that make records of {header.num_bytes} bytes",
+                expected=f"at most {MAX_RECORD_BYTES}",
+                where="record schema",
+                action="no set of such records can be read; use smaller buckets, or the right "
+                "checkpoint",
+            )
         fingerprint = header.metadata[FINGERPRINT]
         source = header.metadata.get(SOURCE_SHA256)
         return cls(header.content, header.places, fingerprint, source, header.num_bytes)
@@ -243,7 +279,27 @@ def _parse_spec(value: Any, where: str) -> TensorSpec:
     sizes = tuple(cast("list[Any]", shape))
     if not all(size in _SIDES or (type(size) is int and 1 <= size <= MAX_LENGTH) for size in sizes):
         raise CorruptError(f"tensor {name} has an absurd shape", where=where)
+    if not _has_form_of_its_name(name, dtype, sizes):
+        raise CorruptError(
+            f"tensor {name} as {dtype} {list(sizes)}",
+            expected="as docs/format.md says; optional tensors have names of their own",
+            where=where,
+        )
     return TensorSpec(name, dtype, sizes)
+
+
+def _has_form_of_its_name(name: str, dtype: str, sizes: tuple[int | str, ...]) -> bool:
+    if name not in _FORMS:
+        return True
+    dtypes, lengths = _FORMS[name]
+    return (
+        dtype in dtypes
+        and len(sizes) == len(lengths)
+        and all(
+            size == length or (length is None and type(size) is int)
+            for size, length in zip(sizes, lengths, strict=True)
+        )
+    )
 
 
 def _are_record_metadata(metadata: dict[str, str]) -> bool:

@@ -6,9 +6,8 @@ finite and plausible. What a tensor is follows from its name (docs/format.md).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,26 +67,6 @@ def wrong_values(
         yield from _implausible_time_ids(_integers(tensors["time_ids"]), place, action)
 
 
-def check_sidecar(content: bytes, action: str) -> None:
-    """Check the JSON beside a record of latents: it holds the captions.
-
-    Raises:
-        CorruptError: when it is missing, no JSON, or without a list of captions.
-    """
-    try:
-        fields: Any = json.loads(content)
-        captions = cast("list[Any]", fields["captions"])
-        is_good = bool(captions) and all(isinstance(caption, str) for caption in captions)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        is_good = False
-    if not is_good:
-        raise CorruptError(
-            "the sidecar is missing, or has no captions",
-            expected='JSON with "captions": [text, …]',
-            action=action,
-        )
-
-
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, ten times faster than `isfinite` on 16 bits.
 
@@ -110,7 +89,7 @@ def _wrong_draw(
 ) -> Iterator[CorruptError]:
     if "seed" not in tensors:
         return
-    if recipe is not None:
+    if recipe is not None and "timestep" in tensors:
         seed = noise_seed(place.image_id, recipe.base_seed, place.draw)
         yield from _unequal(tensors, "seed", [seed], action)
         step = timestep(

@@ -6,23 +6,20 @@ Each function returns findings and raises nothing of ours.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from itertools import chain, groupby
 from typing import Final
-
-import numpy as np
 
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.shards.finding import Finding, FindingList
-from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, wrong_values
-from sdxl_distill.shards.set_record import REBUILDING, SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 
@@ -171,37 +168,6 @@ def check_empty_record(
         place = RecordPlace("", 8, 8, 0)
         for error in wrong_values(header.decode(bytearray(content)), place, None, ACTION):
             findings.add(error)
-    return findings.all()
-
-
-def check_ids(
-    record: SetRecord, indices: Sequence[ShardIndex], undecodable: Iterable[str]
-) -> list[Finding]:
-    """Check that no image comes twice in the first draw of a set, or was said not to decode."""
-    findings = FindingList(record.id)
-    first_draw = [index for index in indices if index.name.draw == 0 and index.num_records]
-    ids = np.concatenate([index.ids for index in first_draw] or [np.empty((0, 16), np.uint8)])
-    halves = np.frombuffer(ids.tobytes(), ">u8").astype(np.uint64)  # bytes sort far more slowly
-    ids = ids[np.lexsort((halves[1::2], halves[::2]))]
-    twice = ids[1:][(ids[1:] == ids[:-1]).all(axis=1)]
-    for image_id in dict.fromkeys(row.tobytes().hex() for row in twice):
-        findings.add(
-            CorruptError(
-                f"image {image_id} is in more than one shard",
-                expected="every image once",
-                action=REBUILDING[record.kind],
-            )
-        )
-    left_out = set(undecodable)
-    held = chain.from_iterable(index.keys() for index in indices) if left_out else ()
-    for key in sorted(left_out.intersection(held)):
-        findings.add(
-            CorruptError(
-                "a record of an image that the manifest says did not decode",
-                action=REBUILDING[record.kind],
-            ),
-            key,
-        )
     return findings.all()
 
 

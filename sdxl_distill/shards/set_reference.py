@@ -18,7 +18,8 @@ from sdxl_distill.shards.bounded_json import require_names
 _MAX_LEADING_PARENTS: Final = 3
 _MAX_PARTS: Final = 32
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_SAFE_PART: Final = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
+# Of the halves of surrogate pairs only those count that stand for a byte of no UTF-8 (PEP 383).
+_SAFE_PART: Final = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]{1,255}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdxl_distill.errors import CorruptError
+from sdxl_distill.errors import CorruptError, DistillError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_INDEX_BYTES
 from sdxl_distill.shards.finding import Finding, FindingList
@@ -19,10 +19,11 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.record_values import RecordPlace, check_sidecar, wrong_values
+from sdxl_distill.shards.record_values import RecordPlace, wrong_values
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_entry import ShardEntry
 from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.shards.tar_index import header_of_tar, index_of_tar
 
 
@@ -68,6 +69,20 @@ def check_shard(
         if not quick:
             index = _check_content(tar.fileno(), record, name, entry, stored, findings)
     return CheckedShard(name, index, findings.all())
+
+
+def index_there(directory: Directory, record: SetRecord, name: ShardName) -> ShardIndex | None:
+    """Return the index of a shard again, the tar's where it is damaged; None without either."""
+    try:
+        return _stored_index(directory, record, name, None)
+    except DistillError:
+        pass
+    try:
+        with os.fdopen(_open_tar(directory, name), "rb") as tar:
+            source = _source_sha256(tar.fileno(), name, None, None)
+            return index_of_tar(tar.fileno(), name, _header(record, name, source))
+    except DistillError:
+        return None
 
 
 def _stored_index(
@@ -183,7 +198,7 @@ def _wrong_content(
     yield from wrong_values(tensors, place, record.noise, ACTION)
     if record.kind == "latents":
         try:
-            check_sidecar(sidecar, ACTION)
+            parse_captions(sidecar, ACTION)
         except CorruptError as error:
             yield error
 

@@ -6,7 +6,6 @@ Every byte is checked against the index on its way, and every file appears whole
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from sdxl_distill.errors import StorageError
 from sdxl_distill.fsio import Directory, read_bytes
 from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.shards.loose import LooseRecord, open_new_folder
+from sdxl_distill.shards.ordered_map import ordered_map
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
@@ -50,12 +50,11 @@ def unpack_set(
     with open_shard_set(path) as shard_set, open_new_folder(output) as directory:
         names = shard_set.manifest.names()
         num_records = num_bytes = 0
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="unpack") as pool:
-            unpack = partial(_unpack_shard, shard_set, directory.path)
-            for num_done, done in enumerate(pool.map(unpack, names), 1):
-                num_records += done.num_records
-                num_bytes += done.num_bytes
-                on_progress(num_done, len(names))
+        unpack = partial(_unpack_shard, shard_set, directory.path)
+        for num_done, done in enumerate(ordered_map(unpack, names, num_threads, "unpack"), 1):
+            num_records += done.num_records
+            num_bytes += done.num_bytes
+            on_progress(num_done, len(names))
         if shard_set.manifest.empty_sha256 is not None:
             shard_set.read_empty_record()  # checks it
             content = read_bytes(shard_set.directory / EMPTY_RECORD_NAME, MAX_RECORD_BYTES)

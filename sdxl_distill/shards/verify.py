@@ -7,24 +7,24 @@ are collected. A set that is still being built is checked too, and reported as i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.finding import Finding, exit_code_of
+from sdxl_distill.shards.id_check import IdCheck
+from sdxl_distill.shards.ordered_map import ordered_map
 from sdxl_distill.shards.set_check import (
     check_empty_record,
     check_identity,
-    check_ids,
     check_recipe,
     check_strangers,
     incomplete,
     read_manifest,
     read_set_record,
 )
-from sdxl_distill.shards.shard_check import CheckedShard, check_shard
+from sdxl_distill.shards.shard_check import CheckedShard, check_shard, index_there
 from sdxl_distill.shards.shard_entry import ShardEntry
 from sdxl_distill.shards.shard_name import ShardName
 
@@ -109,33 +109,31 @@ def verify_set(
         unknown_noise = check_recipe(record)
         result.findings += unknown_noise
         check = partial(check_shard, directory, record, quick=quick or bool(unknown_noise))
-        shards = _check_all(check, entries, num_threads, on_progress)
-    _add_up(result, shards)
-    indices = [shard.index for shard in shards if shard.index is not None]
-    undecodable = () if manifest is None else manifest.undecodable
-    result.findings += check_ids(record, indices, undecodable)
+        ids = IdCheck(record, () if manifest is None else manifest.undecodable)
+        _check_all(result, ids, check, entries, num_threads, on_progress)
+        result.findings += ids.findings(partial(index_there, directory, record))
     return result
 
 
 def _check_all(
+    result: Verification,
+    ids: IdCheck,
     check: Callable[[ShardName, ShardEntry | None], CheckedShard],
     entries: Mapping[ShardName, ShardEntry | None],
     num_threads: int,
     on_progress: Progress,
-) -> list[CheckedShard]:
-    shards: list[CheckedShard] = []
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="verify") as pool:
-        for shard in pool.map(check, entries.keys(), entries.values()):
-            shards.append(shard)
-            on_progress(len(shards), len(entries))
-    return shards
+) -> None:
+    """Check every shard and add it up; no more is kept of one than the end needs."""
 
+    def check_one(pair: tuple[ShardName, ShardEntry | None]) -> CheckedShard:
+        return check(*pair)
 
-def _add_up(result: Verification, shards: list[CheckedShard]) -> None:
-    for shard in shards:
+    for shard in ordered_map(check_one, entries.items(), num_threads, "verify"):
         result.findings += shard.findings
+        result.num_shards += 1
+        result.num_draws = max(result.num_draws, 1 + shard.name.draw)
         if shard.index is not None:
             result.num_records += shard.index.num_records
             result.num_bytes += shard.index.tar_bytes
-    result.num_shards = len(shards)
-    result.num_draws = 1 + max((shard.name.draw for shard in shards), default=0)
+            ids.add(shard.index)
+        on_progress(result.num_shards, len(entries))

@@ -7,8 +7,7 @@ be seen. With `set.json` or a noise recipe, seeds and timesteps are computed aga
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -18,10 +17,12 @@ from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.shards.finding import FindingList
 from sdxl_distill.shards.loose import LooseFolder, LooseRecord
+from sdxl_distill.shards.ordered_map import ordered_map
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.record_values import RecordPlace, check_sidecar, wrong_values
+from sdxl_distill.shards.record_values import RecordPlace, wrong_values
 from sdxl_distill.shards.set_check import check_recipe, read_set_record
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, Kind, NoiseRecipe, SetRecord
+from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.shards.verify import Progress, Verification, show_nothing
 
 _MAX_FINDINGS: Final = 50
@@ -80,40 +81,25 @@ def verify_loose(
             result.findings += check_recipe(record)
             recipe = recipe or record.noise
         check = partial(_check_file, directory, folder, record, recipe)
-        checked = _check_all(check, folder.records, num_threads, on_progress)
-    findings = FindingList(result.set_id, limit=_MAX_FINDINGS)
-    for file in checked:
-        for error in file.errors:
-            findings.add(error, file.record.stem)
-    for error in (
-        *_strangers(folder),
-        *_not_together(checked, record),
-        *_not_once(folder),
-    ):
+        findings = FindingList(result.set_id, limit=_MAX_FINDINGS)
+        sets: Counter[str] = Counter()
+        files = ordered_map(check, folder.records, num_threads, "verify")
+        for num_done, file in enumerate(files, 1):
+            for error in file.errors:
+                findings.add(error, file.record.stem)
+            if file.header is not None:
+                sets[file.header.fingerprint] += 1
+                result.kind = result.kind or _kind(file.header)
+            result.num_bytes += file.num_bytes
+            on_progress(num_done, len(folder.records))
+    for error in (*_strangers(folder), *_not_together(sets, record), *_not_once(folder)):
         findings.add(error)
     result.findings += findings.all()
-    headers = [file.header for file in checked if file.header is not None]
-    result.kind = _kind(headers[0]) if headers else None
     if result.kind == "predictions" and recipe is None:
         result.notes.append("seeds and timesteps were not computed again: no base seed is known")
     result.num_records = len(folder.records)
     result.num_draws = folder.num_draws
-    result.num_bytes = sum(file.num_bytes for file in checked)
     return result
-
-
-def _check_all(
-    check: Callable[[LooseRecord], _LooseCheck],
-    records: tuple[LooseRecord, ...],
-    num_threads: int,
-    on_progress: Progress,
-) -> list[_LooseCheck]:
-    checked: list[_LooseCheck] = []
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="verify") as pool:
-        for file in pool.map(check, records):
-            checked.append(file)
-            on_progress(len(checked), len(records))
-    return checked
 
 
 def _check_file(
@@ -136,7 +122,7 @@ def _check_file(
         if _kind(header) == "latents":
             is_there = loose.sidecar_name in folder.sidecars
             sidecar = directory.read(loose.sidecar_name, MAX_SIDECAR_BYTES) if is_there else b""
-            check_sidecar(sidecar, _ACTION)
+            parse_captions(sidecar, _ACTION)
     except FileNotFoundError:
         errors.append(CorruptError("was removed while it was verified", action=_ACTION))
     except DistillError as error:
@@ -158,7 +144,8 @@ def _require_form(
     forms = {place.name: (place.dtype, place.shape) for place in header.places}
     sides = loose.height // 8, loose.width // 8
     is_good = (
-        all(forms.get(name) == _EXACT[name] for name in _REQUIRED[_kind(header)])
+        forms.keys() >= set(_REQUIRED[_kind(header)])
+        and all(name not in forms or forms[name] == form for name, form in _EXACT.items())
         and all(name not in forms or forms[name][1][1:] == sides for name in _IMAGE_TENSORS)
         and all(min(shape, default=1) > 0 for _, shape in forms.values())
     )
@@ -187,8 +174,7 @@ def _strangers(folder: LooseFolder) -> Iterable[DistillError]:
         )
 
 
-def _not_together(checked: list[_LooseCheck], record: SetRecord | None) -> Iterable[DistillError]:
-    sets = Counter(file.header.fingerprint for file in checked if file.header is not None)
+def _not_together(sets: Counter[str], record: SetRecord | None) -> Iterable[DistillError]:
     expected = set(sets) if record is None else {record.fingerprint}
     if len(sets) > 1 or not expected.issuperset(sets):
         counts = ", ".join(f"{count} of set {key[:12]}…" for key, count in sets.most_common())

@@ -225,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(read_bytes(path, _MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise _damaged(path, "the file is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"no JSON ({error})") from error
     if not isinstance(content, dict):
         raise _damaged(path, "no JSON object")

@@ -1,0 +1,36 @@
+"""The sidecar: the JSON beside a record of latents, which holds its captions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from sdxl_distill.errors import CorruptError
+
+
+def parse_captions(content: bytes, action: str, where: str | None = None) -> list[str]:
+    """Return the captions that a sidecar holds, at least one.
+
+    Args:
+        content: of the sidecar; it may come from a stranger.
+        action: what to do when it is damaged.
+        where: set and key.
+
+    Raises:
+        CorruptError: when it is missing, no JSON, or without a list of Unicode captions.
+    """
+    try:
+        fields: Any = json.loads(content)
+        captions = cast("list[str]", fields["captions"])
+        "".join(captions).encode()  # refuses what is no text, and halves of surrogate pairs
+        is_good = isinstance(captions, list) and bool(captions)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        is_good, captions = False, []
+    if not is_good:
+        raise CorruptError(
+            "the sidecar is missing, or has no captions",
+            expected='JSON with "captions": [text, …]',
+            where=where,
+            action=action,
+        )
+    return captions
