@@ -11,7 +11,7 @@ import numpy as np
 from shard_sets import ShardSets
 
 from sdxl_distill.fsio import Directory
-from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.index import ShardIndex, tar_layout
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
@@ -79,3 +79,25 @@ def put_fifo(path: Path) -> None:
     """Replace a file by a named pipe, on which a plain open would hang."""
     path.unlink()
     os.mkfifo(path)
+
+
+def synthetic_index(name: ShardName, header: RecordHeader, num_records: int = 512) -> ShardIndex:
+    """Return an index of records that are nowhere, with ids that no other shard has."""
+    generator = np.random.default_rng(name.number)
+    numbers = (name.number * num_records + np.arange(num_records)).astype(">u8")
+    sidecar_sizes = np.zeros(num_records, np.int64)
+    offsets, tar_bytes = tar_layout(header.record_bytes, sidecar_sizes)
+    digests = generator.integers(0, 1 << 62, (num_records, len(header.places)), np.uint64)
+    return ShardIndex(
+        name=name,
+        header=header,
+        ids=np.pad(numbers.view(np.uint8).reshape(-1, 8), ((0, 0), (8, 0))),
+        offsets=offsets,
+        sizes=np.full(num_records, header.record_bytes, np.int64),
+        sidecar_sizes=sidecar_sizes,
+        digests=digests,
+        rest_digests=digests[:, 0].copy(),
+        noise_digests=digests[:, 1].copy() if header.recreates_noise else None,
+        tar_bytes=tar_bytes,
+        tar_sha256=f"{name.number:064x}",
+    )

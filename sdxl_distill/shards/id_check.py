@@ -82,5 +82,5 @@ class IdCheck:
 
 
 def _folded(index: ShardIndex) -> npt.NDArray[np.uint64]:
-    halves = np.frombuffer(index.ids.tobytes(), np.uint64).reshape(-1, 2)
-    return halves[:, 0] ^ halves[:, 1]
+    halves = np.frombuffer(index.ids.tobytes(), np.uint64)
+    return halves[::2] ^ halves[1::2]

@@ -21,12 +21,11 @@ def parse_captions(content: bytes, action: str, where: str | None = None) -> lis
     """
     try:
         fields: Any = json.loads(content)
-        captions = cast("list[str]", fields["captions"])
+        captions = cast("list[str]", fields["captions"] if type(fields["captions"]) is list else [])
         "".join(captions).encode()  # refuses what is no text, and halves of surrogate pairs
-        is_good = isinstance(captions, list) and bool(captions)
     except (ValueError, LookupError, TypeError, RecursionError):
-        is_good, captions = False, []
-    if not is_good:
+        captions = []
+    if not captions:
         raise CorruptError(
             "the sidecar is missing, or has no captions",
             expected='JSON with "captions": [text, …]',

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from verified_sets import cut, flip, put_fifo, swap
+from verified_sets import cut, flip, put_fifo, swap, synthetic_index
 
 from sdxl_distill.shards.finding import MAX_PER_SHARD
-from sdxl_distill.shards.index import ShardIndex, tar_layout
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord
@@ -307,39 +307,43 @@ def test_findings_do_not_depend_on_the_number_of_threads(cache):
 
 
 def test_a_hundred_thousand_records_are_verified_quickly_in_two_seconds(tmp_path, cache):
-    record = SetRecord.from_bytes((cache.build("compact") / "set.json").read_bytes(), "")
-    path = tmp_path / record.id
-    path.mkdir()
-    header = RecordHeader.build(record.schema, 64, 64, record.fingerprint, "0" * 64)
-    indices = [_synthetic_index(ShardName(record.id, 64, 64, n), header) for n in range(200)]
-    for index in indices:
-        (path / index.name.idx).write_bytes(index.to_bytes())
-        with (path / index.name.tar).open("wb") as tar:
-            tar.truncate(index.tar_bytes)
-    (path / "set.json").write_bytes(record.to_bytes())
-    (path / "manifest.json").write_bytes(Manifest.build(record, 0, indices).to_bytes())
+    path = _synthetic_set(tmp_path, cache, 200)
     started = time.process_time()
     result = verify_set(path, quick=True)
     assert (result.num_records, result.findings) == (102_400, [])
     assert time.process_time() - started < 2
 
 
-def _synthetic_index(name, header, num_records=512):
-    generator = np.random.default_rng(name.number)
-    numbers = (name.number * num_records + np.arange(num_records)).astype(">u8")
-    sidecar_sizes = np.zeros(num_records, np.int64)
-    offsets, tar_bytes = tar_layout(header.record_bytes, sidecar_sizes)
-    digests = generator.integers(0, 1 << 62, (num_records, len(header.places)), np.uint64)
-    return ShardIndex(
-        name=name,
-        header=header,
-        ids=np.pad(numbers.view(np.uint8).reshape(-1, 8), ((0, 0), (8, 0))),
-        offsets=offsets,
-        sizes=np.full(num_records, header.record_bytes, np.int64),
-        sidecar_sizes=sidecar_sizes,
-        digests=digests,
-        rest_digests=digests[:, 0].copy(),
-        noise_digests=digests[:, 1].copy(),
-        tar_bytes=tar_bytes,
-        tar_sha256=f"{name.number:064x}",
-    )
+def test_a_verification_holds_eight_bytes_a_record_and_two_kilobytes_a_shard(tmp_path, cache):
+    path, held = _synthetic_set(tmp_path, cache, 100), []
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        verify_set(
+            path,
+            quick=True,
+            on_progress=lambda *_: held.append(tracemalloc.get_traced_memory()[0] - before),
+        )
+    finally:
+        tracemalloc.stop()
+    # Six shards are in flight, and a list that grows has room for an eighth more.
+    in_flight = 6 * (path / "teacher_a-64x64-000000.idx").stat().st_size
+    assert held[-1] < 100 * (512 * 8 * 1.125 + 2048) + in_flight
+
+
+def _synthetic_set(root, cache, num_shards):
+    record = SetRecord.from_bytes((cache.build("compact") / "set.json").read_bytes(), "")
+    path = root / record.id
+    path.mkdir()
+    header = RecordHeader.build(record.schema, 64, 64, record.fingerprint, "0" * 64)
+    indices = [
+        synthetic_index(ShardName(record.id, 64, 64, number), header)
+        for number in range(num_shards)
+    ]
+    for index in indices:
+        (path / index.name.idx).write_bytes(index.to_bytes())
+        with (path / index.name.tar).open("wb") as tar:
+            tar.truncate(index.tar_bytes)
+    (path / "set.json").write_bytes(record.to_bytes())
+    (path / "manifest.json").write_bytes(Manifest.build(record, 0, indices).to_bytes())
+    return path
