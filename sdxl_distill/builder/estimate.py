@@ -14,8 +14,9 @@ from typing import Final
 import torch
 
 from sdxl_distill.builder.alignment import planned_after
+from sdxl_distill.builder.legal_plan import require_legal_config, require_legal_plan
 from sdxl_distill.builder.plan import PlannedShard
-from sdxl_distill.builder.predictions_set import STORED_DTYPES, check_teacher, open_latents
+from sdxl_distill.builder.predictions_set import check_teacher, open_latents
 from sdxl_distill.catalog.scan import count_images
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.core.bucket import Bucket
@@ -25,7 +26,12 @@ from sdxl_distill.models.memory import ForwardMemory, num_parameters, prediction
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.record import latents_schema, predictions_schema, text_schema
+from sdxl_distill.shards.record import (
+    STORED_DTYPES,
+    latents_schema,
+    predictions_schema,
+    text_schema,
+)
 from sdxl_distill.shards.set_size import SetSize, planned_size, present_size
 from sdxl_distill.shards.shard_name import ShardName
 
@@ -66,7 +72,8 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when a checkpoint or the latents set cannot
-            be used, or there is neither a latents set nor an image folder.
+            be used, there is neither a latents set nor an image folder, or no reader would accept
+            the sets that are planned.
     """
     check_teacher(config)
     checkpoint = Checkpoint.resolve(config.teacher.checkpoint_path)
@@ -82,6 +89,9 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
     images = _sizes(shard for shard in shards if shard.name.draw == 0)
     bucket = _largest(Bucket(shard.name.width, shard.name.height) for shard in shards)
     stored = predictions_schema(cache.layout, STORED_DTYPES[cache.dtype], num_channels, *text)
+    if latents is None:
+        require_legal_config(config, latents_schema(num_channels))
+    require_legal_plan(config.teacher.teacher_id, stored, shards)
     dtype = torch.bfloat16 if config.teacher.use_bf16 else torch.float32
     return BuildEstimate(
         predictions=planned_size(stored, _sizes(shards)),

@@ -172,11 +172,12 @@ class LatentsContent:
         sizes = [time_ids(row.width, row.height, row.crop, row.bucket) for row in result.rows]
         tensors = {"latents": result.latents, "time_ids": np.stack(sizes)}
         for row, record in zip(result.rows, header.encode_batch(tensors), strict=True):
-            yield EncodedRecord(row.key, record, canonical_json(_sidecar(row)))
+            yield EncodedRecord(row.key, record, sidecar_of(row))
 
 
-def _sidecar(row: CatalogRow) -> dict[str, Any]:
-    return {
+def sidecar_of(row: CatalogRow) -> bytes:
+    """Return the JSON beside an image's record: what no tensor says."""
+    fields: dict[str, Any] = {
         "captions": list(row.captions),
         "crop": row.crop._asdict(),
         "original_height": row.height,
@@ -184,3 +185,4 @@ def _sidecar(row: CatalogRow) -> dict[str, Any]:
         "source": row.source,
         "subset": row.subset,
     }
+    return canonical_json(fields)

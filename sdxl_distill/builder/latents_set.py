@@ -19,6 +19,11 @@ from sdxl_distill.builder.latents import (
     LatentsPlan,
 )
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.legal_plan import (
+    most_images,
+    require_legal_config,
+    require_legal_rows,
+)
 from sdxl_distill.builder.repair import repair_set, restore_catalog
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.builder.set_identity import require_complete, require_same_set
@@ -136,6 +141,7 @@ def _prepare(
 ) -> tuple[SetRecord, Catalog, ScanReport]:
     """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
     record, seen = latents_record(config), None
+    require_legal_config(config, record.schema)
     require_complete(path, record, [Checkpoint.resolve(config.vae_source).vae])
     if rebuild:
         # Before the withdrawal: a wrong image folder must not cost the set that is there.
@@ -192,6 +198,7 @@ def _update_catalog(
             buckets=config.buckets,
             records_per_shard=config.data.records_per_shard,
             on_changed_caption=config.data.on_changed_caption,
+            accept=partial(require_legal_rows, record.schema, config.cache.draws),
         )
         queue.release(claim, committed=False)
         return catalog, report
@@ -202,6 +209,7 @@ def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progr
         config.data.image_dir,
         catalog,
         max_pixels=config.data.max_image_pixels,
+        max_images=most_images(config),
         on_bad_image=config.data.on_bad_image,
         rescan=rescan,
         progress=progress,

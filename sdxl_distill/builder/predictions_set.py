@@ -11,6 +11,7 @@ import torch
 
 from sdxl_distill.builder.alignment import holds_same_keys, planned_after
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.legal_plan import require_legal_plan
 from sdxl_distill.builder.predictions import PredictionsContent, Teacher
 from sdxl_distill.builder.repair import num_draws_there, repair_set
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
@@ -28,12 +29,11 @@ from sdxl_distill.models.text_encoder import require_fit, text_geometry
 from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.record import predictions_schema
+from sdxl_distill.shards.record import STORED_DTYPES, predictions_schema
 from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord
 from sdxl_distill.shards.set_reference import SetReference
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 
-STORED_DTYPES: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 _TORCH_DTYPES: Final = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -75,6 +75,7 @@ def build_predictions_set(
     def decide() -> dict[str, Any]:
         text = text_record(config, latents, output_dir)
         record = predictions_record(config, latents, text, output_dir)
+        require_legal_plan(record.id, record.schema, shards)
         teacher = Checkpoint.resolve(config.teacher.checkpoint_path)
         require_complete(path, record, [teacher.unet])
         if not config.cache.skip_existing:

@@ -13,6 +13,7 @@ from typing import Final, cast
 from sdxl_distill.builder.alignment import holds_same_keys, planned_after
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.legal_plan import require_legal_plan
 from sdxl_distill.builder.repair import repair_set
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.builder.set_identity import require_complete
@@ -58,6 +59,7 @@ def build_text_set(
 
     def decide() -> dict[str, object]:
         record = text_record(config, latents, output_dir)
+        require_legal_plan(record.id, record.schema, planned_after(latents, record.id))
         encoders = Checkpoint.resolve(config.text_source).text_encoders
         require_complete(output_dir / record.id, record, encoders)
         if repair:

@@ -45,8 +45,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     A line without `text` and `caption`, or with null there, means the empty caption.
 
     Raises:
-        CorruptError: for a line that is no JSON or names no file, for two captions of one
-            file, and as `read_caption`.
+        CorruptError: for a line that is no JSON or names no file, for a caption of more than
+            1 MiB, for two captions of one file, and as `read_caption`.
         StorageError: when the disk refused.
     """
     captions: dict[str, str] = {}
@@ -87,7 +87,15 @@ def _metadata_line(line: str, where: str) -> tuple[str, str]:
     caption = next((fields[key] for key in _CAPTION_FIELDS if fields.get(key) is not None), "")
     if not isinstance(caption, str) or not _is_unicode(caption):
         raise CorruptError("the caption is no text", expected="a Unicode string", where=where)
-    return posixpath.normpath(fields["file_name"]), caption.strip()
+    caption = caption.strip()
+    if len(caption.encode()) > MAX_CAPTION_BYTES:
+        raise CorruptError(
+            f"a caption of {len(caption.encode())} bytes",
+            expected=f"at most {MAX_CAPTION_BYTES}",
+            where=where,
+            action="shorten it: text encoders see its first 77 tokens",
+        )
+    return posixpath.normpath(fields["file_name"]), caption
 
 
 def _read_utf8(path: Path, max_bytes: int) -> str:

@@ -8,7 +8,7 @@ loses the race for a number plans once more against the winner.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -26,6 +26,8 @@ from sdxl_distill.fingerprint import fingerprint
 from sdxl_distill.fsio import Directory
 
 OnChangedCaption = Literal["error", "keep"]
+Accept = Callable[[Mapping[Bucket, int], Sequence[CatalogRow]], None]
+"""Refuses new images by raising; called with each bucket's number of shards, and the new rows."""
 _NUM_NAMES_IN_ERRORS: Final = 5
 _NUM_ATTEMPTS: Final = 2
 
@@ -119,13 +121,15 @@ def extend_catalog(
     buckets: Sequence[Bucket],
     records_per_shard: int,
     on_changed_caption: OnChangedCaption = "error",
+    accept: Accept | None = None,
 ) -> tuple[Catalog, ScanReport]:
     """Publish what is new as the next segment and return the catalog with it.
 
-    No new image: no segment, and the catalog as it is.
+    No new image: no segment, and the catalog as it is. `accept` sees what is new before.
 
     Raises:
         IncompatibleError: as `grow`.
+        ConfigError: whatever `accept` raises.
         StorageError: when others published twice in the meantime, or the disk refuses.
     """
     for _ in range(_NUM_ATTEMPTS):
@@ -139,6 +143,8 @@ def extend_catalog(
         )
         if not growth.rows:
             return catalog, growth.report
+        if accept is not None:
+            accept(catalog.num_shards(), growth.rows)
         n = catalog.n + 1
         header = SegmentHeader(n, catalog.sha256, scan.started_ns, len(growth.rows))
         if directory.publish_bytes(segment_name(n), encode_segment(header, growth.rows)):

@@ -99,6 +99,7 @@ def scan_folder(
     catalog: Catalog,
     *,
     max_pixels: int,
+    max_images: int | None = None,
     on_bad_image: Literal["skip", "error"] = "skip",
     rescan: bool = False,
     num_threads: int = 8,
@@ -110,13 +111,14 @@ def scan_folder(
         image_dir: the folder.
         catalog: files that it knows by source, size and time are not read again.
         max_pixels: larger images are bad.
+        max_images: that one set can hold; more files are refused before any is read.
         on_bad_image: `error` raises the first one in the order of sources.
         rescan: read all files, known or not.
         num_threads: of the pool that reads and hashes.
         progress: called with (files done, files in all) after each file.
 
     Raises:
-        ConfigError: when the folder is missing, or has no image, or no good one.
+        ConfigError: when the folder is missing, or has no image, no good one or too many.
         BadImageError: with `on_bad_image: error`.
         CorruptError: when a caption file or `metadata.jsonl` is not what it should be.
         StorageError: when the disk refuses, after one more try.
@@ -124,6 +126,8 @@ def scan_folder(
     image_dir = Path(image_dir)
     started_ns = time.time_ns()
     candidates = _find_candidates(image_dir)
+    if max_images is not None:
+        _require_at_most(max_images, candidates, image_dir)
     known = _KnownFiles(
         {} if rescan else catalog.known_files(), catalog.scan_started_ns - _COARSEST_MTIME_NS
     )
@@ -157,6 +161,16 @@ def count_images(image_dir: str | Path) -> int:
         StorageError: when the disk refuses.
     """
     return len(_find_candidates(Path(image_dir)))
+
+
+def _require_at_most(max_images: int, candidates: list[_Candidate], image_dir: Path) -> None:
+    if len(candidates) > max_images:
+        raise ConfigError(
+            f"{len(candidates):,} images",
+            expected=f"at most {max_images:,}, the shards of one set times their records",
+            where=str(image_dir),
+            action="raise data.records_per_shard, or lower cache.draws",
+        )
 
 
 def _find_candidates(image_dir: Path) -> list[_Candidate]:

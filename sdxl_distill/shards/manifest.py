@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, Final, cast
 
 from sdxl_distill.core.image_id import parse_record_key
-from sdxl_distill.errors import CorruptError
+from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.fingerprint import fingerprint
 from sdxl_distill.limits import MAX_MANIFEST_BYTES
 from sdxl_distill.shards.bounded_json import require_names
@@ -125,15 +125,29 @@ class Manifest:
         }
 
     def to_bytes(self) -> bytes:
-        """Return the content of `manifest.json`."""
-        return seal(self._fields())
+        """Return the content of `manifest.json`.
+
+        Raises:
+            ConfigError: when it is larger than a reader takes.
+        """
+        content = seal(self._fields())
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise ConfigError(
+                f"a manifest of {len(content):,} bytes: {len(self.shards):,} shards, "
+                f"{len(self.undecodable):,} images that did not decode",
+                expected=f"at most {MAX_MANIFEST_BYTES:,} bytes",
+                where=f"set {self.record.id}",
+                action="remove images that do not decode from data.image_dir, or raise "
+                "data.records_per_shard, and build the latents again",
+            )
+        return content
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Manifest:
         """Read the content of `manifest.json`.
 
         Raises:
-            CorruptError: when it is larger than 256 MiB, or not byte for byte what `to_bytes`
+            CorruptError: when it is larger than 512 MiB, or not byte for byte what `to_bytes`
                 writes for what it says, or contradicts itself.
             IncompatibleError: when a newer version wrote it.
         """

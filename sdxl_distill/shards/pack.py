@@ -19,6 +19,7 @@ from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory, storage_errors
 from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_RECORD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
 from sdxl_distill.shards.loose import LooseFolder, LooseRecord, open_new_folder
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
@@ -64,7 +65,7 @@ def pack_set(
 
     Raises:
         ConfigError: when `set.json` or the latents set is missing, files lie there that are no
-            records, or the output folder is not empty.
+            records, the output folder is not empty, or no reader would accept the shards.
         IncompatibleError: when records are missing, too many, or of other sets or latents.
         CorruptError: when a file is damaged.
         StorageError: when the disk is full or refuses.
@@ -81,6 +82,7 @@ def pack_set(
         else:
             plans = _plan_anew(record, folder, records_per_shard, source)
         _require_headers(source, plans)
+        _require_legal(source, record, plans)
         with open_new_folder(output) as target:
             target.publish_bytes(SET_RECORD_NAME, record.to_bytes())
             indices: list[ShardIndex] = []
@@ -219,6 +221,26 @@ def _require_headers(source: Directory, plans: list[_Plan]) -> None:
             where=str(source.path),
             action=_UNPACK_ANEW,
         )
+
+
+def _require_legal(source: Directory, record: SetRecord, plans: list[_Plan]) -> None:
+    def load(plan: _Plan) -> ShardLoad:
+        sizes: tuple[int, ...] = ()
+        if record.kind == "latents":
+            sizes = tuple(_size(source, each.sidecar_name) for each in plan.records)
+        return ShardLoad(plan.name.width, plan.name.height, len(plan.records), sizes)
+
+    remedy = Remedy("--records-per-shard", ", and leave --latents out, for the latents")
+    require_legal_shards(record.id, record.schema, map(load, plans), remedy)
+
+
+def _size(source: Directory, name: str) -> int:
+    """Return the bytes of a file; 0 where there is none, which is reported when it is read."""
+    try:
+        with os.fdopen(source.open(name), "rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader) -> str | None:

@@ -34,6 +34,8 @@ from sdxl_distill.shards.safetensors_layout import (
 Layout: TypeAlias = Literal["full", "compact"]
 ResolvedTensors: TypeAlias = "dict[str, tuple[str, tuple[int, ...]]]"
 
+STORED_DTYPES: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""How a configuration and a schema spell what predictions are stored in."""
 RECORD_DTYPES: Final = ("F16", "BF16", "F32", "I32", "I64")
 FINGERPRINT: Final = "fingerprint"
 SOURCE_SHA256: Final = "source_sha256"

@@ -15,7 +15,7 @@ from sdxl_distill.limits import MAX_RECORDS, MAX_SHARD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.tar import MODE, OWNER, read_members
+from sdxl_distill.shards.tar import BLOCK_BYTES, MODE, OWNER, closed_bytes, padded, read_members
 from sdxl_distill.shards.tar_index import IndexRows
 
 _PIECE_BYTES: Final = 1 << 19
@@ -73,9 +73,13 @@ class ShardWriter:
         assert len(record) == self._header.record_bytes, len(record)
         assert record.startswith(self._header.content), key
         assert sidecar is None or 0 < len(sidecar) <= MAX_SIDECAR_BYTES, key
-        if len(self._rows) == MAX_RECORDS or self._file.num_bytes > MAX_SHARD_BYTES:
+        room = BLOCK_BYTES + padded(len(record))
+        if sidecar is not None:
+            room += BLOCK_BYTES + padded(len(sidecar))
+        num_bytes = closed_bytes(self._file.num_bytes + room)
+        if len(self._rows) == MAX_RECORDS or num_bytes > MAX_SHARD_BYTES:
             raise ConfigError(
-                f"a shard of more than {len(self._rows)} records, {self._file.num_bytes} bytes",
+                f"a shard of {len(self._rows) + 1} records, {num_bytes} bytes",
                 expected=f"at most {MAX_RECORDS} records and {MAX_SHARD_BYTES} bytes",
                 where=self._name.tar,
                 action="lower data.records_per_shard",

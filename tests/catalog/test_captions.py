@@ -105,3 +105,14 @@ def test_the_nearest_metadata_that_names_the_image_counts() -> None:
     assert metadata_caption("x/b.png", metadata) == "x b"
     assert metadata_caption("x/y/c.png", metadata) == "top c"
     assert metadata_caption("x/z.png", metadata) is None
+
+
+def test_a_huge_caption_in_metadata_is_refused_by_its_line(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "metadata.jsonl",
+        {"file_name": "a.png", "text": "é" * (MAX_CAPTION_BYTES // 2)},
+        {"file_name": "b.png", "text": "é" * (MAX_CAPTION_BYTES // 2) + "e"},
+    )
+    with pytest.raises(CorruptError, match=f"at most {MAX_CAPTION_BYTES}") as caught:
+        read_metadata(path)
+    assert caught.value.where == f"{path}, line 2"

@@ -296,3 +296,16 @@ def test_a_header_with_our_metadata_and_hostile_shapes_is_a_finding_and_no_crash
     (tmp_path / f"{ID}_64x64.safetensors").write_bytes(content)
     (finding,) = verify_loose(tmp_path).findings
     assert finding.error.found.startswith("tensors seed I64 [3]")
+
+
+@pytest.mark.parametrize("sidecar_bytes", [22, 4000])
+def test_packing_refuses_shards_that_no_reader_takes_before_one_is_written(
+    cache, tmp_path, monkeypatch, sidecar_bytes
+):
+    unpack_set(cache.build("latents"), tmp_path / "loose")
+    for sidecar in (tmp_path / "loose").glob("*_*.json"):
+        sidecar.write_text('{"captions":["a cat"]}'.ljust(sidecar_bytes))
+    monkeypatch.setattr("sdxl_distill.shards.legal_set.MAX_SHARD_BYTES", 10_240)
+    with pytest.raises(ConfigError, match=r"set --records-per-shard to at most \d"):
+        pack_set(tmp_path / "loose", tmp_path / "packed", records_per_shard=11)
+    assert not (tmp_path / "packed").exists()
