@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sdxl_distill.cores import available_cores
 from sdxl_distill.errors import ConfigError
 
 
@@ -35,8 +36,8 @@ class World:
 
     @property
     def num_cores(self) -> int:
-        """This process's share of the processor cores of its node, at least 1."""
-        return max(1, (os.cpu_count() or 1) // self.local_size)
+        """This process's share of the cores that its node's processes may use, at least 1."""
+        return max(1, available_cores() // self.local_size)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:

@@ -21,7 +21,7 @@ def test_torchruns_variables_are_read() -> None:
 
 
 def test_the_processes_of_a_node_share_its_cores(monkeypatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.setattr("sdxl_distill.world.available_cores", lambda: 12)
     assert World(5, 8, 1, 4).num_cores == 3
     assert World(5, 32, 1, 16).num_cores == 1
 

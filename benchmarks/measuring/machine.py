@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sdxl_distill.cores import available_cores
+
 PACKAGES = ("sdxl_distill", "torch", "numpy", "webdataset", "safetensors", "xxhash", "pyarrow")
 
 
@@ -15,7 +17,7 @@ def machine() -> dict[str, Any]:
     """Return processor, cores, memory and kernel."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "load_at_start": round(os.getloadavg()[0], 2),

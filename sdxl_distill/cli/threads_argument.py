@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
+
+from sdxl_distill.cores import available_cores
 
 
 def add_threads_argument(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +13,7 @@ def add_threads_argument(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=positive_number,
-        default=os.cpu_count() or 1,
+        default=available_cores(),
         help="shards that are read at once (default: %(default)s)",
     )
 

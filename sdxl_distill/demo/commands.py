@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdxl_distill.cores import available_cores
 from sdxl_distill.errors import DistillError
 
 
@@ -61,7 +62,7 @@ def launch(
                  *arguments]  # fmt: skip
         environment["ACCELERATE_USE_CPU"] = "true"
         # Two processes with all threads each would stand in each other's way.
-        threads = max(1, (os.cpu_count() or 1) // num_processes)
+        threads = max(1, available_cores() // num_processes)
         environment["OMP_NUM_THREADS"] = str(threads)
     print(f"\n$ {shlex.join(shown)}", flush=True)
     status = subprocess.run(command, cwd=folder, env=environment, check=False).returncode

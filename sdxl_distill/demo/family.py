@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import EulerDiscreteScheduler, __version__ as diffusers_version
 
+from sdxl_distill.cores import available_cores
 from sdxl_distill.demo.encoded_photos import Photos, encode_photos, read_photos
 from sdxl_distill.demo.looks import LOOKS
 from sdxl_distill.demo.tiny_text import write_text_components
@@ -115,7 +115,7 @@ def build_family(
     teachers = tuple(directory / teacher_id for teacher_id in LOOKS)
     # Spawned, because a fork of a process whose threads have computed may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(available_cores(), mp_context=context) as pool:
         trainings = {
             pool.submit(train_teacher, teacher, base, Path(photos), recipe, seed + number): teacher
             for number, teacher in enumerate(teachers, start=1)

@@ -63,7 +63,7 @@ def resumable(trained_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (8, 1), (16, 3), (96, 4)])
 def test_readers_leave_a_core_to_the_training(monkeypatch, num_cores, num_threads) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: num_cores)
+    monkeypatch.setattr("sdxl_distill.world.available_cores", lambda: num_cores)
     assert usual_reader_threads(World(local_size=4, size=4)) == num_threads
 
 
