@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments, DistillConfig)
     if config is None:
         return
+    from sdxl_distill.export.diffusers_folder import use_of
     from sdxl_distill.export.student import export_student
 
     destination = export_student(
@@ -48,4 +49,4 @@ def run(arguments: argparse.Namespace) -> None:
         destination=Path(arguments.output) if arguments.output else None,
         overwrite=arguments.overwrite,
     )
-    print(f"exported to {destination}")
+    print(f"exported to {destination}\n\n{use_of(destination)}")

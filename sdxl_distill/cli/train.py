@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     for tag, value in sorted(summary.losses.items()):
         print(f"  {tag}: {value:.6g}")
     if not arguments.no_export:
+        from sdxl_distill.export.diffusers_folder import use_of
         from sdxl_distill.export.student import export_student
 
-        print(f"exported to {export_student(config, overwrite=True)}")
+        destination = export_student(config, overwrite=True)
+        print(f"exported to {destination}\n\n{use_of(destination)}")

@@ -177,7 +177,8 @@ class ExportSection(Section):
     """The model folder written at the end."""
 
     dtype: StoredDtype = "fp16"
-    """What the exported weights are stored in."""
+    """What the exported UNet is stored in; the VAE and the text encoders stay as their source
+    stores them."""
 
 
 class DistillConfig(Section):

@@ -1,26 +1,43 @@
 """A complete diffusers folder: the trained UNet with the VAE, text encoders and scheduler it needs.
 
-`StableDiffusionXLPipeline.from_pretrained` loads it. Written beside its name and renamed, so
-that the folder is whole or not there.
+`StableDiffusionXLPipeline.from_pretrained` of every supported version loads it, in any dtype. All
+but the UNet is its source's, bit for bit, so that the sets made with it go on fitting. Written
+beside its name and renamed, so that the folder is whole or not there.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fsio import TEMPORARY_PREFIX, new_token, storage_errors
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
-from sdxl_distill.models.tokenizer import load_tokenizer
+from sdxl_distill.models.json_files import read_json
+from sdxl_distill.models.tokenizer import copy_tokenizer
+
+_USE: Final = """\
+from diffusers import StableDiffusionXLPipeline
+
+pipeline = StableDiffusionXLPipeline.from_pretrained({folder!r})
+# on a GPU: from_pretrained(…, torch_dtype=torch.float16).to("cuda")
+pipeline("a photo of a cat").images[0].save("cat.png")"""
+
+
+def use_of(folder: str | Path) -> str:
+    """Return lines of Python that sample from an exported folder, in every supported version."""
+    return _USE.format(folder=str(folder))
 
 
 def export_diffusers_folder(
@@ -39,7 +56,7 @@ def export_diffusers_folder(
         base: what the student started from: UNet configuration, VAE, scheduler.
         text: whose text encoders and tokenizers condition the student.
         weights: of the UNet, by name.
-        dtype: of every tensor in the folder.
+        dtype: of the UNet in the folder; the other networks stay as their source stores them.
         overwrite: replace a folder that is there.
 
     Raises:
@@ -77,20 +94,70 @@ def _write(
     weights: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> None:
-    unet = base.unet.load(dtype, "cpu")
-    unet.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
-    _save(unet, folder / "unet")
-    del unet
+    _write_unet(folder / "unet", base.unet, weights, dtype)
     for component in (base.vae, *text.text_encoders):
-        _save_component(component, folder, dtype)
+        _copy_component(component, folder / component.kind.name)
     for source in text.tokenizer_folders:
-        load_tokenizer(source).save_pretrained(folder / source.name)
+        copy_tokenizer(source, folder / source.name)
     shutil.copytree(base.folder / "scheduler", folder / "scheduler")
-    shutil.copyfile(base.folder / "model_index.json", folder / "model_index.json")
+    index = _model_index(read_json(base.folder / "model_index.json"))
+    _write_json(folder / "model_index.json", index)
 
 
-def _save_component(component: Component, folder: Path, dtype: torch.dtype) -> None:
-    _save(component.load(dtype, "cpu"), folder / component.kind.name)
+def _write_unet(
+    folder: Path, base: Component, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    unet = base.load(dtype, "cpu")
+    unet.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
+    with _weights_errors(folder):
+        # torch's base class lacks this method of diffusers' models.
+        cast("Any", unet).save_pretrained(folder, safe_serialization=True)
+    # Its own, since this version's has fields that an older one does not know.
+    _write_json(folder / "config.json", base.config)
+
+
+def _copy_component(component: Component, folder: Path) -> None:
+    folder.mkdir()
+    with _weights_errors(folder):
+        save_file(
+            component.stored_weights(),
+            folder / f"{component.kind.weights_stem}.safetensors",
+            metadata={"format": "pt"},
+        )
+    _write_json(folder / "config.json", _loading_as_float32(component.config))
+
+
+def _loading_as_float32(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Have a network of transformers load as float32 where a caller asks for no dtype.
+
+    Version 5 goes by the configuration, then by the files, and diffusers' networks are float32
+    then: half precision in either place would end in a pipeline of two dtypes.
+    """
+    if "architectures" not in config:
+        return dict(config)
+    fields = {name: field for name, field in config.items() if name != "dtype"}
+    return {**fields, "torch_dtype": "float32"}
+
+
+def _model_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder holds: the seven parts of SDXL, and none of the base's optional ones."""
+    absent = [None, None]
+    return {
+        **{name: entry for name, entry in index.items() if not isinstance(entry, list)},
+        "feature_extractor": absent,
+        "image_encoder": absent,
+        "scheduler": index["scheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _flush(folder: Path) -> None:
@@ -103,10 +170,10 @@ def _flush(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _save(module: torch.nn.Module, folder: Path) -> None:
-    # diffusers' and transformers' models share this method, torch's base class lacks it.
+@contextmanager
+def _weights_errors(folder: Path) -> Iterator[None]:
     try:
-        cast("Any", module).save_pretrained(folder, safe_serialization=True)
+        yield
     except SafetensorError as error:
         raise StorageError(
             f"the weights could not be written ({error})",

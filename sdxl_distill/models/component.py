@@ -88,7 +88,7 @@ class Component:
             ConfigError, CorruptError, IncompatibleError: as `stored_tensors`.
         """
         stored = stored_tensors(self.folder, self.kind.weights_stem)
-        tensors = {self._plain_name(name): tensor for name, tensor in stored.items()}
+        tensors = {self.kind.plain_name(name): tensor for name, tensor in stored.items()}
         return {
             name: tensor for name, tensor in tensors.items() if name not in self.kind.legacy_names
         }
@@ -101,7 +101,7 @@ class Component:
                 when one is missing, too many or of another shape.
         """
         shapes = {
-            self._plain_name(name): tuple(tensor.shape)
+            self.kind.plain_name(name): tuple(tensor.shape)
             for name, tensor in self.on_meta().state_dict().items()
         }
         self._compare(self.tensors, shapes)
@@ -155,7 +155,7 @@ class Component:
         # Sizes are known to be those of the files by now; buffers that no file holds are real.
         with init_empty_weights(include_buffers=False):
             module = self._build()
-        module_names = {self._plain_name(name): name for name in module.state_dict()}
+        module_names = {self.kind.plain_name(name): name for name in module.state_dict()}
         weights: dict[str, torch.Tensor] = {}
         not_finite: list[str] = []
         for name, tensor in read_tensors(self.tensors):
@@ -166,6 +166,17 @@ class Component:
         self._require_finite(not_finite)
         module.load_state_dict(weights, assign=True)
         return module.to(device).requires_grad_(False).eval()
+
+    def stored_weights(self) -> dict[str, torch.Tensor]:
+        """Return every tensor as it is stored, bit for bit, by its name in the hub's files.
+
+        Raises:
+            ConfigError, CorruptError, IncompatibleError: as `load`.
+        """
+        self.require_complete()
+        weights = {self.kind.hub_name(name): tensor for name, tensor in read_tensors(self.tensors)}
+        self._require_finite(name for name, tensor in weights.items() if not _all_finite(tensor))
+        return weights
 
     def _build(self) -> nn.Module:
         config = self.config
@@ -187,9 +198,6 @@ class Component:
                 where=str(self.folder),
                 action="use an earlier save of this network; this one is broken",
             )
-
-    def _plain_name(self, name: str) -> str:
-        return name.removeprefix(self.kind.prefix)
 
     def _compare(
         self, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]

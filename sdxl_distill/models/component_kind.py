@@ -29,7 +29,8 @@ class ComponentKind:
         weights_stem: what its library calls the weights file.
         defaults: the configuration fields that decide sizes or output, with the values that
             hold when a file leaves them out.
-        prefix: what some library versions put before every tensor's name, and others do not.
+        prefix: what some library versions put before a tensor's name, and others do not.
+        unprefixed: tensors that no version puts it before.
         legacy_names: tensors of older files that the network no longer has: constants.
     """
 
@@ -39,7 +40,16 @@ class ComponentKind:
     weights_stem: str
     defaults: Mapping[str, Any]
     prefix: str = ""
+    unprefixed: frozenset[str] = frozenset()
     legacy_names: frozenset[str] = frozenset()
+
+    def plain_name(self, name: str) -> str:
+        """Return a tensor's name without the prefix, as fingerprints hold it."""
+        return name.removeprefix(self.prefix)
+
+    def hub_name(self, plain_name: str) -> str:
+        """Return a tensor's name in the files on the hub, which every library version reads."""
+        return plain_name if plain_name in self.unprefixed else self.prefix + plain_name
 
 
 def _build_unet(config: Config) -> nn.Module:
@@ -170,6 +180,7 @@ TEXT_ENCODER: Final = ComponentKind(
     weights_stem="model",
     defaults=_CLIP_DEFAULTS,
     prefix="text_model.",
+    unprefixed=frozenset({"text_projection.weight"}),
     legacy_names=frozenset({"embeddings.position_ids"}),
 )
 TEXT_ENCODER_2: Final = replace(

@@ -135,7 +135,10 @@ def _find_text(predictions: Sequence[ShardSet], wanted: str | None) -> ShardSet:
         f"no set holds the embeddings of the student's text encoders ({held})",
         expected=f"text {wanted}",
         where=", ".join(str(each.directory) for each in predictions),
-        action="build them: python tools/build_text.py --config <the teachers' configuration> "
+        action="set student.text_encoder_id to the checkpoint whose text encoders the teachers "
+        "were asked with, their model.text_encoder_id, as an export with rounded encoders needs; "
+        "only to condition the student on other encoders, build their text set: python "
+        "tools/build_text.py --config <the teachers' configuration> "
         "--set model.text_encoder_id=<the student's text_encoder_id>",
     )
 
