@@ -1,10 +1,17 @@
-# Every command a contributor needs; .ci/run calls `check` and `test` and nothing else.
+# Every command a contributor needs; .ci/run calls `check`, `test`, `test-lowest` and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
+LOWEST_INSTALLED := $(LOWEST)/.installed
+# What depends most on libraries: networks, files, text, a tiny build and a tiny training.
+LOWEST_TESTS := tests/config/test_loader.py tests/config/test_builder.py tests/config/test_distill.py \
+  tests/core tests/models tests/catalog tests/shards tests/builder/test_teacher.py \
+  tests/stream/test_join.py tests/train/test_session.py tests/train/test_checkpoint.py \
+  tests/export/test_student.py tests/export/test_use.py
 
-.PHONY: setup demo test check fix bench coverage docs
+.PHONY: setup demo test test-lowest check fix bench coverage docs
 
 setup: $(INSTALLED)  ## make .venv with the exact versions of constraints.txt
 
@@ -13,11 +20,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+$(LOWEST): $(LOWEST_INSTALLED)  ## make an environment with the lowest versions that are allowed
+
+$(LOWEST_INSTALLED): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet -c constraints-lowest.txt \
+	  -e . hypothesis pytest pytest-timeout tokenizers
+	@touch $@
+
 demo: setup  ## run the main job on real photos with a tiny SDXL family
 	$(BIN)/sdxl-distill demo
 
-test: setup  ## run the whole test suite
+test: setup $(LOWEST_INSTALLED)  ## run the whole test suite; one test asks the other environment
 	$(BIN)/pytest
+
+test-lowest: $(LOWEST_INSTALLED)  ## run a part of the suite with the lowest versions
+	$(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
 
 check: setup  ## format, lint, types, import layers; changes nothing
 	$(BIN)/ruff format --check
@@ -32,7 +50,7 @@ fix: setup  ## format, and repair what the linter can
 bench: setup  ## every benchmark, each a table of ratios
 	$(BIN)/python benchmarks/run.py
 
-coverage: setup  ## which lines no test reaches
+coverage: setup $(LOWEST_INSTALLED)  ## which lines no test reaches
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet

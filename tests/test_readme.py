@@ -17,11 +17,12 @@ import pytest
 from shard_sets import ShardSets
 
 from sdxl_distill.cli.main import COMMANDS
+from sdxl_distill.export.diffusers_folder import use_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
-TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
+TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/running.md"]
 
 
@@ -77,6 +78,11 @@ def test_the_python_of_the_readme_runs(number, cache, tmp_path, monkeypatch, cap
 
 def test_the_readme_streams_in_ten_lines():
     assert len([line for line in blocks(README, "python")[0].splitlines() if line]) <= 10
+
+
+def test_the_readme_uses_an_export_as_the_commands_say():
+    [code] = [body for body in blocks(README, "python") if "from_pretrained" in body]
+    assert code.strip() == use_of(".output/distill/distill_student_v1/export")
 
 
 def test_pages_show_our_commands():

@@ -30,14 +30,14 @@ from sdxl_distill.models.tokenizer import copy_tokenizer
 _USE: Final = """\
 from diffusers import StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained({folder!r})
+pipeline = StableDiffusionXLPipeline.from_pretrained({folder})
 # on a GPU: from_pretrained(…, torch_dtype=torch.float16).to("cuda")
 pipeline("a photo of a cat").images[0].save("cat.png")"""
 
 
 def use_of(folder: str | Path) -> str:
     """Return lines of Python that sample from an exported folder, in every supported version."""
-    return _USE.format(folder=str(folder))
+    return _USE.format(folder=json.dumps(str(folder), ensure_ascii=False))
 
 
 def export_diffusers_folder(

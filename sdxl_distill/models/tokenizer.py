@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 # One class in transformers 5; in 4 the only one with the Rust tokenizer inside.
-from transformers import CLIPTokenizer, CLIPTokenizerFast
+from transformers import (
+    CLIPTokenizer,
+    CLIPTokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint

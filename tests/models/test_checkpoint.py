@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from diffusers import DDPMScheduler
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
@@ -129,7 +129,7 @@ def test_teachers_differ_in_the_unet_alone(tiny_family):
 def test_tokenizers_saved_by_another_library_version_are_the_same(folder):
     original = Checkpoint.resolve(str(folder)).text_fingerprint()
     for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder / name)
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder / name)
         shutil.rmtree(folder / name)
         tokenizer.save_pretrained(folder / name)
     assert (folder / "tokenizer" / "tokenizer.json").exists()
