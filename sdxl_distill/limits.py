@@ -43,6 +43,10 @@ MAX_SHARD_BYTES: Final = 2 << 30
 MAX_SHARDS: Final = 1_000_000
 """Of one set, all draws together: numbers have six digits, and every reader holds a row of each
 shard. Larger shards, not more of them, are the way to more records."""
+MAX_SEGMENTS: Final = 1_000_000
+"""Of one catalog: names have six digits."""
+MAX_SEGMENT_BYTES: Final = 4 << 30
+"""Of one segment of a catalog, which is read whole: a scan that finds more is cut into several."""
 MANIFEST_BYTES_PER_SHARD: Final = 377
 """What a shard takes in a manifest at most: four digests, two ids, six numbers."""
 MAX_SET_RECORD_BYTES: Final = 1 << 20

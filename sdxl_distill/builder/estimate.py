@@ -98,9 +98,7 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
         text=planned_size(text_schema(*text), images),
         latents=present_size(latents)
         if latents is not None
-        else planned_size(
-            latents_schema(num_channels), images, sidecar_bytes=_SIDECAR_BYTES, has_source=False
-        ),
+        else planned_size(latents_schema(num_channels), images, sidecar_bytes=_SIDECAR_BYTES),
         has_latents=latents is not None,
         num_shards_there=len(shards) - len(missing),
         num_forwards=sum(shard.num_records for shard in missing),

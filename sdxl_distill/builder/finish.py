@@ -33,7 +33,7 @@ Describe = Callable[[Directory, SetRecord, Iterable[ShardIndex]], Manifest]
 """Makes the manifest from the folder, the set record there and all indices in order."""
 
 Sources = dict[ShardName, str | None]
-"""Of each shard the SHA-256 of the latents shard that it is made from, None in a latents set."""
+"""Of each shard its source, as `PlannedShard.source_sha256`."""
 
 
 def finish_set(
@@ -153,7 +153,9 @@ def _index(directory: Directory, record: SetRecord, shard: PlannedShard) -> Shar
     os.close(descriptor)
     if index.header.source_sha256 != expected.source_sha256:
         raise IncompatibleError(
-            "the shard was made from another latents shard than the one there today",
+            "the shard was planned for other images than those of the catalog today"
+            if record.kind == "latents"
+            else "the shard was made from another latents shard than the one there today",
             where=str(directory.path / name.idx),
             action=REPAIR,
         )

@@ -7,10 +7,9 @@ longer the one that was scanned, is left out of its shard; the manifest lists it
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -20,17 +19,15 @@ import torch
 
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.shard_builder import EncodedRecord
-from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.image import BadImageError, fit_to_bucket, read_image, read_image_file
 from sdxl_distill.catalog.segment import CatalogRow
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.micro_conditioning import time_ids
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.latents_plan import LatentsPlan
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.shard_name import ShardName
 
-LATENTS_ID: Final = "latents"
 IMAGE_PIPELINE: Final = "cover-lanczos-1"
 """Names decoding, resize and crop in the set's fingerprint; another one gives other latents."""
 
@@ -90,36 +87,11 @@ class ImageReader:
         return fit_to_bucket(pixels, row.bucket)
 
 
-class LatentsPlan:
-    """Which images each shard of the latents set holds, by the shard's name.
-
-    Args:
-        catalog: of the images.
-    """
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._shards = {
-            ShardName(LATENTS_ID, *shard.bucket, shard.number): shard for shard in catalog.shards
-        }
-
-    @property
-    def shards(self) -> list[PlannedShard]:
-        """Every shard of the catalog."""
-        return [PlannedShard(name, shard.num_rows) for name, shard in self._shards.items()]
-
-    def rows(self, name: ShardName) -> list[CatalogRow]:
-        """Return the images of a shard in the order of their keys."""
-        return self._catalog.rows(self._shards[name])
-
-    def accepts(self, index: ShardIndex) -> bool:
-        """Whether a tar holds images of its shard only; some may not have decoded."""
-        return {row.key for row in self.rows(index.name)}.issuperset(index.keys())
-
-    def undecodable(self, indices: Iterable[ShardIndex]) -> set[str]:
-        """Return the keys of the catalog that none of the shards holds."""
-        committed = set(chain.from_iterable(index.keys() for index in indices))
-        return {row.key for name in self._shards for row in self.rows(name)} - committed
+def planned_shards(plan: LatentsPlan) -> list[PlannedShard]:
+    """Return every shard of the catalog, each with the digest of its images as its source."""
+    return [
+        PlannedShard(name, plan.num_rows(name), plan.source_sha256(name)) for name in plan.names
+    ]
 
 
 class LatentsContent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -13,11 +13,11 @@ import torch
 from sdxl_distill.builder.commit import publish_set_record
 from sdxl_distill.builder.latents import (
     IMAGE_PIPELINE,
-    LATENTS_ID,
     ImageReader,
     LatentsContent,
-    LatentsPlan,
+    planned_shards,
 )
+from sdxl_distill.builder.latents_catalog import latents_plan, load_bound_catalog
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.builder.legal_plan import (
     most_images,
@@ -27,9 +27,9 @@ from sdxl_distill.builder.legal_plan import (
 from sdxl_distill.builder.repair import repair_set, restore_catalog
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.builder.set_identity import require_complete, require_same_set
-from sdxl_distill.builder.withdrawal import CATALOG_FOLDER, withdraw_for_rebuild
+from sdxl_distill.builder.withdrawal import withdraw_for_rebuild
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
-from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
 from sdxl_distill.catalog.growth import ScanReport, extend_catalog
 from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
 from sdxl_distill.config.builder import BuilderConfig
@@ -38,6 +38,7 @@ from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
 from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.latents_plan import LATENTS_ID, LatentsPlan
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import latents_schema
 from sdxl_distill.shards.set_record import SetRecord
@@ -94,11 +95,11 @@ def build_latents_set(
     record = SetRecord.from_json(decision["record"], "launch")
     with Directory(path / CATALOG_FOLDER) as directory:
         catalog = Catalog.load(directory, decision["catalog"])
-    plan = LatentsPlan(catalog)
+    plan = latents_plan(path, record, catalog)
     built = build_set(
         path,
         record,
-        plan.shards,
+        planned_shards(plan),
         partial(_content, config, plan, launch),
         partial(_describe, plan, catalog.n),
         launch.world,
@@ -157,12 +158,8 @@ def _prepare(
 def _repair(path: Path, record: SetRecord) -> None:
     """Keep the good ones of the shards that the catalog there knows."""
     restore_catalog(path)
-    catalog = Catalog()
-    if (path / CATALOG_FOLDER).is_dir():
-        with Directory(path / CATALOG_FOLDER) as folder:
-            catalog = Catalog.load(folder)
-    plan = LatentsPlan(catalog)
-    repair_set(path, record, plan.shards, plan.accepts)
+    plan = latents_plan(path, record, load_bound_catalog(path, record, repair=True))
+    repair_set(path, record, planned_shards(plan), plan.accepts)
 
 
 def _update_catalog(
@@ -190,7 +187,8 @@ def _update_catalog(
             if progress is not None:
                 progress(num_done, num_files)
 
-        scan = seen or _scan(config, Catalog.load(folder), rescan, show)
+        known = load_bound_catalog(path, record)
+        scan = seen or _scan(config, known, rescan, show)
         publish_set_record(directory, record)
         catalog, report = extend_catalog(
             folder,
@@ -258,5 +256,12 @@ def _describe(
     record: SetRecord,
     indices: Iterable[ShardIndex],
 ) -> Manifest:
-    indices = list(indices)
-    return Manifest.build(record, catalog, indices, plan.undecodable(indices))
+    undecodable: list[str] = []
+
+    def looked_at() -> Iterator[ShardIndex]:
+        for index in indices:
+            undecodable.extend(plan.missing(index))
+            yield index
+
+    # One index at a time: those of 10^7 images take gigabytes.
+    return Manifest.build(record, catalog, looked_at(), undecodable)

@@ -14,7 +14,8 @@ class PlannedShard:
     Attributes:
         name: of the shard.
         num_records: that it will hold, at most; for progress.
-        source_sha256: of the latents shard that it is made from; None in a latents set.
+        source_sha256: of the latents shard that it is made from; in a latents set the digest of
+            the ids that the catalog planned for it, None where an earlier version built it.
     """
 
     name: ShardName

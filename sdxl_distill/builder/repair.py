@@ -18,12 +18,12 @@ from sdxl_distill.builder.commit import adopt_shard, publish_set_record, shard_h
 from sdxl_distill.builder.examination import Accepts, Examination, examine, read_index
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.withdrawal import (
-    CATALOG_FOLDER,
     folders_to_repair_from,
     kept_after_repair,
     withdraw_set,
 )
 from sdxl_distill.builder.work_queue import WorkQueue
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.catalog.segment import segment_number
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory, read_bytes

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.builder.work_queue import BUILD_FOLDER
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, storage_errors
 from sdxl_distill.shards.manifest import MANIFEST_NAME
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 
-CATALOG_FOLDER = "catalog"
 _REPAIRING = "-repairing"
 _REPAIRED = "-repaired"
 

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from sdxl_distill.catalog.row_check import require_legal_rows, row_places
 from sdxl_distill.catalog.segment import (
-    MAX_SEGMENT_BYTES,
+    RESTORE_CATALOG,
     SCHEMA,
     CatalogRow,
     Segment,
@@ -28,6 +30,10 @@ from sdxl_distill.catalog.segment import (
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_SEGMENT_BYTES
+
+CATALOG_FOLDER: Final = "catalog"
+"""Where a latents set keeps its segments."""
 
 
 class CatalogShard(NamedTuple):
@@ -76,8 +82,10 @@ class Catalog:
             n = max((number for number in numbers if number is not None), default=-1)
         segments: list[Segment] = []
         for number in range(n + 1):
+            where = str(directory.path / segment_name(number))
             segment = _read_segment(directory, number)
-            _require_chain(segment, segments, number, str(directory.path / segment_name(number)))
+            _require_chain(segment, segments, number, where)
+            require_legal_rows(segment.table, where)
             segments.append(segment)
         return cls(tuple(segments))
 
@@ -109,8 +117,7 @@ class Catalog:
     @cached_property
     def shards(self) -> tuple[CatalogShard, ...]:
         """Every shard, in the order of the rows."""
-        columns = ("bucket_width", "bucket_height", "shard")
-        places = np.stack([self.table[name].to_numpy() for name in columns], axis=1)
+        places = row_places(self.table)
         first_rows = np.flatnonzero(np.any(places[1:] != places[:-1], axis=1)) + 1
         edges = [0, *first_rows.tolist(), len(places)] if len(places) else []
         return tuple(
@@ -126,6 +133,20 @@ class Catalog:
     def rows(self, shard: CatalogShard) -> list[CatalogRow]:
         """Return the images of one shard, sorted by image id."""
         return to_rows(self.table.slice(shard.first_row, shard.num_rows))
+
+    @cached_property
+    def ids(self) -> npt.NDArray[np.uint8]:
+        """Image ids of all rows, uint8 [N, 16]."""
+        digits = b"".join(
+            chunk.buffers()[2][32 * chunk.offset : 32 * (chunk.offset + len(chunk))]
+            for chunk in self.table["image_id"].chunks
+            if len(chunk)
+        )
+        return _from_hex(np.frombuffer(digits, np.uint8)).reshape(-1, 16)
+
+    def shard_ids(self, shard: CatalogShard) -> npt.NDArray[np.uint8]:
+        """Return the image ids of one shard, uint8 [n, 16], ascending."""
+        return self.ids[shard.first_row : shard.first_row + shard.num_rows]
 
     def num_shards(self) -> dict[Bucket, int]:
         """Return how many shards each bucket has; the next one gets that number."""
@@ -158,7 +179,7 @@ def _read_segment(directory: Directory, number: int) -> Segment:
             "there is no such catalog segment",
             expected="all segments from 0 on",
             where=where,
-            action="restore it from a copy, or build the latents set anew",
+            action=RESTORE_CATALOG,
         ) from error
     return decode_segment(content, where)
 
@@ -175,5 +196,11 @@ def _require_chain(segment: Segment, predecessors: list[Segment], number: int, w
             f"follows on a segment of sha256 {header.predecessor_sha256 or 'none'}",
             expected=f"{predecessor_sha256 or 'none'}, as its predecessor has",
             where=where,
-            action="put the catalog's segments back as they were written",
+            action=RESTORE_CATALOG,
         )
+
+
+def _from_hex(digits: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the bytes that ASCII digits 0-9 and a-f spell, uint8 [n / 2]."""
+    values = np.where(digits < ord("a"), digits - ord("0"), digits - (ord("a") - 10))
+    return (values[::2] << 4 | values[1::2]).astype(np.uint8)

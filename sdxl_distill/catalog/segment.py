@@ -1,7 +1,7 @@
 """One write-once catalog segment: rows ↔ bytes of `catalog-{n:06d}.parquet`.
 
 The header in the file's metadata names its number, its predecessor's sha256 and when its scan
-began. Pages carry checksums. Equal header and rows give equal bytes.
+began; beside it stands a digest of every byte of the file. Equal header and rows give equal bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -21,10 +21,20 @@ from sdxl_distill.core.bucket import Bucket, CoverCrop
 from sdxl_distill.core.image_id import record_key
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, fingerprint
+from sdxl_distill.limits import MAX_SEGMENTS
 
-FORMAT_VERSION: Final = 1
-MAX_SEGMENT_BYTES: Final = 4 << 30
+FORMAT_VERSION: Final = 2
+RESTORE_CATALOG: Final = (
+    "put the folder catalog back from a copy of the set, or build the set again with "
+    "build_latents --rebuild; predictions made of it are built again then"
+)
+_VERSION_WITHOUT_DIGEST: Final = 1
 _HEADER_KEY: Final = b"catalog"
+_DIGEST_PREFIX: Final = b'{"digest":"'
+_NO_DIGEST: Final = "0" * 64
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_ROWS_AT_ONCE: Final = 1 << 16
+_MAX_INT64: Final = (1 << 63) - 1
 _NAME: Final = re.compile(r"catalog-([0-9]{6})\.parquet")
 _COLUMNS: Final[tuple[tuple[str, pa.DataType], ...]] = (
     ("image_id", pa.string()),
@@ -147,10 +157,12 @@ def encode_segment(header: SegmentHeader, rows: Sequence[CatalogRow]) -> bytes:
     ) as writer:
         writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
         fields = asdict(header)
-        # Pages have checksums of their own, the metadata has none.
-        sealed = {"header": fields, "sha256": fingerprint(fields)}
+        sealed = {"digest": _NO_DIGEST, "header": fields, "sha256": fingerprint(fields)}
         writer.add_key_value_metadata({_HEADER_KEY: canonical_json(sealed)})
-    return sink.getvalue()
+    content = sink.getvalue()
+    start = content.rindex(_DIGEST_PREFIX) + len(_DIGEST_PREFIX)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return b"".join((content[:start], digest, content[start + len(digest) :]))
 
 
 def decode_segment(content: bytes, where: str) -> Segment:
@@ -160,24 +172,32 @@ def decode_segment(content: bytes, where: str) -> Segment:
         CorruptError: when they are damaged, cut short or not of this schema.
         IncompatibleError: when a later version wrote them.
     """
+    sha256, has_digest = _check_digest(content, where)
     try:
         # One thread, no read-ahead: after a damaged page pyarrow's pools aborted at exit.
         with pq.ParquetFile(
             pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False
         ) as file:
             header = _parse_header(file.metadata.metadata or {}, where)
-            table = file.read(use_threads=False)
+            # In pieces: offsets of 32 bits end at 2 GiB of captions in one piece.
+            pieces = file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False)
+            table = pa.Table.from_batches(pieces, schema=file.schema_arrow)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptError(f"no catalog segment: {error}", where=where) from error
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        raise CorruptError(
+            f"no catalog segment: {error}", where=where, action=RESTORE_CATALOG
+        ) from error
+    if header.format_version != _VERSION_WITHOUT_DIGEST and not has_digest:
+        raise CorruptError("without its digest", where=where, action=RESTORE_CATALOG)
+    table = table.replace_schema_metadata()
     if not table.schema.equals(SCHEMA) or table.num_rows != header.num_rows:
         raise CorruptError(
             f"{table.num_rows} rows of columns {table.schema.names}",
             expected=f"{header.num_rows} rows of columns {SCHEMA.names}",
             where=where,
+            action=RESTORE_CATALOG,
         )
-    table = table.replace_schema_metadata()
-    return Segment(header, table, hashlib.sha256(content).hexdigest())
+    return Segment(header, table, sha256)
 
 
 def to_rows(table: pa.Table) -> list[CatalogRow]:
@@ -185,22 +205,79 @@ def to_rows(table: pa.Table) -> list[CatalogRow]:
     return [_from_cells(cells) for cells in table.to_pylist()]
 
 
+def _check_digest(content: bytes, where: str) -> tuple[str, bool]:
+    """Return the SHA-256 of a segment's bytes, and whether they carry their own digest.
+
+    Checked before pyarrow sees them: not every byte that it reads has a checksum of its own.
+    Segments of version 1 have no digest.
+
+    Raises:
+        CorruptError: when they are not the bytes of that digest.
+    """
+    start = content.rfind(_DIGEST_PREFIX) + len(_DIGEST_PREFIX)
+    end = start + len(_NO_DIGEST)
+    if start < len(_DIGEST_PREFIX) or end > len(content):
+        return hashlib.sha256(content).hexdigest(), False
+    view = memoryview(content)
+    whole = hashlib.sha256(view[:start])
+    without_digest = whole.copy()
+    whole.update(view[start:])
+    without_digest.update(_NO_DIGEST.encode())
+    without_digest.update(view[end:])
+    if without_digest.hexdigest().encode() != content[start:end]:
+        raise CorruptError(
+            "bytes that are not those of the segment's digest",
+            where=where,
+            action=RESTORE_CATALOG,
+        )
+    return whole.hexdigest(), True
+
+
 def _parse_header(metadata: dict[bytes, bytes], where: str) -> SegmentHeader:
     sealed: Any = json.loads(metadata.get(_HEADER_KEY, b"null"))
     fields = sealed.get("header") if isinstance(sealed, dict) else None
     if not isinstance(fields, dict) or sealed.get("sha256") != fingerprint(fields):
-        raise CorruptError("no catalog header, or a damaged one", where=where)
-    if fields.get("format_version") != FORMAT_VERSION:
+        raise CorruptError(
+            "no catalog header, or a damaged one", where=where, action=RESTORE_CATALOG
+        )
+    version = fields.get("format_version")
+    if _is_between(version, FORMAT_VERSION + 1, _MAX_INT64):
         raise IncompatibleError(
-            f"catalog format {fields.get('format_version')}",
-            expected=str(FORMAT_VERSION),
+            f"catalog format {version}",
+            expected=f"at most {FORMAT_VERSION}",
             where=where,
             action="use the version of sdxl_distill that wrote it",
         )
-    try:
-        return SegmentHeader(**fields)
-    except TypeError as error:
-        raise CorruptError(f"fields of the header: {error}", where=where) from error
+    if fields.keys() != _IS_LEGAL.keys():
+        raise CorruptError(
+            "a header with other fields",
+            expected=", ".join(_IS_LEGAL),
+            where=where,
+            action=RESTORE_CATALOG,
+        )
+    for name, is_legal in _IS_LEGAL.items():
+        if not is_legal(fields[name]):
+            raise CorruptError(
+                f"an absurd {name} in the header", where=where, action=RESTORE_CATALOG
+            )
+    return SegmentHeader(**fields)
+
+
+def _is_between(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_sha256_or_empty(value: Any) -> bool:
+    return isinstance(value, str) and (not value or _SHA256.fullmatch(value) is not None)
+
+
+_IS_LEGAL: Final[dict[str, Callable[[Any], bool]]] = {
+    "n": lambda value: _is_between(value, 0, MAX_SEGMENTS - 1),
+    "predecessor_sha256": _is_sha256_or_empty,
+    "scan_started_ns": lambda value: _is_between(value, -_MAX_INT64, _MAX_INT64),
+    "num_rows": lambda value: _is_between(value, 1, _MAX_INT64),
+    "format_version": lambda value: _is_between(value, 1, FORMAT_VERSION),
+}
 
 
 def _to_cells(row: CatalogRow) -> tuple[Any, ...]:

@@ -14,11 +14,11 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from sdxl_distill.core.image_id import ids_digest
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.limits import MAX_SIDECAR_BYTES
 from sdxl_distill.shards.index_layout import ACTION, encode_index, parse_index
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.safetensors_layout import byte_view
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import (
     BLOCK_BYTES,
@@ -71,7 +71,7 @@ class ShardIndex:
     @cached_property
     def keys_digest(self) -> str:
         """SHA-256 of the ids: equal in two shards of one bucket ⇔ same keys, same order."""
-        return hashlib.sha256(byte_view(self.ids)).hexdigest()
+        return ids_digest(self.ids)
 
     @cached_property
     def digest(self) -> str:

@@ -182,8 +182,8 @@ class Manifest:
             parse_record_key(key)
         if any(before >= after for before, after in pairwise(self.undecodable)):
             raise CorruptError("undecodable is unsorted, or names a key twice", where=where)
-        if any((entry.source_sha256 is None) != (kind == "latents") for entry in self.shards):
-            raise CorruptError("source_sha256 is missing, or stands in a latents set", where=where)
+        if kind != "latents" and any(entry.source_sha256 is None for entry in self.shards):
+            raise CorruptError("source_sha256 is missing", where=where)
         check_entries(self.shards, where)
 
 

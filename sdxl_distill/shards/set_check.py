@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from itertools import chain, groupby
 from typing import Final
 
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
@@ -23,7 +24,6 @@ from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 
-_CATALOG_FOLDER: Final = "catalog"
 _FINISH: Final = "run its builder until it reports the set complete"
 
 
@@ -125,7 +125,7 @@ def check_strangers(
 ) -> list[Finding]:
     """Report files that do not belong to the set; names with a leading dot are the builders'."""
     known = {SET_RECORD_NAME, MANIFEST_NAME, *chain.from_iterable((s.tar, s.idx) for s in shards)}
-    known |= {"latents": {_CATALOG_FOLDER}, "text": {EMPTY_RECORD_NAME}}.get(record.kind, set())
+    known |= {"latents": {CATALOG_FOLDER}, "text": {EMPTY_RECORD_NAME}}.get(record.kind, set())
     findings = FindingList(record.id)
     for name in sorted(set(names) - known):
         is_own = ShardName.parse(name, record.id) is not None

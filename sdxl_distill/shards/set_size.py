@@ -31,7 +31,6 @@ def planned_size(
     shards: Iterable[tuple[int, int, int]],
     *,
     sidecar_bytes: int = 0,
-    has_source: bool = True,
 ) -> SetSize:
     """Return the size of a set that is not there yet.
 
@@ -39,12 +38,11 @@ def planned_size(
         schema: of its records.
         shards: width, height and number of records of each shard.
         sidecar_bytes: of each record's `{key}.json`; 0 where there is none.
-        has_source: whether records name their latents shard: all but latents do.
     """
     counts = Counter(shards)
     num_bytes = 0
     for (width, height, num_records), count in counts.items():
-        header = RecordHeader.build(schema, width, height, _SHA256, _SHA256 if has_source else None)
+        header = RecordHeader.build(schema, width, height, _SHA256, _SHA256)
         _, tar_bytes = tar_layout(
             header.record_bytes, np.full(num_records, sidecar_bytes, np.int64)
         )
@@ -55,12 +53,10 @@ def planned_size(
 
 def present_size(manifest: Manifest) -> SetSize:
     """Return the size of a set that is there."""
-    schema, has_source = manifest.record.schema, manifest.record.kind != "latents"
+    schema = manifest.record.schema
     num_bytes = 0
     for entry in manifest.shards:
-        header = RecordHeader.build(
-            schema, entry.width, entry.height, _SHA256, _SHA256 if has_source else None
-        )
+        header = RecordHeader.build(schema, entry.width, entry.height, _SHA256, entry.source_sha256)
         num_bytes += entry.tar_bytes
         num_bytes += _index_bytes(header, entry.width, entry.height, entry.num_records)
     return SetSize(len(manifest.shards), manifest.num_records, num_bytes)

@@ -26,7 +26,8 @@ class ShardEntry(NamedTuple):
         index_digest: the index's own digest.
         first_id, last_id: image ids of the first and last record; None without records.
         keys_digest: SHA-256 of all ids; equal in the shards that are joined.
-        source_sha256: of the latents shard it was made from; None in a latents set.
+        source_sha256: of the latents shard it was made from; in a latents set the digest of the
+            ids that were planned for it, None in shards of earlier versions.
     """
 
     width: int

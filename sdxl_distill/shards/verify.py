@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sdxl_distill.fsio import Directory
+from sdxl_distill.shards.catalog_check import NO_CATALOG, check_catalog, is_without_catalog
 from sdxl_distill.shards.finding import Finding, exit_code_of
 from sdxl_distill.shards.id_check import IdCheck
 from sdxl_distill.shards.ordered_map import ordered_map
@@ -112,6 +113,11 @@ def verify_set(
         ids = IdCheck(record, () if manifest is None else manifest.undecodable)
         _check_all(result, ids, check, entries, num_threads, on_progress)
         result.findings += ids.findings(partial(index_there, directory, record))
+        if record.kind == "latents":
+            if is_without_catalog(directory, manifest):
+                result.notes.append(NO_CATALOG)
+            else:
+                result.findings += check_catalog(directory, record, manifest, entries, quick=quick)
     return result
 
 

@@ -131,7 +131,7 @@ def _compare_shards(
 ) -> list[Finding]:
     name, other_name = entry.name(shard_set.id), counterpart.name(other.id)
     findings = FindingList(shard_set.id, name.tar)
-    if _source(entry) != _source(counterpart):
+    if _latents_sha256(shard_set, entry) != _latents_sha256(other, counterpart):
         findings.add(
             IncompatibleError(
                 f"made from another latents shard than {other_name.tar}: one of them is stale",
@@ -153,9 +153,10 @@ def _compare_shards(
     return findings.all()
 
 
-def _source(entry: ShardEntry) -> str:
+def _latents_sha256(shard_set: ShardSet, entry: ShardEntry) -> str | None:
     """Return the SHA-256 of the latents shard behind a shard: its own, if it is one."""
-    return entry.tar_sha256 if entry.source_sha256 is None else entry.source_sha256
+    is_latents = shard_set.manifest.record.kind == "latents"
+    return entry.tar_sha256 if is_latents else entry.source_sha256
 
 
 def _recipe(shard_set: ShardSet) -> NoiseRecipe | None:

@@ -267,7 +267,7 @@ def test_a_stale_shard_is_refused_when_finishing(tmp_path: Path) -> None:
     path = tmp_path / "toy"
     build(path, 1)
     today = [replace(SHARD, source_sha256="b" * 64)]
-    with pytest.raises(IncompatibleError, match=r"another latents shard.*\n.*--repair"):
+    with pytest.raises(IncompatibleError, match=r"planned for other images.*\n.*--repair"):
         build_set(path, toy_record(), today, ToyContent, describe, World())
 
 

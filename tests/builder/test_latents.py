@@ -4,13 +4,14 @@ import pytest
 import torch
 from photos import write_image
 
-from sdxl_distill.builder.latents import ImageReader, LatentsContent, LatentsPlan
+from sdxl_distill.builder.latents import ImageReader, LatentsContent, planned_shards
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.growth import extend_catalog
 from sdxl_distill.catalog.image import BadImageError
 from sdxl_distill.catalog.scan import scan_folder
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.fsio import Directory
+from sdxl_distill.shards.latents_plan import LatentsPlan
 
 BUCKETS = (Bucket(128, 128), Bucket(160, 96))
 
@@ -33,7 +34,7 @@ def read_all(catalog, images, on_bad_image="skip", batch_size=2):
     reader = ImageReader(images, 10**6, on_bad_image)
     plan = LatentsPlan(catalog)
     content = LatentsContent(plan, reader, torch.clone, batch_size, num_threads=2)
-    return [batch for shard in plan.shards for batch in content.read(shard)]
+    return [batch for shard in planned_shards(plan) for batch in content.read(shard)]
 
 
 def sources(batches):

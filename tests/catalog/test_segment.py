@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+import json
+import math
+from contextlib import suppress
+from dataclasses import asdict, replace
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from sdxl_distill.catalog.segment import (
+    SCHEMA,
     CatalogRow,
     SegmentHeader,
     decode_segment,
@@ -78,22 +84,76 @@ def test_any_parquet_reader_sees_key_parts_subset_and_caption_digest() -> None:
     assert ROW.key == f"{ROW.image_id}_64x64"
 
 
-def test_no_flipped_byte_changes_a_segment_silently() -> None:
+def test_every_flipped_byte_of_a_segment_is_found() -> None:
     content = encode_segment(HEADER, [ROW])
-    expected = decode_segment(content, "x")
-    num_found = 0
     for position in range(len(content)):
         damaged = bytearray(content)
         damaged[position] ^= 1 << position % 8
-        try:
+        with pytest.raises(CorruptError, match="catalog-000000"):
+            decode_segment(bytes(damaged), segment_name(0))
+
+
+def test_a_segment_of_version_1_is_read_and_no_flipped_byte_changes_it_silently() -> None:
+    content = (Path(__file__).parent / "segment_of_version_1.parquet").read_bytes()
+    expected = decode_segment(content, "x")
+    assert expected.header.format_version == 1
+    assert [row.captions for row in to_rows(expected.table)] == [
+        ("caption 0",),
+        ("caption 1",),
+        ("caption 2",),
+    ]
+    for position in range(len(content)):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        with suppress(CorruptError):
             segment = decode_segment(bytes(damaged), "x")
-        except CorruptError:
-            num_found += 1
-        else:
             assert segment.table.equals(expected.table)
             assert segment.header == expected.header
             assert segment.sha256 != expected.sha256
-    assert num_found > len(content) // 2
+
+
+def test_a_segment_cannot_pass_for_one_of_the_version_without_digests() -> None:
+    content = encode_segment(HEADER, [ROW]).replace(b'{"digest":"', b'{"digesT":"')
+    with pytest.raises(CorruptError, match="without its digest"):
+        decode_segment(content, "x")
+
+
+HOSTILE_HEADERS: dict[str, Any] = {
+    "deep": "[" * 100_000 + "]" * 100_000,
+    "a list": [1],
+    "a word for a time": {"scan_started_ns": "soon"},
+    "NaN": {"scan_started_ns": math.nan},
+    "infinity": {"scan_started_ns": math.inf},
+    "a fraction": {"scan_started_ns": 1.5},
+    "a time beyond 64 bits": {"scan_started_ns": 1 << 63},
+    "a list for a time": {"scan_started_ns": [1]},
+    "true for a number": {"n": True},
+    "a negative number": {"n": -1},
+    "null for a digest": {"predecessor_sha256": None},
+    "a digest that is none": {"predecessor_sha256": "abc"},
+    "no rows": {"num_rows": 0},
+    "a word for rows": {"num_rows": "1"},
+    "a word for a version": {"format_version": "1"},
+    "version 0": {"format_version": 0},
+    "another field": {"host": "a"},
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_a_header_with_other_values_is_corrupt(header: Any) -> None:
+    text = header
+    if not isinstance(header, str):
+        fields = asdict(HEADER) | header if isinstance(header, dict) else header
+        digest = hashlib.sha256(
+            json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+        text = json.dumps({"header": fields, "sha256": digest})
+    file = BytesIO()
+    with pq.ParquetWriter(file, SCHEMA, store_schema=False) as writer:
+        writer.write_table(decode_segment(encode_segment(HEADER, [ROW]), "x").table)
+        writer.add_key_value_metadata({"catalog": text})
+    with pytest.raises(CorruptError, match="catalog-000000"):
+        decode_segment(file.getvalue(), segment_name(0))
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, -1, -8])
@@ -110,8 +170,8 @@ def test_another_parquet_file_is_no_segment() -> None:
 
 
 def test_a_later_format_is_refused_as_such() -> None:
-    content = encode_segment(replace(HEADER, format_version=2), [ROW])
-    with pytest.raises(IncompatibleError, match="catalog format 2"):
+    content = encode_segment(replace(HEADER, format_version=3), [ROW])
+    with pytest.raises(IncompatibleError, match="catalog format 3"):
         decode_segment(content, "x")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sdxl_distill.core.image_id import image_id
+from sdxl_distill.core.image_id import ids_digest, image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.shards.digest import tensor_digest
@@ -24,7 +24,7 @@ IDENTITY = image_id(b"golden image")
 
 
 def build() -> dict[str, Any]:
-    """Write one latents and one compact predictions shard of one record each."""
+    """Write latents and one compact predictions shard of one record each."""
     latents = SetRecord("latents", "latents", latents_schema(), {"vae": "1" * 64})
     predictions = SetRecord(
         "predictions",
@@ -37,10 +37,19 @@ def build() -> dict[str, Any]:
         latents=SetReference(latents.fingerprint, "../latents"),
         text=SetReference("3" * 64, "../text"),
     )
+    planned, sidecar = ids_digest(_ids()), b'{"captions":["a cat"]}'
     return {
-        "latents": _build_shard(latents, None, _latents_tensors(), b'{"captions":["a cat"]}', None),
+        # As versions wrote it whose latents shards named no source: such sets are read.
+        "latents": _build_shard(latents, None, _latents_tensors(), sidecar, None),
+        "latents_bound_to_the_catalog": _build_shard(
+            latents, planned, _latents_tensors(), sidecar, None
+        ),
         "predictions": _build_shard(predictions, "4" * 64, *_predictions()),
     }
+
+
+def _ids() -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(IDENTITY), np.uint8).reshape(1, 16)
 
 
 def _latents_tensors() -> dict[str, np.ndarray]:

@@ -27,7 +27,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("kind", ["latents", "predictions"])
+@pytest.mark.parametrize("kind", ["latents", "latents_bound_to_the_catalog", "predictions"])
 @pytest.mark.parametrize(
     "file", ["set_record", "record_hex", "index_hex", "tar_sha256", "manifest"]
 )
