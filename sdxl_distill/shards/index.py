@@ -7,9 +7,10 @@ would write is accepted back. See docs/format.md.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,13 @@ import numpy.typing as npt
 from sdxl_distill.core.image_id import ids_digest
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.limits import MAX_SIDECAR_BYTES
-from sdxl_distill.shards.index_layout import ACTION, encode_index, parse_index
+from sdxl_distill.shards.index_layout import (
+    ACTION,
+    encode_index,
+    known_index,
+    own_digest,
+    parse_index,
+)
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import (
@@ -144,9 +151,81 @@ class ShardIndex:
             IncompatibleError: when a newer version wrote it.
         """
         metadata, tensors = parse_index(content, name.idx)
+        common_header = tensors["common_header"].tobytes()
+        header = RecordHeader.parse(common_header, name.idx)
+        index = cls._of(tensors, metadata, name, header)
+        index._check()
+        if (
+            own_digest(content) != metadata["digest"]
+            or metadata["fingerprint"] != header.fingerprint
+            or common_header != header.content
+        ):
+            raise _corrupt(name, "bytes that are not the index's own", "the digest it names")
+        return index
+
+    @classmethod
+    def from_known_bytes(
+        cls,
+        content: bytes,
+        name: ShardName,
+        header: RecordHeader,
+        *,
+        digest: str,
+        num_records: int,
+        tar_bytes: int,
+        tar_sha256: str,
+    ) -> ShardIndex | None:
+        """Read the content of the `.idx` file of which all is known but the records' rows.
+
+        A fifth of the time of `from_bytes`, which says what is wrong where this says None.
+
+        Args:
+            content: of the file.
+            name: of the shard.
+            header: that its records have.
+            digest: the index's own.
+            num_records: of the shard.
+            tar_bytes: of the tar.
+            tar_sha256: of the tar.
+
+        Raises:
+            CorruptError: when the rows contradict each other, whatever the digest says.
+        """
+        metadata = {
+            "digest": digest,
+            "fingerprint": header.fingerprint,
+            "num_records": str(num_records),
+            "tar_bytes": str(tar_bytes),
+            "tar_sha256": tar_sha256,
+        }
+        tensors = known_index(
+            content,
+            metadata,
+            len(header.content),
+            len(header.places),
+            has_noise=header.recreates_noise,
+        )
+        if (
+            tensors is None
+            or own_digest(content) != digest
+            or tensors["common_header"].tobytes() != header.content
+        ):
+            return None
+        index = cls._of(tensors, metadata, name, header)
+        index._check()
+        return index
+
+    @classmethod
+    def _of(
+        cls,
+        tensors: Mapping[str, npt.NDArray[Any]],
+        metadata: Mapping[str, str],
+        name: ShardName,
+        header: RecordHeader,
+    ) -> ShardIndex:
         index = cls(
             name=name,
-            header=RecordHeader.parse(tensors["common_header"].tobytes(), name.idx),
+            header=header,
             ids=tensors["ids"],
             offsets=tensors["offsets"],
             sizes=tensors["sizes"],
@@ -157,10 +236,11 @@ class ShardIndex:
             tar_bytes=int(metadata["tar_bytes"]),
             tar_sha256=metadata["tar_sha256"],
         )
-        index._check(content)
+        # What `digest` would compute: the file is compared with it before anyone gets the index.
+        vars(index)["digest"] = metadata["digest"]
         return index
 
-    def _check(self, content: bytes) -> None:
+    def _check(self) -> None:
         sidecars = self.sidecar_sizes
         if not ((sidecars >= 0) & (sidecars <= MAX_SIDECAR_BYTES)).all():
             raise _corrupt(self.name, "an absurd sidecar", f"at most {MAX_SIDECAR_BYTES} bytes")
@@ -181,8 +261,6 @@ class ShardIndex:
             )
         if not is_strictly_ascending(self.ids):
             raise _corrupt(self.name, "keys unsorted or twice", "keys in ascending order")
-        if self.to_bytes() != content:
-            raise _corrupt(self.name, "bytes that are not the index's own", "the digest it names")
 
 
 def tar_layout(record_bytes: int, sidecar_sizes: Int64) -> tuple[Int64, int]:

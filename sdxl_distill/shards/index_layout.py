@@ -5,6 +5,7 @@ What the numbers mean and whether they agree is the matter of `ShardIndex`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -34,6 +35,10 @@ _METADATA: Final = {
     "tar_bytes": re.compile(r"[1-9][0-9]{0,10}"),
     "tar_sha256": _SHA256,
 }
+_NO_DIGEST: Final = b"0" * 64
+# After the header's length; "digest" is the first of the metadata's sorted names.
+_DIGEST_BEGIN: Final = 8 + len(b'{"__metadata__":{"digest":"')
+_DIGEST_END: Final = _DIGEST_BEGIN + len(_NO_DIGEST)
 _NUMPY_DTYPES: Final = {"U8": np.dtype("u1"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8")}
 
 
@@ -42,6 +47,14 @@ def encode_index(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str,
     shapes = {name: (dtype_of(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
     header = build_header(shapes, {**metadata, "format_version": str(FORMAT_VERSION)})
     return join_tensors(header.content, header.places, tensors)
+
+
+def own_digest(content: bytes) -> str:
+    """Return the SHA-256 of an index file's bytes, with 64 zeros in place of the digest in it."""
+    state = hashlib.sha256(content[:_DIGEST_BEGIN])
+    state.update(_NO_DIGEST)
+    state.update(memoryview(content)[_DIGEST_END:])
+    return state.hexdigest()
 
 
 def parse_index(content: bytes, where: str) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
@@ -69,12 +82,42 @@ def parse_index(content: bytes, where: str) -> tuple[dict[str, str], dict[str, n
             where=where,
             action=ACTION,
         )
+    return layout.metadata, _tensors(content, layout)
+
+
+def known_index(
+    content: bytes,
+    metadata: Mapping[str, str],
+    header_bytes: int,
+    num_tensors: int,
+    *,
+    has_noise: bool,
+) -> dict[str, npt.NDArray[Any]] | None:
+    """Return the tensors of an index file whose header is foretold; None when it has another.
+
+    Nothing is parsed: the bytes that the header must have are built and compared.
+
+    Args:
+        content: of the file.
+        metadata: that it must have, all but the format version.
+        header_bytes: size of the records' common header.
+        num_tensors: of each record.
+        has_noise: whether there are digests of noise that is not stored.
+    """
+    shapes = _shapes(int(metadata["num_records"]), header_bytes, num_tensors, has_noise)
+    layout = build_header(shapes, {**metadata, "format_version": str(FORMAT_VERSION)})
+    if len(content) != layout.num_bytes or not content.startswith(layout.content):
+        return None
+    return _tensors(content, layout)
+
+
+def _tensors(content: bytes, layout: SafetensorsHeader) -> dict[str, npt.NDArray[Any]]:
     tensors: dict[str, npt.NDArray[Any]] = {}
     for place in layout.places:
         dtype = _NUMPY_DTYPES[place.dtype]
         flat = np.frombuffer(content, dtype, place.num_bytes // dtype.itemsize, place.offset)
         tensors[place.name] = np.reshape(flat, place.shape)
-    return layout.metadata, tensors
+    return tensors
 
 
 def _check_metadata(metadata: dict[str, str], where: str) -> None:
@@ -96,15 +139,22 @@ def _expected_tensors(
     layout: SafetensorsHeader, num_records: int
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     last_length = {place.name: place.shape[-1] for place in layout.places if place.shape}
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "common_header": ("U8", (last_length.get("common_header", 0),)),
-        "digests": ("U64", (num_records, last_length.get("digests", 0))),
+    lengths = last_length.get("common_header", 0), last_length.get("digests", 0)
+    return _shapes(num_records, *lengths, "noise_digests" in last_length)
+
+
+def _shapes(
+    num_records: int, header_bytes: int, num_tensors: int, has_noise: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "common_header": ("U8", (header_bytes,)),
+        "digests": ("U64", (num_records, num_tensors)),
         "ids": ("U8", (num_records, 16)),
         "offsets": ("I64", (num_records,)),
         "rest_digests": ("U64", (num_records,)),
         "sidecar_sizes": ("I64", (num_records,)),
         "sizes": ("I64", (num_records,)),
     }
-    if "noise_digests" in last_length:
-        expected["noise_digests"] = ("U64", (num_records,))
-    return expected
+    if has_noise:
+        shapes["noise_digests"] = ("U64", (num_records,))
+    return shapes

@@ -7,30 +7,28 @@ both the read and the digest release the GIL, so threads scale.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from sdxl_distill.errors import CorruptError, DistillError
 from sdxl_distill.shards.digest import bytes_digest, rest_digest
-from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.index import Int64, ShardIndex, UInt64
 from sdxl_distill.shards.index_layout import ACTION
+from sdxl_distill.shards.open_file import OpenFile
 from sdxl_distill.shards.safetensors_layout import AnyTensor, TensorPlace, byte_view, dtype_of
-from sdxl_distill.shards.tar import read_at
+from sdxl_distill.shards.tar import BLOCK_BYTES, padded, read_fully
 
 Buffer: TypeAlias = "AnyTensor | memoryview"
 
 
 class ShardReader:
-    """An open tar with its index; safe to share between threads.
-
-    The file is closed when the last reference is gone, so that a thread which still reads while
-    others let go of the reader never meets a descriptor that means another file.
+    """A tar with its index; safe to share between threads.
 
     Args:
-        descriptor: of the tar, which this object now owns.
+        file: the tar.
         index: of the tar.
         diagnose: turns a CorruptError into the error to raise: the set knows whether the shard
             was replaced while it was read.
@@ -38,14 +36,13 @@ class ShardReader:
 
     def __init__(
         self,
-        descriptor: int,
+        file: OpenFile,
         index: ShardIndex,
         diagnose: Callable[[CorruptError], DistillError],
     ) -> None:
+        self.file = file
         self.index = index
-        self._descriptor = descriptor
         self._diagnose = diagnose
-        weakref.finalize(self, os.close, descriptor)
 
     def read_tensor_into(self, record: int, tensor_name: str, out: Buffer) -> None:
         """Copy one tensor of one record into `out` and check its digest there.
@@ -81,27 +78,15 @@ class ShardReader:
         index, end_column = self.index, first_column + len(buffers)
         offset = int(index.offsets[record]) + index.header.places[first_column].offset
         try:
-            num_read = os.preadv(self._descriptor, buffers, offset, os.RWF_NOWAIT)
-        except OSError:
-            num_read = 0
-        was_cached = num_read == sum(map(len, buffers))
-        if not was_cached:
-            for buffer in buffers:
-                self._fill(buffer, offset, record)
-                offset += len(buffer)
+            was_cached = _read_side_by_side(self.file, buffers, offset, self._where(record))
+        except CorruptError as error:
+            raise self._diagnose(error) from error
         digests = index.digests[record, first_column:end_column].tolist()
         found = list(map(bytes_digest, buffers))
         if found != digests:
             damaged = [own != other for own, other in zip(found, digests, strict=True)]
             raise self._damaged(record, first_column + damaged.index(True))
         return was_cached
-
-    def announce_run(self, record: int, first_column: int, num_columns: int) -> None:
-        """Let the disk start on what `read_run` will ask for."""
-        places = self.index.header.places[first_column : first_column + num_columns]
-        offset = int(self.index.offsets[record]) + places[0].offset
-        num_bytes = sum(place.num_bytes for place in places)
-        os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def read_records(self, records: Sequence[int], tensor_name: str, out: Buffer) -> None:
         """Copy one tensor of B records into `out` [B, …]; otherwise as `read_tensor_into`."""
@@ -148,7 +133,7 @@ class ShardReader:
 
     def _fill(self, buffer: memoryview, offset: int, record: int) -> None:
         try:
-            read_at(self._descriptor, buffer, offset, self._where(record))
+            read_fully(self.file.read_into, buffer, offset, self._where(record))
         except CorruptError as error:
             raise self._diagnose(error) from error
 
@@ -183,6 +168,76 @@ class ShardReader:
     def _where(self, record: int) -> str:
         name = self.index.name
         return f"set {name.set_id}, shard {name.tar}, key {self.index.key(record)}"
+
+
+class RunReader:
+    """Tensors that lie side by side in the records of a shard, and no more of its index than that.
+
+    A join keeps thousands of these: 8 bytes a record and tensor.
+
+    Args:
+        reader: of the shard.
+        first_column: of the first tensor in the header's places.
+        num_columns: of tensors.
+        reopen: returns the shard's reader again, which says what is wrong.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        first_column: int,
+        num_columns: int,
+        reopen: Callable[[], ShardReader],
+    ) -> None:
+        index = reader.index
+        columns = slice(first_column, first_column + num_columns)
+        places = index.header.places[columns]
+        self._file = reader.file
+        self._first_column = first_column
+        self._num_bytes = sum(place.num_bytes for place in places)
+        self._digests: UInt64 = np.array(index.digests[:, columns], np.uint64)
+        self._offsets = _offsets_of(index, places[0].offset)
+        self._reopen = reopen
+
+    def read(self, record: int, buffers: Sequence[memoryview]) -> bool:
+        """Copy the tensors of one record; otherwise as `ShardReader.read_run`."""
+        try:
+            was_cached = _read_side_by_side(self._file, buffers, int(self._offsets[record]), "")
+        except CorruptError:
+            return self._reopen().read_run(record, self._first_column, buffers)
+        if list(map(bytes_digest, buffers)) != self._digests[record].tolist():
+            return self._reopen().read_run(record, self._first_column, buffers)
+        return was_cached
+
+    def announce(self, record: int) -> None:
+        """Let the disk start on what `read` will ask for."""
+        self._file.prefetch(int(self._offsets[record]), self._num_bytes)
+
+
+def _offsets_of(index: ShardIndex, offset: int) -> Sequence[int] | Int64:
+    """Return where bytes at `offset` of each record lie; without sidecars one like the other."""
+    offsets = index.offsets
+    if len(offsets) == 0 or index.sidecar_sizes.any():
+        return offsets + offset
+    stride = BLOCK_BYTES + padded(index.header.record_bytes)
+    first = int(offsets[0]) + offset
+    return range(first, first + stride * len(offsets), stride)
+
+
+def _read_side_by_side(
+    file: OpenFile, buffers: Sequence[memoryview], offset: int, where: str
+) -> bool:
+    """Fill buffers from one stretch of a file; whether all of it was in the page cache."""
+    try:
+        num_read = file.read_into(buffers, offset, os.RWF_NOWAIT)
+    except OSError:
+        num_read = 0
+    if num_read == sum(map(len, buffers)):
+        return True
+    for buffer in buffers:
+        read_fully(file.read_into, buffer, offset, where)
+        offset += len(buffer)
+    return False
 
 
 def _bytes_of(out: Buffer, place: TensorPlace, num_records: int) -> memoryview:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
@@ -43,6 +44,9 @@ _DTYPE_OF_NUMPY: Final = {
 _DTYPE_RANK: Final = {dtype: rank for rank, dtype in enumerate(ITEM_BYTES)}
 _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
+_KEPT_LAYOUTS: Final = 256  # shards of one bucket and number of records share one
+
+_spell: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 AnyTensor: TypeAlias = "torch.Tensor | npt.NDArray[Any]"
 
@@ -74,27 +78,39 @@ def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> SafetensorsHeader:
     """Lay out tensors given as name → (dtype, shape): widest dtypes first, then by name."""
-    ordered = sorted(tensors.items(), key=lambda entry: (-_DTYPE_RANK[entry[1][0]], entry[0]))
-    fields: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))}
+    laid_out = _lay_out(tuple(tensors.items()))
+    text = _spell(dict(sorted(metadata.items())))
+    text = f'{{"{_METADATA}":{text}{laid_out.text}}}'.encode()
+    text += b" " * (-len(text) % 8)
+    content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    begin = len(content)
+    places = tuple(
+        TensorPlace(name, dtype, shape, begin + offset, num_bytes)
+        for name, dtype, shape, offset, num_bytes in laid_out.places
+    )
+    return SafetensorsHeader(content, places, dict(metadata))
+
+
+class _LaidOut(NamedTuple):
+    """The fields of tensors as they follow the metadata, and where they lie after the header."""
+
+    text: str
+    places: tuple[TensorPlace, ...]
+
+
+@lru_cache(_KEPT_LAYOUTS)
+def _lay_out(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> _LaidOut:
+    ordered = sorted(tensors, key=lambda entry: (-_DTYPE_RANK[entry[1][0]], entry[0]))
+    fields: list[str] = []
+    places: list[TensorPlace] = []
     begin = 0
     for name, (dtype, shape) in ordered:
         end = begin + ITEM_BYTES[dtype] * prod(shape)
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        field = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        fields.append(f",{_spell(name)}:{_spell(field)}")
+        places.append(TensorPlace(name, dtype, shape, begin, end - begin))
         begin = end
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    places = tuple(
-        TensorPlace(
-            name,
-            dtype,
-            shape,
-            len(content) + fields[name]["data_offsets"][0],
-            ITEM_BYTES[dtype] * prod(shape),
-        )
-        for name, (dtype, shape) in ordered
-    )
-    return SafetensorsHeader(content, places, dict(metadata))
+    return _LaidOut("".join(fields), tuple(places))
 
 
 def parse_header(content: bytes, where: str) -> SafetensorsHeader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from sdxl_distill.limits import MAX_INDEX_BYTES
 from sdxl_distill.shards.finding import Finding, FindingList
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
+from sdxl_distill.shards.open_file import OpenFile
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.record_values import RecordPlace, wrong_values
@@ -177,7 +179,8 @@ def _check_content(
 def _check_records(
     descriptor: int, record: SetRecord, index: ShardIndex, findings: FindingList
 ) -> None:
-    reader = ShardReader(os.dup(descriptor), index, diagnose=lambda error: error)
+    tar = OpenFile(partial(os.dup, descriptor), index.name.tar)
+    reader = ShardReader(tar, index, diagnose=lambda error: error)
     for number in range(index.num_records):
         key, image_id = index.key(number), index.image_id(number)
         with findings.collecting(key):

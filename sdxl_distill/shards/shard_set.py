@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -29,6 +28,7 @@ from sdxl_distill.limits import (
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.open_file import OPEN_FILES, OpenFile
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
@@ -39,15 +39,15 @@ from sdxl_distill.shards.shard_name import ShardName
 T = TypeVar("T")
 
 EMPTY_RECORD_NAME: Final = "empty.safetensors"
-_CACHED_INDICES: Final = 1024
+_CACHED_INDICES: Final = 64
 
 
-def open_shard_set(path: str | Path, *, max_open_shards: int = 128) -> ShardSet:
+def open_shard_set(path: str | Path, *, max_open_shards: int = 64) -> ShardSet:
     """Open a complete shard set; reads `set.json` and `manifest.json` and no shard.
 
     Args:
         path: folder of the set.
-        max_open_shards: how many tars are kept open at once.
+        max_open_shards: how many shards are kept with their indices once they were asked for.
 
     Raises:
         ConfigError: when there is no set, or it is not complete yet.
@@ -112,12 +112,16 @@ class ShardSet:
         return self._indices(name)
 
     def reader(self, name: ShardName) -> ShardReader:
-        """Return a shard opened for reading; the last `max_open_shards` are kept open.
+        """Return a shard opened for reading; the last `max_open_shards` are kept.
 
         Raises:
             KeyError, CorruptError, StorageError: as `index`; also for the tar.
         """
         return self._readers(name)
+
+    def open_reader(self, name: ShardName) -> ShardReader:
+        """Open a shard for who keeps it himself; otherwise as `reader`."""
+        return self._with_tar(self._load_index(name))
 
     def read_empty_record(self) -> dict[str, torch.Tensor]:
         """Return the embeddings of the empty caption, which a text set holds beside its shards.
@@ -178,17 +182,25 @@ class ShardSet:
             content = _read_again(
                 self.directory / name.idx, lambda path: read_bytes(path, MAX_INDEX_BYTES)
             )
-            index = ShardIndex.from_bytes(content, name)
-            self._check_index(index, entry)
+            return self._checked_index(content, name, entry)
         except CorruptError as error:
             raise self._diagnose(error) from error
-        return index
 
-    def _check_index(self, index: ShardIndex, entry: ShardEntry) -> None:
+    def _checked_index(self, content: bytes, name: ShardName, entry: ShardEntry) -> ShardIndex:
+        """Return the index in a file, whose bytes the manifest vouches for by their digest."""
         record = self.manifest.record
         header = RecordHeader.build(
             record.schema, entry.width, entry.height, record.fingerprint, entry.source_sha256
         )
+        index = ShardIndex.from_known_bytes(
+            content,
+            name,
+            header,
+            digest=entry.index_digest,
+            num_records=entry.num_records,
+            tar_bytes=entry.tar_bytes,
+            tar_sha256=entry.tar_sha256,
+        ) or ShardIndex.from_bytes(content, name)
         if ShardEntry.of(index) != entry or index.header.content != header.content:
             raise CorruptError(
                 f"an index with digest {index.digest[:12]}…",
@@ -196,25 +208,28 @@ class ShardSet:
                 where=f"set {self.id}, {index.name.idx}",
                 action=ACTION,
             )
+        return index
 
     def _open_reader(self, name: ShardName) -> ShardReader:
-        index = self.index(name)
+        return self._with_tar(self.index(name))
+
+    def _with_tar(self, index: ShardIndex) -> ShardReader:
+        name = index.name
+        path = self.directory / name.tar
         try:
-            descriptor = _read_again(self.directory / name.tar, open_regular)
+            file = OpenFile(lambda: _read_again(path, open_regular), f"set {self.id}, {name.tar}")
         except CorruptError as error:
             raise self._diagnose(error) from error
-        reader = ShardReader(descriptor, index, self._diagnose)
-        num_bytes = os.fstat(descriptor).st_size
-        if num_bytes != index.tar_bytes:
+        if file.num_bytes != index.tar_bytes:
             raise self._diagnose(
                 CorruptError(
-                    f"{num_bytes} bytes",
+                    f"{file.num_bytes} bytes",
                     expected=f"{index.tar_bytes} bytes",
                     where=f"set {self.id}, shard {name.tar}",
                     action=ACTION,
                 )
             )
-        return reader
+        return ShardReader(file, index, self._diagnose)
 
     def _diagnose(self, error: CorruptError) -> DistillError:
         """Return `error`, or what explains it: that the set is no longer the one opened."""
@@ -262,10 +277,10 @@ def _read_or_explain(directory: Path, name: str, max_bytes: int) -> bytes:
 def _read_again(path: Path, read: Callable[[Path], T]) -> T:
     """Return `read(path)`; once more after listing the folder, where NFS remembers an absence."""
     with suppress(FileNotFoundError):
-        return read(path)
+        return OPEN_FILES.with_room(lambda: read(path))
     try:
         sorted(path.parent.iterdir())
-        return read(path)
+        return OPEN_FILES.with_room(lambda: read(path))
     except FileNotFoundError as error:
         raise CorruptError(
             "is missing", expected="a file", where=str(path), action=ACTION

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Final, NamedTuple, TypeAlias
 
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import storage_errors
@@ -19,7 +20,8 @@ OWNER: Final = "sdxl_distill"
 MODE: Final = 0o444
 BLOCK_BYTES: Final = 512
 _RECORD_BYTES: Final = 20 * BLOCK_BYTES  # tar files are padded to a multiple of this
-_PIECE_BYTES: Final = 1 << 20
+_PIECE_BYTES: Final = 2 << 20
+_ZEROS: Final = bytes(2 * BLOCK_BYTES + _RECORD_BYTES)  # the longest stretch between two members
 _MAX_NAME_BYTES: Final = 100
 _OCTAL_SIZE: Final = re.compile(rb"[0-7]{11}\0")
 _SIZE_FIELD: Final = slice(124, 136)
@@ -62,7 +64,11 @@ def member_header(name: str, num_bytes: int) -> bytes:
     return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
 
 
-def read_at(descriptor: int, buffer: memoryview, offset: int, where: str) -> None:
+ReadInto: TypeAlias = Callable[[Sequence[memoryview], int], int]
+"""Fills buffers from an offset of a file on and returns how many bytes came, as `os.preadv`."""
+
+
+def read_fully(read_into: ReadInto, buffer: memoryview, offset: int, where: str) -> None:
     """Fill `buffer` from a file at `offset`, without a copy and without the GIL.
 
     Raises:
@@ -70,32 +76,106 @@ def read_at(descriptor: int, buffer: memoryview, offset: int, where: str) -> Non
         StorageError: when the operating system refuses.
     """
     with storage_errors(where):
-        num_read = os.preadv(descriptor, [buffer], offset)
+        num_read = read_into([buffer], offset)
         while 0 < num_read < len(buffer):
-            more = os.preadv(descriptor, [buffer[num_read:]], offset + num_read)
+            more = read_into([buffer[num_read:]], offset + num_read)
             if more == 0:
                 break
             num_read += more
     if num_read < len(buffer):
-        raise CorruptError(
-            f"the file ends at byte {offset + num_read}",
-            expected=f"bytes up to {offset + len(buffer)}",
-            where=where,
-            action=_ACTION,
-        )
+        raise _ends(offset + num_read, offset + len(buffer), where)
+
+
+def read_at(descriptor: int, num_bytes: int, offset: int, where: str) -> bytearray:
+    """Return bytes of an open file; raises as `read_fully`."""
+    buffer = bytearray(num_bytes)
+    read_fully(partial(os.preadv, descriptor), memoryview(buffer), offset, where)
+    return buffer
+
+
+class TarStream:
+    """A tar that is read once, from start to end, in large pieces that are hashed on the way.
+
+    What was read stays in memory until `forget`, so members may be looked at once more while it
+    is known what follows them.
+
+    Args:
+        descriptor: of the tar.
+        num_bytes: of the tar.
+        where: for errors.
+    """
+
+    def __init__(self, descriptor: int, num_bytes: int, where: str) -> None:
+        self._read_into = partial(os.preadv, descriptor)
+        self._num_bytes = num_bytes
+        self._where = where
+        self._sha256 = hashlib.sha256()
+        self._buffer = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
+        # Bytes _begin … _end - 1 of the tar are in the buffer, those before _kept for nothing.
+        self._begin = self._kept = self._end = 0
+
+    def members(self) -> Iterator[TarMember]:
+        """Yield the members, checked as `read_members` does; nothing is forgotten on the way."""
+        return _members(self.read, self._num_bytes, self._where)
+
+    def read(self, offset: int, num_bytes: int) -> memoryview:
+        """Return bytes that were not forgotten; they stand there until the next call.
+
+        Raises:
+            CorruptError, StorageError: as `read_fully`.
+        """
+        assert offset >= self._kept, (offset, self._kept)
+        end = offset + num_bytes
+        if end > self._num_bytes:
+            raise _ends(self._num_bytes, end, self._where)
+        if end > self._end:
+            self._load(end)
+        return self._buffer[offset - self._begin : end - self._begin]
+
+    def forget(self, offset: int) -> None:
+        """Give up the bytes before `offset`."""
+        self._kept = offset
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the tar, all of whose members were read."""
+        assert self._end == self._num_bytes, (self._end, self._num_bytes)
+        return self._sha256.hexdigest()
+
+    def _load(self, end: int) -> None:
+        """Read on, at least to `end` and as far as there is room."""
+        num_kept = self._end - self._kept
+        if end - self._begin > len(self._buffer):
+            kept = self._buffer[self._kept - self._begin : self._end - self._begin]
+            if end - self._kept > len(self._buffer):
+                self._buffer = memoryview(bytearray(end - self._kept + _PIECE_BYTES))
+            self._buffer[:num_kept] = kept
+            self._begin = self._kept
+        start = self._end - self._begin
+        piece = self._buffer[start : start + self._num_bytes - self._end]
+        read_fully(self._read_into, piece, self._end, self._where)
+        self._sha256.update(piece)
+        self._end += len(piece)
 
 
 def read_members(descriptor: int, num_bytes: int, where: str) -> Iterator[TarMember]:
     """Yield the members of a tar of `num_bytes`, checking every byte that is no payload.
 
+    Payloads are not read.
+
     Raises:
         CorruptError: at the first byte that is not as `webdataset.TarWriter` with our settings
             writes it, or when the tar ends too early or too late.
     """
+    return _members(lambda offset, size: read_at(descriptor, size, offset, where), num_bytes, where)
+
+
+def _members(
+    read: Callable[[int, int], bytearray | memoryview], num_bytes: int, where: str
+) -> Iterator[TarMember]:
     position = 0
     while True:
-        header = _read(descriptor, position, BLOCK_BYTES, where)
-        if not any(header):
+        header = bytes(read(position, BLOCK_BYTES))
+        if header == _ZEROS[:BLOCK_BYTES]:
             break
         member = _parse_header(header, position, where)
         end = member.offset + member.num_bytes
@@ -103,42 +183,30 @@ def read_members(descriptor: int, num_bytes: int, where: str) -> Iterator[TarMem
         if position > num_bytes:
             raise _corrupt(f"member {member.name} is longer than the tar", position, where)
         yield member
-        if any(_read(descriptor, end, position - end, where)):
+        if bytes(read(end, position - end)) != _ZEROS[: position - end]:
             raise _corrupt("padding that is not zero", end, where)
     if num_bytes != closed_bytes(position):
         raise _corrupt(f"{num_bytes} bytes, expected {closed_bytes(position)}", position, where)
-    if any(_read(descriptor, position, num_bytes - position, where)):
+    if bytes(read(position, num_bytes - position)) != _ZEROS[: num_bytes - position]:
         raise _corrupt("something after the last member", position, where)
 
 
-def sha256_of(descriptor: int, num_bytes: int, where: str) -> str:
-    """Return the SHA-256 of a file of `num_bytes`, read piece by piece.
-
-    Raises:
-        CorruptError, StorageError: as `read_at`.
-    """
-    state = hashlib.sha256()
-    piece = memoryview(bytearray(_PIECE_BYTES))
-    for offset in range(0, num_bytes, _PIECE_BYTES):
-        part = piece[: num_bytes - offset]
-        read_at(descriptor, part, offset, where)
-        state.update(part)
-    return state.hexdigest()
+def _ends(offset: int, expected: int, where: str) -> CorruptError:
+    return CorruptError(
+        f"the file ends at byte {offset}",
+        expected=f"bytes up to {expected}",
+        where=where,
+        action=_ACTION,
+    )
 
 
-def _read(descriptor: int, offset: int, num_bytes: int, where: str) -> bytearray:
-    buffer = bytearray(num_bytes)
-    read_at(descriptor, memoryview(buffer), offset, where)
-    return buffer
-
-
-def _parse_header(header: bytearray, position: int, where: str) -> TarMember:
-    name = bytes(header[:_MAX_NAME_BYTES]).rstrip(b"\0")
-    size = bytes(header[_SIZE_FIELD])
+def _parse_header(header: bytes, position: int, where: str) -> TarMember:
+    name = header[:_MAX_NAME_BYTES].rstrip(b"\0")
+    size = header[_SIZE_FIELD]
     if not name.isascii() or not _OCTAL_SIZE.fullmatch(size):
         raise _corrupt("no tar header", position, where)
     member = TarMember(name.decode("ascii"), position + BLOCK_BYTES, int(size[:-1], 8))
-    if bytes(header) != member_header(member.name, member.num_bytes):
+    if header != member_header(member.name, member.num_bytes):
         raise _corrupt("a tar header with unexpected fields", position, where)
     return member
 

@@ -7,7 +7,7 @@ publishes this index, never his own (docs/decisions/0002-create-only-publication
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sdxl_distill.shards.index import ShardIndex, is_strictly_ascending, tar_lay
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.tar import TarMember, read_at, read_members, sha256_of
+from sdxl_distill.shards.tar import TarMember, TarStream, read_at, read_members
 
 
 class IndexRows:
@@ -118,18 +118,17 @@ def index_of_tar(
     """
     num_bytes = _checked_size(descriptor, name)
     rows = IndexRows(name, header)
-    record = memoryview(bytearray(header.record_bytes))
-    for image_id, member, sidecar in _records(descriptor, num_bytes, name):
-        if member.num_bytes != len(record):
-            raise _corrupt(name, f"{member.name} of {member.num_bytes} bytes", f"{len(record)}")
-        read_at(descriptor, record, member.offset, name.tar)
+    tar = TarStream(descriptor, num_bytes, name.tar)
+    for image_id, member, sidecar in _records(tar.members(), name, header.record_bytes):
+        record = tar.read(member.offset, member.num_bytes)
         if bytes(record[: len(header.content)]) != header.content:
             raise _corrupt(name, f"{member.name} has another header", _spell(header))
-        content = b"" if sidecar is None else _read_sidecar(descriptor, sidecar, name)
+        content = b"" if sidecar is None else bytes(tar.read(sidecar.offset, sidecar.num_bytes))
         rows.add(image_id, record, content, recreated_noise_digest(header, name, record))
         if look is not None:
             look(image_id, record, content)
-    return rows.index(sha256_of(descriptor, num_bytes, name.tar))
+        tar.forget(member.offset + member.num_bytes)
+    return rows.index(tar.sha256())
 
 
 def header_of_tar(descriptor: int, name: ShardName) -> RecordHeader | None:
@@ -139,9 +138,10 @@ def header_of_tar(descriptor: int, name: ShardName) -> RecordHeader | None:
         CorruptError, StorageError: as `index_of_tar`, but only the first record is looked at.
     """
     num_bytes = _checked_size(descriptor, name)
-    for _, member, _ in _records(descriptor, num_bytes, name):
-        content = bytearray(min(member.num_bytes, MAX_HEADER_BYTES + 8))
-        read_at(descriptor, memoryview(content), member.offset, name.tar)
+    for _, member, _ in _records(read_members(descriptor, num_bytes, name.tar), name, None):
+        content = read_at(
+            descriptor, min(member.num_bytes, MAX_HEADER_BYTES + 8), member.offset, name.tar
+        )
         return RecordHeader.parse(bytes(content), f"{name.tar}, {member.name}")
     return None
 
@@ -174,12 +174,16 @@ def _checked_size(descriptor: int, name: ShardName) -> int:
 
 
 def _records(
-    descriptor: int, num_bytes: int, name: ShardName
+    members: Iterable[TarMember], name: ShardName, record_bytes: int | None
 ) -> Iterator[tuple[str, TarMember, TarMember | None]]:
-    """Yield image id, record and sidecar: a record's sidecar, if any, follows it at once."""
+    """Yield image id, record and sidecar: a record's sidecar, if any, follows it at once.
+
+    Sizes are looked at before the member after them is, so that no more than a record, a sidecar
+    and a header has to be in memory.
+    """
     waiting: tuple[str, TarMember] | None = None
     num_records = 0
-    for member in read_members(descriptor, num_bytes, name.tar):
+    for member in members:
         parsed = name.parse_member(member.name)
         if parsed is None:
             raise _corrupt(name, "a member of another bucket, draw or kind", f"{name} records")
@@ -187,9 +191,13 @@ def _records(
         if extension == "json":
             if waiting is None or waiting[0] != image_id:
                 raise _corrupt(name, f"{member.name} without its record", "record, then sidecar")
+            if not 0 < member.num_bytes <= MAX_SIDECAR_BYTES:
+                raise _wrong_size(name, member, f"1 to {MAX_SIDECAR_BYTES}")
             yield (*waiting, member)
             waiting = None
             continue
+        if record_bytes is not None and member.num_bytes != record_bytes:
+            raise _wrong_size(name, member, f"{record_bytes}")
         if waiting is not None:
             yield (*waiting, None)
         waiting = image_id, member
@@ -200,13 +208,8 @@ def _records(
         yield (*waiting, None)
 
 
-def _read_sidecar(descriptor: int, member: TarMember, name: ShardName) -> bytes:
-    if not 0 < member.num_bytes <= MAX_SIDECAR_BYTES:
-        expected = f"1 to {MAX_SIDECAR_BYTES}"
-        raise _corrupt(name, f"{member.name} of {member.num_bytes} bytes", expected)
-    content = bytearray(member.num_bytes)
-    read_at(descriptor, memoryview(content), member.offset, name.tar)
-    return bytes(content)
+def _wrong_size(name: ShardName, member: TarMember, expected: str) -> CorruptError:
+    return _corrupt(name, f"{member.name} of {member.num_bytes} bytes", expected)
 
 
 def _spell(header: RecordHeader) -> str:

@@ -17,7 +17,6 @@ from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import record_key
 from sdxl_distill.core.noise import noise
 from sdxl_distill.shards.digest import tensor_digest
-from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES, byte_view
@@ -27,11 +26,9 @@ from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.batch_memory import BatchMemory, Layout
 from sdxl_distill.stream.compatibility import holds_text, recipe_of, text_fingerprint_of
 from sdxl_distill.stream.joined_sets import JoinedSets
+from sdxl_distill.stream.open_shard import OpenShard, Run, open_shard, room_for
 from sdxl_distill.stream.question import (
-    QUESTION_TENSORS,
-    TEXT_TENSORS,
     Question,
-    differing_records,
     expected_question,
     require_close_text,
     require_noise,
@@ -39,39 +36,7 @@ from sdxl_distill.stream.question import (
 )
 from sdxl_distill.stream.schedule import Batch
 
-_MAX_OPEN_SHARDS: Final = 128
 _MAX_LAYOUTS: Final = 128
-
-
-class Run(NamedTuple):
-    """Tensors that lie side by side in the records of a set, so that one call reads them.
-
-    Attributes:
-        shard_set: that holds them.
-        first_column: of the first one in the header of a record.
-        slots: which tensors of a batch they fill, see `Join._slots`.
-    """
-
-    shard_set: ShardSet
-    first_column: int
-    slots: tuple[int, ...]
-
-
-class OpenShard(NamedTuple):
-    """A shard in one draw, open in every set, and where its sets do not agree.
-
-    Attributes:
-        readers: of every set.
-        questions: indices of the predictions sets.
-        unequal_questions: records for which the digests of these are not all equal.
-        unequal_texts: set of the same text encoders → records whose text has other digests than
-            the text that is read.
-    """
-
-    readers: Mapping[ShardSet, ShardReader]
-    questions: Sequence[ShardIndex]
-    unequal_questions: frozenset[int]
-    unequal_texts: Mapping[ShardSet, frozenset[int]]
 
 
 class UnfilledBatch(NamedTuple):
@@ -97,10 +62,19 @@ class Join:
         sets: that are joined.
         shards: that all sets have; rows of the schedule's shard table.
         memory: that batches lie in.
+        num_in_use: shards that are read from at once, of all buckets.
+
+    Attributes:
+        room: what is kept open.
     """
 
     def __init__(
-        self, sets: JoinedSets, shards: Sequence[AlignedShard], memory: BatchMemory
+        self,
+        sets: JoinedSets,
+        shards: Sequence[AlignedShard],
+        memory: BatchMemory,
+        *,
+        num_in_use: int,
     ) -> None:
         self._sets = sets
         self._shards = shards
@@ -116,7 +90,8 @@ class Join:
         slots = self._slots()
         self._runs = [run for each in sets.all for run in _runs(each, slots)]
         self._layout = lru_cache(_MAX_LAYOUTS)(self._new_layout)
-        self._open = lru_cache(_MAX_OPEN_SHARDS)(self._open_shard)
+        self.room = room_for(self._runs, shards, num_in_use)
+        self._open = lru_cache(self.room.num_shards)(self._open_shard)
         # Announcing costs a tenth of the time when nothing has to be waited for.
         self._waits_for_disk = True
 
@@ -159,8 +134,8 @@ class Join:
         """
         batch, read, layout, content = unfilled
         shards, records, draws = read.shards.tolist(), read.records.tolist(), read.draws.tolist()
-        spans = [(place.offset, place.row_bytes) for place in layout.places]
-        runs = [(*run[:2], [spans[slot] for slot in run.slots]) for run in self._runs]
+        places = [(place.offset, place.row_bytes) for place in layout.places]
+        spans = [[places[slot] for slot in run.slots] for run in self._runs]
         if self._waits_for_disk:
             self._announce(read, rows)
         was_cached = True
@@ -168,15 +143,15 @@ class Join:
         for row in rows:
             record, draw = records[row], draws[row]
             shard = self._open(shards[row], draw)
-            for shard_set, first_column, own_spans in runs:
+            for run, own_spans in zip(shard.runs, spans, strict=True):
                 buffers = [
                     content[offset + row * size : offset + (row + 1) * size]
                     for offset, size in own_spans
                 ]
-                was_cached &= shard.readers[shard_set].read_run(record, first_column, buffers)
-            image_id = shard.questions[0].image_id(record)
+                was_cached &= run.read(record, buffers)
+            image_id = shard.image_id(record)
             question = expected_question(image_id, self._recipe, draw)
-            self._fill_question(unfilled, row, shard, record, question)
+            self._fill_question(unfilled, row, shard, question)
             keys.append(record_key(image_id, *batch.bucket))
         self._waits_for_disk = not was_cached
         return keys
@@ -189,9 +164,8 @@ class Join:
         """Let the disk start on all rows, while the first ones are waited for."""
         for row in rows:
             shard = self._open(int(read.shards[row]), int(read.draws[row]))
-            for shard_set, first_column, slots in self._runs:
-                reader = shard.readers[shard_set]
-                reader.announce_run(int(read.records[row]), first_column, len(slots))
+            for run in shard.runs:
+                run.announce(int(read.records[row]))
 
     def _slots(self) -> dict[tuple[ShardSet, str], int]:
         """Return which tensor of a batch each tensor that is read fills; see `_new_layout`."""
@@ -219,45 +193,50 @@ class Join:
         return Layout.of([*tensors, (torch.int64, (num_records,), 0)])
 
     def _open_shard(self, row: int, draw: int) -> OpenShard:
-        """Open a row of the shard table, and compare the indices of all its records at once."""
-        shard, sets = self._shards[row], self._sets
-        readers = {each: each.reader(shard.name(each, draw)) for each in sets.all}
-        questions = [readers[teacher].index for teacher in sets.predictions]
-        text = readers[sets.text].index
-        return OpenShard(
-            readers,
-            questions,
-            differing_records(questions, QUESTION_TENSORS),
-            {
-                other: differing_records((text, readers[other].index), TEXT_TENSORS)
-                for other in self._other_texts
-            },
+        """Open a row of the shard table."""
+        sets = self._sets
+        return open_shard(
+            self._shards[row], draw, self._runs, sets.predictions, sets.text, self._other_texts
         )
 
     def _fill_question(
-        self, unfilled: UnfilledBatch, row: int, shard: OpenShard, record: int, question: Question
+        self, unfilled: UnfilledBatch, row: int, shard: OpenShard, question: Question
     ) -> None:
         """Fill in what follows from the id, and check that every teacher was asked the same."""
-        batch = unfilled.batch
+        batch, record = unfilled.batch, int(unfilled.read.records[row])
         timesteps = unfilled.layout.places[-1].row(row)
         unfilled.content[timesteps] = question.timestep.to_bytes(8, "little")
+        noise_digest = None
         if self._noise_source is None:
             made = noise(question.seed, *batch.bucket, batch.noise.shape[1])
             unfilled.content[unfilled.layout.places[-2].row(row)] = byte_view(made)
-            origin, noise_digest = "the seed", tensor_digest(made)
-        else:
-            source = shard.readers[self._noise_source].index
-            origin = f"set {self._noise_source.id}"
-            noise_digest = source.tensor_digest("noise", record)
-        # What holds for one index holds for all whose digests are equal.
-        asked = shard.questions if record in shard.unequal_questions else shard.questions[:1]
-        for index in asked:
-            require_question(index, record, question)
-            require_noise(index, record, noise_digest, origin)
+            noise_digest = tensor_digest(made)
+        if not shard.was_asked(record, question, noise_digest):
+            self._require_question(unfilled.read, row, question, noise_digest)
         for other, records in shard.unequal_texts.items():
             if record in records:
-                readers = shard.readers
-                require_close_text(readers[self._sets.text], readers[other], record)
+                text = self._reader(self._sets.text, unfilled.read, row)
+                require_close_text(text, self._reader(other, unfilled.read, row), record)
+
+    def _require_question(
+        self, read: Batch, row: int, question: Question, noise_digest: int | None
+    ) -> None:
+        """Raise for the teacher that was asked something else, by the indices of all."""
+        record, origin = int(read.records[row]), "the seed"
+        if noise_digest is None:
+            assert self._noise_source is not None
+            origin = f"set {self._noise_source.id}"
+            index = self._reader(self._noise_source, read, row).index
+            noise_digest = index.tensor_digest("noise", record)
+        for teacher in self._sets.predictions:
+            index = self._reader(teacher, read, row).index
+            require_question(index, record, question)
+            require_noise(index, record, noise_digest, origin)
+
+    def _reader(self, shard_set: ShardSet, read: Batch, row: int) -> ShardReader:
+        """Return a shard with its whole index: for what is seldom asked."""
+        shard = self._shards[int(read.shards[row])]
+        return shard_set.reader(shard.name(shard_set, int(read.draws[row])))
 
 
 def _runs(shard_set: ShardSet, slots: Mapping[tuple[ShardSet, str], int]) -> list[Run]:

@@ -73,6 +73,19 @@ class Lanes:
         own = np.arange(rank * lanes_per_rank, (rank + 1) * lanes_per_rank)
         return np.add.outer(np.arange(0, self._global_batch, self.num_lanes), own).reshape(-1)
 
+    def num_shards_in_use(self, num_records: Int64s, num_shards: Int64s, world: int) -> Int64s:
+        """Return the most shards of each bucket that the windows of a rank's lanes lie in.
+
+        Args:
+            num_records: [buckets], n of each bucket.
+            num_shards: [buckets] that have a record.
+            world: number of ranks, which divides C.
+        """
+        in_lane = np.minimum(self._window, -(-num_records // self.num_lanes))
+        # A stretch of a line touches one shard more than it is long, and a lane may wrap around.
+        per_lane = -(-in_lane * num_shards // np.maximum(num_records, 1)) + 2
+        return np.minimum(num_shards, self.num_lanes // world * per_lane)
+
     def place_on_line(
         self, place: Int64s, lap: Int64s, num_records: Int64s, code: UInt64s, slots: Int64s
     ) -> Int64s:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
+from sdxl_distill.shards.open_file import OPEN_FILES
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard, OnMissing, align
 from sdxl_distill.stream.batch import JoinedBatch
@@ -18,6 +19,7 @@ from sdxl_distill.stream.batch_memory import BatchMemory
 from sdxl_distill.stream.compatibility import noise_schedule_of
 from sdxl_distill.stream.join import Join
 from sdxl_distill.stream.joined_sets import JoinedSets
+from sdxl_distill.stream.open_shard import Room
 from sdxl_distill.stream.read_ahead import ReadAhead
 from sdxl_distill.stream.schedule import Batch, Schedule
 from sdxl_distill.stream.shard_table import ShardTable
@@ -106,10 +108,12 @@ class JoinedStream:
         ]
         # One batch is handed out, and its successor may be asked for before it is dropped.
         memory = BatchMemory(max_free=prefetch + 2, pin_memory=pin_memory)
-        self._join = Join(self._sets, shards, memory)
+        num_in_use = self.schedule.num_shards_in_use(world)
+        self._join = Join(self._sets, shards, memory, num_in_use=num_in_use)
         self._ahead = ReadAhead(self._join, num_threads=num_threads, num_batches=prefetch)
         if rank == 0:
             _report_small_buckets(self.schedule)
+            _report_room(self._join.room, len(shards))
 
     @property
     def teacher_ids(self) -> tuple[str, ...]:
@@ -194,6 +198,18 @@ def _shard_table(latents: ShardSet, shards: Sequence[AlignedShard], fraction: fl
     return ShardTable.from_rows(
         (shard.bucket.width, shard.bucket.height, shard.number, first, shard.num_records - first)
         for shard, first in zip(shards, held_out, strict=True)
+    )
+
+
+def _report_room(room: Room, num_shards: int) -> None:
+    _log.info(
+        "%d of %d shards are kept open at once: %d files, of which this process may have %d, and "
+        "about %.1f MB of memory",
+        room.num_shards,
+        num_shards,
+        room.num_files,
+        OPEN_FILES.most_open,
+        room.num_bytes / 1e6,
     )
 
 

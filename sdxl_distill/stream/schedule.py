@@ -164,6 +164,19 @@ class Schedule:
             for batch in self._look_up(epoch, start, min(start + _STEPS_AT_ONCE, stop), slots)
         )
 
+    def num_shards_in_use(self, world: int = 1) -> int:
+        """Return how many shards, of all buckets, a rank reads from at once.
+
+        Steps of all buckets take turns, and a window of a bucket lasts for thousands of them.
+
+        Raises:
+            ConfigError: when the world does not divide the lanes.
+        """
+        self._lanes.slots(0, world)
+        table = self.table
+        num_shards = np.bincount(table.bucket[table.count > 0], minlength=len(table.buckets))
+        return int(self._lanes.num_shards_in_use(self._num_records, num_shards, world).sum())
+
     def identity(self) -> dict[str, Any]:
         """Return whatever determines the order, as JSON; for `differing_fields`."""
         return {

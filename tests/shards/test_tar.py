@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import tarfile
@@ -15,10 +16,10 @@ from sdxl_distill.shards.tar import (
     MODE,
     OWNER,
     TarMember,
+    TarStream,
     member_header,
     read_at,
     read_members,
-    sha256_of,
 )
 
 PAYLOADS = {"a.safetensors": b"\1" * 700, "a.json": b"{}", "b.safetensors": b"\2" * 512}
@@ -121,14 +122,52 @@ def test_a_compressed_tar_is_refused() -> None:
 def test_reading_past_the_end_says_at_which_byte(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     with (tmp_path / "x").open("rb") as file, pytest.raises(CorruptError, match="ends at byte 10"):
-        read_at(file.fileno(), memoryview(bytearray(8)), 4, "x")
+        read_at(file.fileno(), 8, 4, "x")
 
 
-def test_sha256_covers_exactly_the_named_bytes(tmp_path: Path) -> None:
-    import hashlib
+@pytest.mark.parametrize("size", [512, (2 << 20) - 1, 5 << 20])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_one_pass_gives_every_payload_and_the_sha256(size: int, keeps: bool) -> None:
+    payloads = {f"{number}.bin": os.urandom(size + number) for number in range(4)}
+    buffer = io.BytesIO()
+    with TarWriter(buffer, user=OWNER, group=OWNER, mode=MODE, mtime=0, encoder=False) as tar:
+        for name, payload in payloads.items():
+            tar.write({"__key__": name.removesuffix(".bin"), "bin": payload})
+    content = buffer.getvalue()
+    descriptor = os.memfd_create("x.tar")
+    try:
+        os.write(descriptor, content)
+        stream = TarStream(descriptor, len(content), "x.tar")
+        waiting = None
+        for member in stream.members():  # each payload is looked at when the next header was read
+            if waiting is not None:
+                assert stream.read(waiting.offset, waiting.num_bytes) == payloads[waiting.name]
+                if not keeps:
+                    stream.forget(waiting.offset + waiting.num_bytes)
+            waiting = member
+        assert waiting is not None
+        assert stream.read(waiting.offset, waiting.num_bytes) == payloads[waiting.name]
+        assert stream.sha256() == hashlib.sha256(content).hexdigest()
+    finally:
+        os.close(descriptor)
 
-    content = os.urandom(3 << 20 | 17)
-    (tmp_path / "x").write_bytes(content)
-    with (tmp_path / "x").open("rb") as file:
-        digest = sha256_of(file.fileno(), len(content) - 5, "x")
-    assert digest == hashlib.sha256(content[:-5]).hexdigest()
+
+def test_a_stream_reads_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = written()
+    read: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        num_read = preadv(descriptor, buffers, offset)
+        read.append((offset, num_read))
+        return num_read
+
+    monkeypatch.setattr(os, "preadv", counted)
+    descriptor = os.memfd_create("x.tar")
+    try:
+        os.write(descriptor, content)
+        stream = TarStream(descriptor, len(content), "x.tar")
+        assert len(list(stream.members())) == len(PAYLOADS)
+    finally:
+        os.close(descriptor)
+    assert read == [(0, len(content))]

@@ -1,0 +1,169 @@
+"""A shard of the join, open in every set: what a row of a batch needs, and little memory for it.
+
+A bucket has some hundred shards in use at once, so thousands are kept open in a join. Of all
+indices this holds the ids once, the digests of what is read, and where the sets do not agree;
+whatever else is asked reads the indices again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sdxl_distill.shards.digest import bytes_digest
+from sdxl_distill.shards.index import UInt64
+from sdxl_distill.shards.reader import RunReader
+from sdxl_distill.shards.shard_set import ShardSet
+from sdxl_distill.stream.alignment import AlignedShard
+from sdxl_distill.stream.question import QUESTION_TENSORS, TEXT_TENSORS, Question, differing_records
+
+MOST_BYTES: Final = 1 << 30
+"""Memory for open shards at most; what is not kept is read again when it is needed."""
+
+_ID_BYTES: Final = 16
+_DIGEST_BYTES: Final = 8
+_OBJECT_BYTES: Final = 2_500
+"""Python's objects for a shard in one set, its open file included; measured."""
+
+
+class Run(NamedTuple):
+    """Tensors that lie side by side in the records of a set, so that one call reads them.
+
+    Attributes:
+        shard_set: that holds them.
+        first_column: of the first one in the header of a record.
+        slots: which tensors of a batch they fill, see `Join._slots`.
+    """
+
+    shard_set: ShardSet
+    first_column: int
+    slots: tuple[int, ...]
+
+
+class OpenShard(NamedTuple):
+    """A shard in one draw, and where its sets do not agree.
+
+    Attributes:
+        runs: readers in the order of the join's runs.
+        ids: uint8 [n, 16], image ids.
+        questions: uint64 [n, 3], digests of seed, timestep and noise in the first predictions
+            set.
+        unequal_questions: records for which the digests of these are not alike in all
+            predictions sets.
+        unequal_texts: set of the same text encoders → records whose text has other digests than
+            the text that is read; sets without such records are left out.
+    """
+
+    runs: tuple[RunReader, ...]
+    ids: npt.NDArray[np.uint8]
+    questions: UInt64
+    unequal_questions: frozenset[int]
+    unequal_texts: Mapping[ShardSet, frozenset[int]]
+
+    def image_id(self, record: int) -> str:
+        """Return the image id of a record, 32 hex digits."""
+        return self.ids[record].tobytes().hex()
+
+    def was_asked(self, record: int, question: Question, noise_digest: int | None) -> bool:
+        """Whether every teacher was asked this, by the digests.
+
+        Args:
+            record: number of the record in the shard.
+            question: what follows from its id.
+            noise_digest: of the noise in the batch; None where it was read from one of the sets,
+                so that it is that of all sets which agree.
+        """
+        if record in self.unequal_questions:
+            return False
+        seed, timestep, noise = self.questions[record].tolist()
+        return (
+            seed == bytes_digest(question.seed.to_bytes(8, "little"))
+            and timestep == bytes_digest(question.timestep.to_bytes(8, "little"))
+            and noise_digest in (noise, None)
+        )
+
+
+def open_shard(
+    shard: AlignedShard,
+    draw: int,
+    runs: Sequence[Run],
+    predictions: Sequence[ShardSet],
+    text: ShardSet,
+    other_texts: Sequence[ShardSet],
+) -> OpenShard:
+    """Open a shard in every set, and compare the indices of all its records at once.
+
+    Args:
+        shard: that all sets have.
+        draw: of the predictions.
+        runs: what is read.
+        predictions: the sets of all teachers.
+        text: the set whose text is read.
+        other_texts: other sets with text of the same encoders.
+
+    Raises:
+        CorruptError, StorageError: as `ShardSet.reader`.
+    """
+    names = {
+        each: shard.name(each, draw)
+        for each in dict.fromkeys([*predictions, text, *(run.shard_set for run in runs)])
+    }
+    readers = {each: each.open_reader(name) for each, name in names.items()}
+    questions = [readers[teacher].index for teacher in predictions]
+    first = questions[0]
+    texts = {
+        other: differing_records((readers[text].index, readers[other].index), TEXT_TENSORS)
+        for other in other_texts
+    }
+    return OpenShard(
+        runs=tuple(
+            RunReader(
+                readers[run.shard_set],
+                run.first_column,
+                len(run.slots),
+                partial(run.shard_set.reader, names[run.shard_set]),
+            )
+            for run in runs
+        ),
+        ids=first.ids.copy(),
+        questions=np.stack([first.tensor_digests(name) for name in QUESTION_TENSORS], axis=1),
+        unequal_questions=differing_records(questions, QUESTION_TENSORS),
+        unequal_texts={other: records for other, records in texts.items() if records},
+    )
+
+
+class Room(NamedTuple):
+    """How much is kept open.
+
+    Attributes:
+        num_shards: at most.
+        num_bytes: of memory that they take, about.
+        num_files: of all sets.
+    """
+
+    num_shards: int
+    num_bytes: int
+    num_files: int
+
+
+def room_for(runs: Sequence[Run], shards: Sequence[AlignedShard], num_in_use: int) -> Room:
+    """Return the room for the shards in use at once, and for some that take their place.
+
+    Args:
+        runs: what is read of a shard.
+        shards: all that are joined.
+        num_in_use: of them.
+    """
+    num_sets = len({run.shard_set for run in runs})
+    num_digests = len(QUESTION_TENSORS) + sum(len(run.slots) for run in runs)
+    # Offsets differ by record where there are sidecars: in the latents set.
+    bytes_per_record = _ID_BYTES + _DIGEST_BYTES * (num_digests + 1)
+    mean_records = sum(shard.num_records for shard in shards) / len(shards)
+    bytes_per_shard = int(bytes_per_record * mean_records) + _OBJECT_BYTES * num_sets
+    wanted = min(len(shards), num_in_use + num_in_use // 4)
+    num_shards = max(1, min(wanted, MOST_BYTES // bytes_per_shard))
+    return Room(num_shards, num_shards * bytes_per_shard, num_shards * num_sets)
