@@ -59,6 +59,10 @@ MAX_JSON_DEPTH: Final = 8
 MAX_COUNTER: Final = 1 << 53
 """Of numbers in the JSON of a set: what every reader of JSON holds exactly."""
 
+MAX_NAME_BYTES: Final = 255
+"""Of a file's or folder's name: NAME_MAX of Linux."""
+MAX_PATH_BYTES: Final = 3584
+"""Of a path that is given: PATH_MAX of Linux is 4,096, and folders and files are added to it."""
 MAX_CONFIG_BYTES: Final = 1 << 20
 """Of a configuration. A run's own `config.json` has every default and a line for each number, up
 to eight times what was written by hand."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, TypeVar
 
+from sdxl_distill.cli.path_argument import path_argument
 from sdxl_distill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     parser.add_argument(
         "--config",
         metavar="FILE",
+        type=path_argument,
         required=required,
         help="JSON file; comments and trailing commas are allowed (docs/configuration.md)",
     )

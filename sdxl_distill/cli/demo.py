@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from sdxl_distill.cli.path_argument import path_argument
+
 HELP = """Run the whole job on a laptop CPU: photos, a tiny SDXL family and three teachers
 fine-tuned from it, latents, predictions, verification, training on two processes, export, and
 the proof on held-out photos. Takes about five minutes on two cores; nothing is downloaded."""
@@ -14,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="DIR",
+        type=path_argument,
         default="demo_output",
         help="where everything goes; an earlier demo there is replaced (default: demo_output)",
     )

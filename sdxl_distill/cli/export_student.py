@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.path_argument import path_argument
 
 HELP = """Write a trained student as a complete diffusers folder.
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         metavar="latest|PATH",
+        type=path_argument,
         default="latest",
         help="which checkpoint of the run (default: the newest)",
     )
@@ -26,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("ema", "raw"),
         help="moving average or the weights themselves (default: ema when the run kept it)",
     )
-    parser.add_argument("--output", metavar="DIR", help="where to (default: {run}/export)")
+    parser.add_argument(
+        "--output", metavar="DIR", type=path_argument, help="where to (default: {run}/export)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import io
 import logging
 import os
 import sys
@@ -82,7 +83,7 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
     arguments = parser.parse_args(argv)
     # The libraries draw bars of their own for files that are written in a moment.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _configure_logging()
+    _configure_output()
     try:
         return command.run(arguments) or 0
     except DistillError as error:
@@ -93,8 +94,10 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         return 130
 
 
-def _configure_logging() -> None:
-    """Warnings of every process, but messages of the main one only."""
+def _configure_output() -> None:
+    """Log warnings of every process, but messages of the main one only; print any path."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("sdxl_distill").setLevel(logging.INFO if is_main else logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from sdxl_distill.cli.path_argument import path_argument
 from sdxl_distill.cli.threads_argument import positive_number
 
 HELP = """Turn a loose folder of records into a shard set, byte for byte the one it came from.
@@ -14,11 +15,16 @@ which teacher, text encoders and latents they came from, and cannot be packed.""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--input", metavar="DIR", required=True, help="the loose folder")
-    parser.add_argument("--output", metavar="DIR", required=True, help="new or empty folder")
+    parser.add_argument(
+        "--input", metavar="DIR", type=path_argument, required=True, help="the loose folder"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=path_argument, required=True, help="new or empty folder"
+    )
     parser.add_argument(
         "--latents",
         metavar="DIR",
+        type=path_argument,
         help="the latents set that the records follow, shard by shard; may be left out for "
         "latents themselves, which are then cut anew",
     )

@@ -6,6 +6,7 @@ import argparse
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_training_estimate
+from sdxl_distill.cli.path_argument import path_argument
 
 HELP = """Train the student on the joined shard sets of all teachers, then export it.
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="latest|PATH",
+        type=path_argument,
         help="go on from the newest checkpoint of the run (from the start where there is none), "
         "or from the one in the folder PATH",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from sdxl_distill.cli.path_argument import path_argument
 from sdxl_distill.cli.threads_argument import add_threads_argument
 
 HELP = """Turn a shard set into a loose folder: {hash}_{WxH}.safetensors, for later draws
@@ -14,8 +15,12 @@ Every byte is checked on its way. The set stays as it is; `pack-shards` is the w
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--cache-dir", metavar="DIR", required=True, help="folder of the set")
-    parser.add_argument("--output", metavar="DIR", required=True, help="new or empty folder")
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", type=path_argument, required=True, help="folder of the set"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=path_argument, required=True, help="new or empty folder"
+    )
     add_threads_argument(parser)
 
 

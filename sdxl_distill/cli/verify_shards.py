@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.path_argument import path_argument
 from sdxl_distill.cli.threads_argument import add_threads_argument, positive_number
 from sdxl_distill.errors import ConfigError
 
@@ -28,13 +30,16 @@ Exit code: 0 valid; 3 damaged; 4 does not belong together; 5 unreadable; 2 incom
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--cache-dir", metavar="DIR", required=True, help="folder of the set")
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", type=path_argument, required=True, help="folder of the set"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="manifest, indices and sizes only; tars stay closed"
     )
     parser.add_argument(
         "--against",
         metavar="DIR",
+        type=path_argument,
         action="extend",
         nargs="+",
         default=[],
@@ -95,7 +100,7 @@ def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Veri
     from sdxl_distill.shards.verify_loose import verify_loose
 
     path, num_threads = Path(arguments.cache_dir), arguments.threads
-    result = Verification(path.resolve().name)
+    result = Verification(Path(os.path.realpath(path)).name)
     findings = FindingList(result.set_id)
     with findings.collecting():
         with Directory(path) as directory:

@@ -11,7 +11,7 @@ from sdxl_distill.config.section import (
     BrokenRule,
     Count,
     Device,
-    NonEmpty,
+    Place,
     PredictionType,
     Resolution,
     SafeName,
@@ -43,7 +43,7 @@ TeacherId = Annotated[SafeName, AfterValidator(_check_teacher_id)]
 class TeacherSection(Section):
     """The teacher whose predictions are cached."""
 
-    checkpoint_path: NonEmpty
+    checkpoint_path: Place
     """A local diffusers folder or a hub id."""
     teacher_id: TeacherId
     """Name of the teacher: of its predictions set, its shards and its loss in the logs."""
@@ -81,7 +81,7 @@ class LatentCacheSection(Section):
 
     enabled: bool = True
     """Always true: teachers and trainer read latents, never images."""
-    cache_dir: NonEmpty = "./cache/latents"
+    cache_dir: Place = "./cache/latents"
     """Folder of the latents set and of its catalog."""
     batch_size: Count = 4
     """Images that the VAE encodes at once on one device."""
@@ -103,7 +103,7 @@ class LatentCacheSection(Section):
 class BuilderDataSection(Section):
     """The images, and the latents set made of them."""
 
-    image_dir: NonEmpty
+    image_dir: Place
     """Folder that is searched for images and captions, with all folders in it."""
     size: Side = 1024
     """Side in pixels of the square that every bucket's area is about."""
@@ -140,7 +140,7 @@ class BuilderDataSection(Section):
 class CacheSection(Section):
     """The predictions set of the teacher."""
 
-    output_dir: NonEmpty = "./cache/teacher_predictions"
+    output_dir: Place = "./cache/teacher_predictions"
     """Folder that holds one folder per teacher, and the text sets of the compact layout."""
     version: str = "1"
     """Free text in the fingerprint: change it to keep apart what is else configured alike."""
@@ -181,9 +181,9 @@ class CacheSection(Section):
 class ModelSection(Section):
     """Where the VAE and the text encoders come from, when not from the teacher."""
 
-    id: NonEmpty | None = None
+    id: Place | None = None
     """Checkpoint of the VAE; null takes `model.text_encoder_id`, else the teacher's."""
-    text_encoder_id: NonEmpty | None = None
+    text_encoder_id: Place | None = None
     """Checkpoint of both text encoders; null takes `model.id`, else the teacher's."""
 
 

@@ -12,8 +12,8 @@ from sdxl_distill.config.section import (
     BrokenRule,
     Count,
     Device,
-    NonEmpty,
     NonNegative,
+    Place,
     Positive,
     SafeName,
     Section,
@@ -33,16 +33,16 @@ class RunSection(Section):
 
     name: SafeName
     """Name of the run folder and of the run in TensorBoard."""
-    output_root: NonEmpty = ".output/distill"
+    output_root: Place = ".output/distill"
     """Folder of all runs; this one is `{output_root}/{name}`."""
 
 
 class StudentSection(Section):
     """The student: the model that is trained."""
 
-    checkpoint_path: NonEmpty
+    checkpoint_path: Place
     """What it starts from: a local diffusers folder or a hub id."""
-    text_encoder_id: NonEmpty | None = None
+    text_encoder_id: Place | None = None
     """Checkpoint whose text embeddings condition it; null takes `student.checkpoint_path`."""
     use_bf16: bool = True
     """Keep the weights in bfloat16, with stochastic rounding; false keeps them in float32."""
@@ -61,7 +61,7 @@ class TeacherCacheSection(Section):
 
     teacher_id: SafeName
     """Name of the teacher, as it was built."""
-    cache_dir: NonEmpty = "./cache/teacher_predictions"
+    cache_dir: Place = "./cache/teacher_predictions"
     """Folder that holds the teacher's folder."""
     weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """Share in the average that the student learns; all weights are scaled to sum to 1."""
@@ -70,7 +70,7 @@ class TeacherCacheSection(Section):
 class LatentsPlaceSection(Section):
     """Where the latents set is."""
 
-    cache_dir: NonEmpty | None = None
+    cache_dir: Place | None = None
     """Folder of the latents set; null takes the place that the predictions' manifests name."""
 
 
@@ -106,7 +106,7 @@ class ValidationSection(Section):
 class TensorboardSection(Section):
     """TensorBoard logs."""
 
-    base_dir: NonEmpty = "./logs/tensorboard/distill"
+    base_dir: Place = "./logs/tensorboard/distill"
     """Folder of all runs' logs; this one's is `{base_dir}/{run.name}`."""
 
 

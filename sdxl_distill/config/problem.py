@@ -21,6 +21,7 @@ _EXPECTED = {
     "int_type": "an integer",
     "model_type": "an object, {…}",
     "string_type": "text in quotes",
+    "string_unicode": "text of whole Unicode characters, also in paths",
     "string_too_short": "text that is not empty",
     "tuple_type": "a list, […]",
 }

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sdxl_distill.limits import MAX_SIDE_PX
+from sdxl_distill.path_text import fault_of_path
 
 
 class Section(BaseModel):
@@ -56,11 +57,18 @@ def _check_safe_name(name: str) -> str:
     return name
 
 
+def _check_place(place: str) -> str:
+    fault = fault_of_path(place)
+    if fault is not None:
+        raise BrokenRule(f"this cannot be a path: {fault}", expected="a path, or a hub id")
+    return place
+
+
 Device = Literal["auto", "cuda", "cpu"]
 StoredDtype = Literal["fp16", "bf16", "fp32"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
-NonEmpty = Annotated[str, Field(min_length=1)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_check_place)]
 SafeName = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_check_safe_name)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -38,7 +38,9 @@ class SetReference:
     @classmethod
     def between(cls, target_fingerprint: str, directory: Path, target: Path) -> SetReference:
         """Refer to the set in folder `target` from the set in folder `directory`."""
-        relative = PurePosixPath(os.path.relpath(target.resolve(), directory.resolve()))
+        # Not Path.resolve: what is there may be a link onto itself, which opening it will say.
+        places = os.path.realpath(target), os.path.realpath(directory)
+        relative = PurePosixPath(os.path.relpath(*places))
         place = str(relative)
         return cls(target_fingerprint, place if is_safe_place(place) else None)
 

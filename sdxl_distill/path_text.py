@@ -1,0 +1,26 @@
+"""Whether a text can be a path at all; the operating system's own answers differ call by call."""
+
+from __future__ import annotations
+
+import os
+
+from sdxl_distill.limits import MAX_NAME_BYTES, MAX_PATH_BYTES
+
+
+def fault_of_path(text: str) -> str | None:
+    """Return what keeps a text from being a path; None when it can be one.
+
+    Names that are no UTF-8 are paths, as Python spells them on a command line (PEP 383).
+    """
+    if "\0" in text:
+        return "it has a NUL character"
+    try:
+        content = os.fsencode(text)
+    except UnicodeEncodeError:
+        return "it has half of a surrogate pair"
+    longest = max(map(len, content.split(b"/")))
+    if longest > MAX_NAME_BYTES:
+        return f"it has a name of {longest} bytes, where {MAX_NAME_BYTES} are possible"
+    if len(content) > MAX_PATH_BYTES:
+        return f"it has {len(content)} bytes, where {MAX_PATH_BYTES} are possible"
+    return None
