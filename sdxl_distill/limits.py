@@ -10,6 +10,8 @@ from typing import Final
 
 MAX_SIDE_PX: Final = 8192
 """Of a bucket: 64 times SDXL's area, and the latents of one image still fit into a record."""
+MAX_BUCKETS: Final = 4096
+"""Of one set: SDXL has 40; a configuration of so many is kept in 200 kB."""
 MAX_DRAWS: Final = 1024
 """Of one image. Predictions of so many draws take 130 MB for each image."""
 MAX_TIMESTEPS: Final = 100_000
@@ -29,6 +31,8 @@ MAX_HEADER_BYTES: Final = 64 << 10
 MAX_CAPTION_BYTES: Final = 1 << 20
 """Of one caption in UTF-8. Text encoders see 77 tokens; whoever has more has another kind of file
 beside the image."""
+MAX_METADATA_BYTES: Final = 1 << 30
+"""Of one `metadata.jsonl`, which is read whole: some million captions."""
 MAX_SIDECAR_BYTES: Final = 8 << 20
 """Of the JSON beside a record of latents: a caption of control characters grows sixfold in it, and
 the names of its file and folder have room besides."""
@@ -63,8 +67,12 @@ MAX_NAME_BYTES: Final = 255
 """Of a file's or folder's name: NAME_MAX of Linux."""
 MAX_PATH_BYTES: Final = 3584
 """Of a path that is given: PATH_MAX of Linux is 4,096, and folders and files are added to it."""
-MAX_CONFIG_BYTES: Final = 1 << 20
-"""Of a configuration. A run's own `config.json` has every default and a line for each number, up
-to eight times what was written by hand."""
+MAX_CONFIG_BYTES: Final = 256 << 10
+"""Of a configuration, as it is written and with all its defaults: a run keeps that in its
+`config.json`, with a line for each number."""
+MAX_VERSION_LENGTH: Final = 1000
+"""Of `cache.version`, which is part of every set record."""
+MAX_CHECKPOINT_JSON_BYTES: Final = 16 << 20
+"""Of the JSON beside a checkpoint's tensors."""
 MAX_STEPS: Final = 99_999_999
 """Of a run: names of checkpoints have eight digits."""

@@ -15,11 +15,10 @@ from typing import Any, Final
 
 from sdxl_distill import fsio
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.limits import MAX_CAPTION_BYTES
+from sdxl_distill.limits import MAX_CAPTION_BYTES, MAX_METADATA_BYTES
 
 CAPTION_SUFFIXES: Final = (".txt", ".caption")
 METADATA_NAME: Final = "metadata.jsonl"
-MAX_METADATA_BYTES: Final = 1 << 30
 _CAPTION_FIELDS: Final = ("text", "caption")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 from sdxl_distill.cli.build_summary import format_bytes
@@ -149,8 +150,10 @@ def _print_size(meaning: str, size: SetSize) -> None:
 def _print_hours(num_records: int, rate: float | None) -> None:
     if rate is None:
         print("  time:      give --rate N, or time this machine with --measure")
-    elif rate <= 0:
-        raise ConfigError(f"--rate {rate:g}", expected="more than 0", where="command line")
+    elif not 0 < rate < math.inf:
+        raise ConfigError(
+            f"--rate {rate:g}", expected="a number of more than 0", where="command line"
+        )
     else:
         print(f"  time:      {num_records / rate / 3600:.2f} hours at {rate:.4g} records/s")
 

@@ -18,6 +18,14 @@ def add_threads_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def number_from_zero(text: str) -> int:
+    """Parse a whole number from 0; argparse explains the ValueError."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def positive_number(text: str) -> int:
     """Parse a whole number from 1; argparse explains the ValueError."""
     number = int(text)

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
 from sdxl_distill.cli.path_argument import path_argument
-from sdxl_distill.cli.threads_argument import add_threads_argument, positive_number
+from sdxl_distill.cli.threads_argument import (
+    add_threads_argument,
+    number_from_zero,
+    positive_number,
+)
 from sdxl_distill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run N random records through the teacher of --config again and compare",
     )
     parser.add_argument(
-        "--recompute-seed", metavar="SEED", type=int, help="choose the same records again"
+        "--recompute-seed",
+        metavar="SEED",
+        type=number_from_zero,
+        help="choose the same records again",
     )
     add_config_arguments(parser, required=False)
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")

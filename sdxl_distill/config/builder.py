@@ -21,7 +21,14 @@ from sdxl_distill.config.section import (
     StoredDtype,
 )
 from sdxl_distill.core.bucket import SDXL_BUCKETS, Bucket
-from sdxl_distill.limits import MAX_DRAWS, MAX_RECORDS, MAX_SIDE_PX, MAX_TIMESTEPS
+from sdxl_distill.limits import (
+    MAX_BUCKETS,
+    MAX_DRAWS,
+    MAX_RECORDS,
+    MAX_SIDE_PX,
+    MAX_TIMESTEPS,
+    MAX_VERSION_LENGTH,
+)
 
 _SDXL_SIZE = 1024
 _SIZE_STEP = 128  # SDXL's sides are multiples of 64 at 1024; times size / 1024 they must be of 8
@@ -60,19 +67,23 @@ class BucketSection(Section):
 
     enabled: bool = True
     """Choose the bucket nearest in aspect ratio; false crops every image to one square."""
-    resolutions: Annotated[tuple[Resolution, ...], Field(strict=False, min_length=1)] | None = None
+    resolutions: (
+        Annotated[tuple[Resolution, ...], Field(strict=False, min_length=1, max_length=MAX_BUCKETS)]
+        | None
+    ) = None
     """Buckets as [width, height] in pixels; null takes SDXL's own 40, scaled to `data.size`."""
 
     @model_validator(mode="after")
     def _check_distinct(self) -> BucketSection:
-        resolutions = self.resolutions or ()
-        for number, resolution in enumerate(resolutions):
-            if resolution in resolutions[:number]:
+        seen: set[tuple[int, int]] = set()
+        for number, resolution in enumerate(self.resolutions or ()):
+            if resolution in seen:
                 raise BrokenRule(
                     f"{list(resolution)} stands there twice",
                     expected="every bucket once",
                     key=("resolutions", number),
                 )
+            seen.add(resolution)
         return self
 
 
@@ -142,7 +153,7 @@ class CacheSection(Section):
 
     output_dir: Place = "./cache/teacher_predictions"
     """Folder that holds one folder per teacher, and the text sets of the compact layout."""
-    version: str = "1"
+    version: Annotated[str, Field(max_length=MAX_VERSION_LENGTH)] = "1"
     """Free text in the fingerprint: change it to keep apart what is else configured alike."""
     dtype: StoredDtype = "fp16"
     """What predictions are stored in."""

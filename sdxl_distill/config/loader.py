@@ -17,6 +17,7 @@ from sdxl_distill.config.override import Override
 from sdxl_distill.config.problem import Problem, problems
 from sdxl_distill.config.section import Section
 from sdxl_distill.errors import ConfigError
+from sdxl_distill.limits import MAX_CONFIG_BYTES
 
 Schema = TypeVar("Schema", bound=Section)
 
@@ -39,9 +40,18 @@ def load_config(path: str | Path, schema: type[Schema], overrides: Sequence[str]
     given = [Override.parse(argument) for argument in overrides]
     places = {override.apply(tree, override.value): override for override in given}
     try:
-        return _validate(tree, schema, places)
+        config = _validate(tree, schema, places)
     except ValidationError as error:
         raise _config_error(path, problems(error, schema), places) from error
+    num_bytes = len(resolved_json(config).encode())
+    if num_bytes > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"with all its defaults it has {num_bytes} bytes",
+            expected=f"at most {MAX_CONFIG_BYTES}, since a run keeps it",
+            where=str(path),
+            action="shorten its lists",
+        )
+    return config
 
 
 def resolved_json(config: Section) -> str:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdxl_distill.errors import ConfigError
+from sdxl_distill.limits import MAX_BUCKETS
 from sdxl_distill.stream.permutation import Int64s
 
 _WHERE = "shard table"
 _NUMBER_BITS = 40
-_MAX_BUCKETS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +125,9 @@ def _column(name: str, values: ArrayLike) -> Int64s:
 
 
 def _check_buckets(buckets: tuple[tuple[int, int], ...]) -> None:
-    if len(buckets) > _MAX_BUCKETS:
+    if len(buckets) > MAX_BUCKETS:
         raise ConfigError(
-            f"{len(buckets)} buckets", expected=f"at most {_MAX_BUCKETS}", where=_WHERE
+            f"{len(buckets)} buckets", expected=f"at most {MAX_BUCKETS}", where=_WHERE
         )
     ascending = all(left < right for left, right in pairwise(buckets))
     in_range = all(0 < side < 2**31 for bucket in buckets for side in bucket)

@@ -26,13 +26,12 @@ from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, read_bytes, storage_errors
-from sdxl_distill.limits import MAX_STEPS
+from sdxl_distill.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_STEPS
 
 FORMAT_VERSION = 1
 _FILES = "files.json"
 _STATE = "state.json"
 _LATEST = "latest"
-_MAX_JSON_BYTES = 16 << 20
 _MAX_LATEST_BYTES = 64
 _STEP_FOLDER = re.compile(r"step-([0-9]{8})")
 
@@ -222,7 +221,7 @@ def _damaged(path: Path, found: str, expected: str | None = None) -> CorruptErro
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_bytes(path, _MAX_JSON_BYTES))
+        content = json.loads(read_bytes(path, MAX_CHECKPOINT_JSON_BYTES))
     except FileNotFoundError as error:
         raise _damaged(path, "the file is missing") from error
     except (ValueError, RecursionError) as error:
