@@ -15,12 +15,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.errors import CorruptError, StorageError
-from sdxl_distill.fsio import Directory, new_token, storage_errors
+from sdxl_distill.fsio import Directory, storage_errors
+from sdxl_distill.process_identity import ProcessIdentity
 
 HEARTBEAT_BYTES = 512
 _NUM_LOOK_INTERVALS = 2
@@ -38,49 +38,6 @@ class Timing:
     """An idle worker takes over what is held longer than this many median shards."""
     poll_seconds: float = 1.0
     """Between two looks of an idle worker at what the others still hold."""
-
-
-@dataclass(frozen=True)
-class ProcessIdentity:
-    """What tells one process from every other, also after its pid was given away again."""
-
-    boot_id: str
-    pid_namespace: str
-    pid: int
-    start_ticks: int
-
-    @classmethod
-    def current(cls) -> ProcessIdentity:
-        """Return the identity of this process.
-
-        Where there is no /proc the boot id is one that nobody shares, so that only the
-        unchanged heartbeat tells whether the process is dead.
-        """
-        pid = os.getpid()
-        try:
-            boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-            namespace = str(Path("/proc/self/ns/pid").readlink())
-        except FileNotFoundError:
-            return cls(new_token(), "", pid, 0)
-        return cls(boot_id, namespace, pid, _start_ticks(pid) or 0)
-
-    def is_gone(self, observer: ProcessIdentity) -> bool:
-        """Whether the observer, on the same host, can see that this process has ended."""
-        here = (observer.boot_id, observer.pid_namespace)
-        return (self.boot_id, self.pid_namespace) == here and (
-            _start_ticks(self.pid) != self.start_ticks
-        )
-
-
-def _start_ticks(pid: int) -> int | None:
-    """Return when a process started, in clock ticks after boot; None when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The name, in brackets, may hold spaces and brackets; after it come state … start time.
-    state, *rest = status.rpartition(")")[2].split()
-    return None if state in {"Z", "X"} else int(rest[18])
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from sdxl_distill.builder.heartbeat import (
     Beat,
     Heartbeat,
     Observer,
-    ProcessIdentity,
     Timing,
 )
 from sdxl_distill.fsio import Directory
+from sdxl_distill.process_identity import ProcessIdentity
 
 HERE = ProcessIdentity.current()
 
