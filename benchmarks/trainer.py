@@ -30,6 +30,7 @@ from sdxl_distill.demo.family import one_thread
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.memory import UnetInput
 from sdxl_distill.models.unet import predict, unet_geometry
+from sdxl_distill.stop_request import StopRequest
 from sdxl_distill.train.report import RunReport
 from sdxl_distill.train.session import load_student, make_accelerator, open_stream, open_teachers
 from sdxl_distill.train.trainer import Trainer
@@ -130,7 +131,7 @@ class _Runs:
             ):
                 timed = clock.timed(getattr(owner, name), label)
                 patches.enter_context(mock.patch.object(owner, name, timed))
-            step_seconds = trainer.run().seconds - clock.spent["save"]
+            step_seconds = trainer.run(StopRequest()).seconds - clock.spent["save"]
         clock.spent["step"] = step_seconds
         for name in ("wait", "log", "save", "average", "step"):
             self.spent[name].append(clock.spent[name])

@@ -30,6 +30,16 @@ COMMANDS = {
     "demo": "run everything on a tiny SDXL family and real photos, on a laptop CPU",
 }
 
+_INTERRUPTED_BUILDER = "committed work is kept, run the command again"
+_INTERRUPTED = {
+    "verify-shards": "nothing was changed, run the command again",
+    "pack-shards": "remove the unfinished output folder and run the command again",
+    "unpack-shards": "remove the unfinished output folder and run the command again",
+    "train": "it had not begun, run the command again",  # later it has words of its own
+    "export-student": "nothing was exported, run the command again",
+    "demo": "run the command again, which starts from the beginning",
+}
+
 # Importing torch makes half a million objects that live for ever; by default the collector walks
 # through them after each 700, a sixth of the time until a command can begin.
 _COLLECT_AFTER_OBJECTS = 10_000
@@ -45,7 +55,7 @@ class Command(Protocol):
         ...
 
     def run(self, arguments: argparse.Namespace) -> int | None:
-        """Do the work; the exit code, None for 0."""
+        """Do the work; the exit code, None for 0. `arguments.argv` is what was typed."""
         ...
 
 
@@ -80,7 +90,8 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         prog=prog, description=command.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.add_arguments(parser)
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv, argparse.Namespace(argv=argv))
     # The libraries draw bars of their own for files that are written in a moment.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _configure_output()
@@ -90,7 +101,7 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; committed work is kept, run the command again", file=sys.stderr)
+        print(f"interrupted; {_INTERRUPTED.get(name, _INTERRUPTED_BUILDER)}", file=sys.stderr)
         return 130
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_training_estimate
 from sdxl_distill.cli.path_argument import path_argument
 
+if TYPE_CHECKING:
+    from sdxl_distill.cli.early_end import EarlyEnd
+    from sdxl_distill.config.distill import DistillConfig
+
 HELP = """Train the student on the joined shard sets of all teachers, then export it.
 
 On any number of processes and nodes: accelerate launch train.py --config C
-SIGTERM and SIGUSR1 save a checkpoint at the next step and exit with 75; run again with
---resume latest to go on, bit for bit as if nothing had happened."""
+Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the next step, exit with 75 and print the command
+that goes on, bit for bit as if nothing had happened. A second Ctrl-C ends at once, unsaved."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,26 +34,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dry_run_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int | None:
     """Train and export."""
     from sdxl_distill.config.distill import DistillConfig
 
     config = config_of(arguments, DistillConfig)
     if config is None:
-        return
+        return None
     if is_dry_run(arguments):
         print_training_estimate(config, arguments)
-        return
+        return None
+    from sdxl_distill.cli.early_end import EarlyEnd
+
+    with EarlyEnd(config, arguments.argv) as end:
+        _train(config, arguments, end)
+    return end.exit_code
+
+
+def _train(config: DistillConfig, arguments: argparse.Namespace, end: EarlyEnd) -> None:
     from sdxl_distill.train.run_folder import RunFolder
     from sdxl_distill.train.session import train
     from sdxl_distill.world import World
 
     is_main = World.from_environment().is_main
-    folder = RunFolder.of(config)
     if is_main:
-        print(f"run folder: {folder.path} (its config.json is the resolved configuration)")
+        path = RunFolder.of(config).path
+        print(f"run folder: {path} (its config.json is the resolved configuration)")
         print(f"logs: tensorboard --logdir {config.training.tensorboard.base_dir}")
-    summary = train(config, arguments.resume)
+    summary = train(config, arguments.resume, end.signals)
+    end.is_trained = True
     if not is_main:
         return
     print(f"{config.run.name}: {summary.global_step} steps, {summary.seconds:.1f} s in this run")
@@ -58,5 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
         from sdxl_distill.export.diffusers_folder import use_of
         from sdxl_distill.export.student import export_student
 
+        end.signals.check()
         destination = export_student(config, overwrite=True)
         print(f"exported to {destination}\n\n{use_of(destination)}")

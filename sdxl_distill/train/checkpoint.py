@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,7 @@ FORMAT_VERSION = 1
 _FILES = "files.json"
 _STATE = "state.json"
 _LATEST = "latest"
+_ASIDE = "set-aside-"
 _MAX_LATEST_BYTES = 64
 _STEP_FOLDER = re.compile(r"step-([0-9]{8})")
 
@@ -87,6 +89,45 @@ class CheckpointFolder:
         for other in set(steps).difference([each for each in steps if each <= step][-self.keep :]):
             self._remove(_name(other))
         return self.path / name
+
+    def set_aside(self, step: int) -> Path | None:
+        """Move the checkpoints from a step on into a folder of their own.
+
+        They are no longer the run's, but nothing of them is lost.
+
+        Returns:
+            The folder; None when there was none to move.
+
+        Raises:
+            StorageError: when the disk refuses.
+        """
+        steps = [each for each in self.steps() if each >= step]
+        if not steps:
+            return None
+        with storage_errors(self.path), Directory(self.path) as folder:
+            names = folder.names()
+            number = next(each for each in count(1) if f"{_ASIDE}{each}" not in names)
+            aside = self.path / f"{_ASIDE}{number}"
+            aside.mkdir()
+            # The last one first: whatever is left when this is killed ends before it.
+            for each in reversed(steps):
+                (self.path / _name(each)).rename(aside / _name(each))
+            os.fsync(folder.descriptor)
+        return aside
+
+    def require_none_aside(self) -> None:
+        """Refuse to start again a run whose checkpoints were all set aside.
+
+        Raises:
+            ConfigError: naming the folder.
+        """
+        aside = sorted(self.path.glob(f"{_ASIDE}*/step-*"))
+        if aside:
+            raise ConfigError(
+                "the run has no checkpoint but those that were set aside",
+                where=str(self.path),
+                action=f"go on with `--resume {aside[-1]}`, or start again in another run.name",
+            )
 
     def clear_leftovers(self) -> None:
         """Remove what a killed process left behind.
@@ -173,6 +214,24 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
         )
 
 
+def step_of_checkpoint(path: Path) -> int:
+    """Return how many steps were done in a checkpoint, as its name or else its state says.
+
+    Raises:
+        ConfigError: when there is no such folder.
+        CorruptError: when its state is damaged.
+    """
+    _require_folder(path)
+    match = _STEP_FOLDER.fullmatch(path.name)
+    if match:
+        return int(match[1])
+    position = _read_json(path / _STATE).get("position")
+    step = position.get("global_step") if isinstance(position, dict) else None
+    if type(step) is not int:
+        raise _damaged(path / _STATE, "no position")
+    return step
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint and verify every byte of it.
 
@@ -180,12 +239,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ConfigError: when there is no such folder.
         CorruptError: when a file is missing, damaged or of a later format.
     """
-    if not path.is_dir():
-        raise ConfigError(
-            "there is no such checkpoint",
-            where=str(path),
-            action="name a folder such as step-00001000, or resume with `latest`",
-        )
+    _require_folder(path)
     files = _read_json(path / _FILES)
     if files.get("format_version") != FORMAT_VERSION or not isinstance(files.get("sha256"), dict):
         raise CorruptError(
@@ -202,6 +256,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if name.endswith(".safetensors"):
             tensors[name.removesuffix(".safetensors")] = _load_tensors(path / name)
     return Checkpoint(_read_json(path / _STATE), tensors)
+
+
+def _require_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(
+            "there is no such checkpoint",
+            where=str(path),
+            action="name a folder such as step-00001000, or resume with `latest`",
+        )
 
 
 def _verify(path: Path, name: str, digest: str) -> None:

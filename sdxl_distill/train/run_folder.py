@@ -11,7 +11,7 @@ from sdxl_distill.config.loader import resolved_json
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, differing_fields
 from sdxl_distill.fsio import Directory
-from sdxl_distill.train.checkpoint import CheckpointFolder
+from sdxl_distill.train.checkpoint import CheckpointFolder, step_of_checkpoint
 
 # What may change between a run and its continuation without changing what a step does.
 _FREE_FIELDS = (
@@ -84,6 +84,44 @@ class RunFolder:
                 where=str(self.path),
                 action="continue it with `--resume latest`, or choose another run.name",
             )
+
+    def start(self, config: DistillConfig, resume: str | None) -> str | None:
+        """Return the checkpoint to go on with, None for a new run, and refuse to do nothing.
+
+        Args:
+            config: of the run.
+            resume: as `train`.
+
+        Raises:
+            ConfigError: for a run that exists already, one without the checkpoint that is named,
+                or one that has taken all its steps and more.
+            CorruptError, StorageError: when the checkpoint's state cannot be read.
+        """
+        if resume is None:
+            self.require_new()
+            return None
+        checkpoints = self.checkpoints()
+        if resume == "latest":
+            steps = checkpoints.steps()
+            if not steps:
+                checkpoints.require_none_aside()
+                return None
+            done, path = steps[-1], checkpoints.path / f"step-{steps[-1]:08d}"
+            is_short = config.training.num_steps < done
+        else:
+            path = Path(resume)
+            done = step_of_checkpoint(path)
+            # The export that follows takes the latest checkpoint, which this one need not be.
+            is_short = config.training.num_steps <= done
+        if is_short:
+            raise ConfigError(
+                f"training.num_steps is {config.training.num_steps}, but {done} steps are done",
+                expected=f"more than {done}",
+                where=str(path),
+                action="raise training.num_steps to train on; `export-student --checkpoint PATH` "
+                "exports a checkpoint, also an earlier one",
+            )
+        return resume
 
     def write(self, config: DistillConfig, fingerprints: dict[str, Any]) -> None:
         """Save the resolved configuration and the fingerprints of all that goes into the run."""

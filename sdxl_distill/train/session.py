@@ -24,14 +24,17 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.core.prediction import MIN_SIGNAL
 from sdxl_distill.device import allow_tf32, resolve_device
-from sdxl_distill.errors import ConfigError, IncompatibleError
+from sdxl_distill.errors import ConfigError, DistillError, IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import compile_unet, load_unet
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.compatibility import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.launcher import end_with_launcher
+from sdxl_distill.train.reduction import sum_over_ranks
 from sdxl_distill.train.run_folder import RunFolder
+from sdxl_distill.train.run_lock import RunLock
+from sdxl_distill.train.stop_signals import StopSignals
 from sdxl_distill.train.trainer import Trainer, TrainSummary
 from sdxl_distill.world import World
 
@@ -43,13 +46,16 @@ _MAX_USUAL_READERS: Final = 4
 _log = logging.getLogger(__name__)
 
 
-def train(config: DistillConfig, resume: str | None = None) -> TrainSummary:
+def train(
+    config: DistillConfig, resume: str | None = None, signals: StopSignals | None = None
+) -> TrainSummary:
     """Train the student of a configuration, or go on with it.
 
     Args:
         config: of the run.
         resume: `latest`, the path of a checkpoint, or None for a new run. `latest` of a run
             without a checkpoint starts it, so that a requeued job needs no other command.
+        signals: how it is asked to stop; they are listened to already. None: nothing asks.
 
     Raises:
         ConfigError: for a run that exists already, a missing set or checkpoint, or a number of
@@ -58,10 +64,11 @@ def train(config: DistillConfig, resume: str | None = None) -> TrainSummary:
         CorruptError, StorageError: when something cannot be read or written.
         NumericalError: when loss or gradients are not finite.
         Preempted: when a signal asked to stop; the state is saved.
+        KeyboardInterrupt: when one did so before the first step, or for the second time.
     """
+    signals = signals or StopSignals()
     end_with_launcher()
     folder = RunFolder.of(config)
-    is_new = resume is None or (resume == "latest" and not folder.checkpoints().steps())
     if resume is None:
         folder.require_new()
     accelerator = make_accelerator(config)
@@ -70,27 +77,62 @@ def train(config: DistillConfig, resume: str | None = None) -> TrainSummary:
         noise_schedule = checkpoint.noise_schedule()
         require_same_table(noise_schedule, stream)
         require_convertible(noise_schedule, teachers)
+        # Up to here nothing was written, and another process may have been training.
+        with locked_run(folder, accelerator) as lock:
+            start = folder.start(config, resume)
+            if accelerator.is_main_process:
+                folder.prepare()
+                warn_of_memorising(stream, config.training.num_steps)
+            student = load_student(config, checkpoint, accelerator.device)
+            if config.training.compile:
+                # And one for the rehearsal of data parallelism.
+                compile_unet(student, len(stream.schedule.table.buckets) + 1)
+            trainer = Trainer(
+                config,
+                student,
+                noise_schedule,
+                checkpoint.unet_fingerprint(),
+                stream,
+                accelerator,
+                lock,
+            )
+            if start is not None:
+                trainer.resume(start)
+                _log.info("resumed at step %d", trainer.position.global_step)
+            if accelerator.is_main_process:
+                identity = {**trainer.identity, "stream": stream.schedule.identity()}
+                folder.write(config, identity)
+            with signals.deferred() as stop:
+                return trainer.run(stop)
+
+
+@contextmanager
+def locked_run(folder: RunFolder, accelerator: Accelerator) -> Iterator[RunLock | None]:
+    """Let the main rank hold the lock of a run within the block; the others have None.
+
+    Raises:
+        ConfigError: on every rank, when another launch trains this run.
+        StorageError: when the disk refuses.
+    """
+    with ExitStack() as held:
+        lock: RunLock | None = None
+        refusal: DistillError | None = None
         if accelerator.is_main_process:
-            folder.prepare()
-            warn_of_memorising(stream, config.training.num_steps)
-        student = load_student(config, checkpoint, accelerator.device)
-        if config.training.compile:
-            # And one for the rehearsal of data parallelism.
-            compile_unet(student, len(stream.schedule.table.buckets) + 1)
-        trainer = Trainer(
-            config,
-            student,
-            noise_schedule,
-            checkpoint.unet_fingerprint(),
-            stream,
-            accelerator,
-        )
-        if not is_new:
-            trainer.resume(str(resume))
-            _log.info("resumed at step %d", trainer.position.global_step)
-        if accelerator.is_main_process:
-            folder.write(config, {**trainer.identity, "stream": stream.schedule.identity()})
-        return trainer.run()
+            try:
+                lock = held.enter_context(RunLock(folder.path))
+            except DistillError as error:
+                refusal = error
+        refused = torch.tensor(float(refusal is not None), device=accelerator.device)
+        is_refused = bool(sum_over_ranks(accelerator, refused) > 0)
+        if refusal is not None:
+            raise refusal
+        if is_refused:
+            raise ConfigError(
+                "the main process could not take the run's lock",
+                where=str(folder.path),
+                action="look at its message",
+            )
+        yield lock
 
 
 def make_accelerator(config: DistillConfig) -> Accelerator:

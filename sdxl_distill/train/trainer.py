@@ -6,6 +6,7 @@ optimizer state and average are the whole state of a run; nothing else is rememb
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import Agreement
 from sdxl_distill.train.background_average import BackgroundAverage
 from sdxl_distill.train.checkpoint import Checkpoint, load_checkpoint
+from sdxl_distill.train.launcher import warn_of_short_shutdown
 from sdxl_distill.train.learning_rate import learning_rate_at
 from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm
+from sdxl_distill.train.reduction import sum_over_ranks
 from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
 from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_equal
+from sdxl_distill.train.run_lock import RunLock
 from sdxl_distill.train.run_state import Position, RunState
 from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.validation import averaged_weights, validation_losses
@@ -40,6 +44,9 @@ _RESUME_WITH_THE_SAME_DATA: Final = (
     "resume with the data, seed and global batch of the run; where only the data grew or changed, "
     "--set data.on_change=next_epoch goes on with it at the next epoch"
 )
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Trainer:
         student_fingerprint: of the weights it starts from.
         stream: the joined shard sets, for this rank.
         accelerator: the ranks; without mixed precision, which would change the outputs' dtype.
+        lock: of the run's folder, on the main rank; None where nobody else can write there.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class Trainer:
         student_fingerprint: str,
         stream: JoinedStream,
         accelerator: Accelerator,
+        lock: RunLock | None = None,
     ) -> None:
         self.config = config
         self.student = student
@@ -78,6 +87,7 @@ class Trainer:
         self._weights = tuple(student.named_parameters())
         self.stream = stream
         self.accelerator = accelerator
+        self._lock = lock
         self.folder = RunFolder.of(config)
         self.checkpoints = self.folder.checkpoints(config.training.keep_checkpoints)
         self.identity: dict[str, Any] = {
@@ -103,7 +113,7 @@ class Trainer:
         self.position = Position()
 
     def resume(self, reference: str) -> None:
-        """Load a checkpoint: `latest`, or the path of one.
+        """Load a checkpoint: `latest`, or the path of one, before which the run is rewound.
 
         Raises:
             ConfigError: when there is none.
@@ -123,17 +133,22 @@ class Trainer:
         if self.ema is not None:
             self.ema.load(checkpoint.tensors.get("ema", {}))
         self._require_one_step(str(path))
+        if reference != "latest" and self.accelerator.is_main_process:
+            self._rewind(path)
 
-    def run(self) -> TrainSummary:
+    def run(self, stop: StopRequest) -> TrainSummary:
         """Train from the present position to `training.num_steps`.
+
+        Args:
+            stop: of this rank; one of them stops all at the same step.
 
         Raises:
             NumericalError: when loss or gradients are not finite; nothing of it is saved.
-            Preempted: when a signal asked to stop; the state is saved.
+            Preempted: when asked to stop before the last step; the state is saved.
         """
         settings = self.config.training
         started_seconds = time.perf_counter()
-        with StopRequest().listening() as stop, self._open_report() as report:
+        with self._open_report() as report:
             agreement = Agreement(self.accelerator)
             batches = self._settled(self.stream.forever(self.position.epoch, self.position.step))
             while self.position.global_step < settings.num_steps:
@@ -161,33 +176,62 @@ class Trainer:
                 is_last = self.position.global_step == settings.num_steps
                 if is_last or self._is_due(settings.log_every):
                     report.log(self.position.global_step, batch.epoch, learning_rate, grad_norm)
-                if is_last or self._is_due(settings.validation.every):
-                    self._validate(report)
-                if is_last or verdict.stop or self._is_due(settings.checkpoint_every):
-                    self.save()
-                if verdict.stop and not is_last:
+                stops = verdict.stop
+                if (is_last or self._is_due(settings.validation.every)) and not stops:
+                    stops = not self._validate(report, stop)
+                if is_last or stops or self._is_due(settings.checkpoint_every):
+                    stops |= self.save(stop)
+                if stops and not is_last:
                     raise self._preempted()
         seconds = time.perf_counter() - started_seconds
         return TrainSummary(self.position.global_step, report.latest, seconds)
 
-    def save(self) -> None:
-        """Write a checkpoint of the present position; the other ranks wait for it."""
+    def save(self, stop: StopRequest) -> bool:
+        """Write a checkpoint of the present position; the other ranks wait for it.
+
+        Returns:
+            Whether any rank was asked to stop before this was done.
+        """
         self._finish_average()
         if self.accelerator.is_main_process:
-            tensors = {
-                "student": self.student.state_dict(),
-                "optimizer": self.optimizer.state_tensors(),
-            }
-            if self.ema is not None:
-                tensors["ema"] = self.ema.averages
-            state = RunState(
-                self.position,
-                self.identity,
-                self.stream.schedule.identity(),
-                self.optimizer.state_scalars(),
-            )
-            self.checkpoints.save(self.position.global_step, Checkpoint(state.to_json(), tensors))
-        self.accelerator.wait_for_everyone()
+            started_seconds = time.perf_counter()
+            self._write_checkpoint()
+            warn_of_short_shutdown(time.perf_counter() - started_seconds)
+        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        return bool(sum_over_ranks(self.accelerator, asked) > 0)
+
+    def _write_checkpoint(self) -> None:
+        if self._lock is not None:
+            self._lock.require_held()
+        tensors = {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_tensors(),
+        }
+        if self.ema is not None:
+            tensors["ema"] = self.ema.averages
+        state = RunState(
+            self.position,
+            self.identity,
+            self.stream.schedule.identity(),
+            self.optimizer.state_scalars(),
+        )
+        self.checkpoints.save(self.position.global_step, Checkpoint(state.to_json(), tensors))
+
+    def _rewind(self, path: Path) -> None:
+        """Set later checkpoints of this run aside: what was given up is not its latest."""
+        step = self.position.global_step
+        is_own = path.resolve().parent == self.checkpoints.path.resolve()
+        aside = self.checkpoints.set_aside(step + is_own)
+        if aside is None:
+            return
+        _log.warning(
+            "the run goes on from step %d: its later checkpoints are set aside in %s, which you "
+            "may remove; TensorBoard hides the later points",
+            step,
+            aside,
+        )
+        if not is_own:
+            self._write_checkpoint()
 
     def _position_in_stream(self, state: RunState, where: str) -> Position:
         """Return where to go on: in changed data, if that is allowed, at the next epoch."""
@@ -222,24 +266,30 @@ class Trainer:
             num_done=self.position.global_step,
         )
 
-    def _validate(self, report: RunReport) -> None:
+    def _validate(self, report: RunReport, stop: StopRequest) -> bool:
+        """Log the losses on held-out images; False when it was asked to stop before the end."""
         if not self.stream.num_validation_records:
-            return
+            return True
         self._finish_average()
         batch_size = self.config.training.batch_size
 
-        def write(name: str) -> None:
+        def write(name: str) -> bool:
             batches = self.stream.validation_batches(batch_size)
             # Its batches have sizes of their own, each of which would be compiled.
             with torch.compiler.set_stance("force_eager"):
-                losses = validation_losses(self.step, batches, self.accelerator)
+                losses = validation_losses(self.step, batches, self.accelerator, stop)
+            if losses is None:
+                return False
             tags = loss_tags(self.stream.teacher_ids, f"{PREFIX}/{name}")
             report.write(self.position.global_step, dict(zip(tags, losses, strict=True)))
+            return True
 
-        write("validation")
-        if self.config.student.use_ema:
-            with averaged_weights(self.student, self.ema, self.accelerator):
-                write("validation_ema")
+        if not write("validation"):
+            return False
+        if not self.config.student.use_ema:
+            return True
+        with averaged_weights(self.student, self.ema, self.accelerator):
+            return write("validation_ema")
 
     def _settled(self, batches: Iterator[JoinedBatch]) -> Iterator[JoinedBatch]:
         """Let data parallelism arrange its gradient buckets before the first step that counts.

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast
 from torch import nn
 
 from sdxl_distill.core.ema import Ema
+from sdxl_distill.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.train.reduction import sum_over_ranks
 from sdxl_distill.train.step import DistillationStep
@@ -18,22 +19,31 @@ from sdxl_distill.train.step import DistillationStep
 
 @torch.no_grad()
 def validation_losses(
-    step: DistillationStep, batches: Iterable[JoinedBatch], accelerator: Accelerator
-) -> list[float]:
+    step: DistillationStep,
+    batches: Iterable[JoinedBatch],
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> list[float] | None:
     """Return mean loss, floor and teacher losses over all ranks' validation records.
+
+    None, on every rank, when one of them was asked to stop: this may take many minutes.
 
     Args:
         step: holds the student.
         batches: this rank's share; ranks may have different numbers of them, also none.
         accelerator: adds the ranks' sums.
+        stop: of this rank.
     """
-    # The last entry counts records, so that one reduction is enough.
-    totals = torch.zeros(3 + len(step.weights), dtype=torch.float64, device=step.device)
+    # The last entries count records and ranks that stop, so that one reduction is enough.
+    totals = torch.zeros(4 + len(step.weights), dtype=torch.float64, device=step.device)
     for batch in batches:
-        totals[:-1] += step.losses(batch.to(step.device)).sums()
-        totals[-1] += len(batch)
-    totals = sum_over_ranks(accelerator, totals)
-    return (totals[:-1] / totals[-1].clamp(min=1)).tolist()
+        if stop.requested:
+            break
+        totals[:-2] += step.losses(batch.to(step.device)).sums()
+        totals[-2] += len(batch)
+    totals[-1] = float(stop.requested)
+    *sums, num_records, num_stopped = sum_over_ranks(accelerator, totals).tolist()
+    return None if num_stopped else [each / max(num_records, 1) for each in sums]
 
 
 @contextmanager

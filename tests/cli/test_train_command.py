@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from distill_cache import DistillCache
-from ranks import Ranks, free_port
+from ranks import Ranks, free_port, wait_until as wait_for
 
 from sdxl_distill.cli.main import main
 from sdxl_distill.train.checkpoint import CheckpointFolder
@@ -128,6 +128,75 @@ def test_a_plain_process_that_is_asked_to_stop_saves_and_exits_with_75(
     (step,) = checkpoints(tmp_path).steps()
     assert f"asked to stop after step {step}; its checkpoint is saved" in log.read_text()
     assert "--resume latest" in log.read_text()
+
+
+@pytest.mark.multiprocess
+def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    config, log = distill_cache.config_file(tmp_path), tmp_path / "log"
+    endless = ("--set", "training.num_steps=100000", "--set", "training.checkpoint_every=100000")
+    process = start(PLAIN, log, "--config", str(config), *endless, "--no-export")
+    wait_until(lambda: "0/100000" in log.read_text(), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_SECONDS) == 75
+    (step,) = checkpoints(tmp_path).steps()
+    command = log.read_text().partition(f"after step {step}; its checkpoint is saved\n  → ")[2]
+    shorter = command.strip().replace("num_steps=100000", f"num_steps={step + 1}")
+    done = subprocess.run(shorter, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"run: {step + 1} steps" in done.stdout
+
+
+@pytest.mark.multiprocess
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_kept(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    config = distill_cache.config_file(tmp_path)
+    run = Ranks(1, config, "--set", "training.gradient_accumulation_steps=1000")
+    wait_for(lambda: "0/6" in run.log.read_text(), run)
+    run.signal(signal.SIGINT)
+    wait_for(lambda: "asked to stop: this step is finished" in run.log.read_text(), run)
+    time.sleep(0.6)  # one press may come twice
+    run.signal(signal.SIGINT)
+    assert run.wait() == [130]
+    assert "interrupted, and not saved; there is no checkpoint" in run.log.read_text()
+    assert "--resume" not in run.log.read_text()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_ends_it_and_says_that_nothing_was_done(
+    distill_cache: DistillCache, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = distill_cache.config_file(tmp_path)
+    run = Ranks(1, config)
+    wait_for(lambda: "run folder" in run.log.read_text(), run)
+    run.signal(number)
+    assert run.wait() == [75]
+    assert "asked to stop before it took a step; there is no checkpoint" in run.log.read_text()
+    assert run.log.read_text().endswith(f"→ sdxl-distill train --config {config} --no-export\n")
+    assert not checkpoints(tmp_path).steps()
+    assert not list((tmp_path / "runs" / "run").glob("lock-*"))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_ctrl_c_at_the_launcher_has_all_ranks_save(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    config, log = distill_cache.config_file(tmp_path), tmp_path / "log"
+    endless = ("--set=training.num_steps=100000", "--set=training.checkpoint_every=100000")
+    settings = ("--set=training.batch_size=2", *endless)
+    launcher = start(launched(2, *on_a_free_port()), log, "--config", str(config), *settings)
+    wait_until(lambda: "0/100000" in log.read_text(), launcher, log)
+    launcher.send_signal(signal.SIGINT)
+    launcher.wait(DEADLINE_SECONDS)
+    (step,) = checkpoints(tmp_path).steps()
+    assert f"asked to stop after step {step}; its checkpoint is saved" in log.read_text()
+    typed = "-m accelerate.commands.launch --multi_gpu --num_processes 2"
+    assert typed in log.read_text()
+    assert f"--config {config} {' '.join(settings)} --resume latest" in log.read_text()
 
 
 @pytest.mark.multiprocess

@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
-from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from sdxl_distill.train.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    load_checkpoint,
+    step_of_checkpoint,
+)
 
 
 def checkpoint_of(step: int) -> Checkpoint:
@@ -124,6 +129,35 @@ def test_going_on_from_an_older_one_replaces_what_came_after_it(tmp_path: Path) 
     path, loaded = folder.load_latest()
     assert path.name == (tmp_path / "latest").read_text() == "step-00000010"
     assert loaded.state["again"]
+
+
+def test_what_is_set_aside_is_whole_and_no_longer_the_runs(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=9)
+    for step in (5, 10, 15):
+        folder.save(step, checkpoint_of(step))
+    aside = folder.set_aside(10)
+    assert aside is not None
+    assert folder.steps() == [5]
+    assert folder.load_latest()[0].name == "step-00000005"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-00000010", "step-00000015"]
+    assert load_checkpoint(aside / "step-00000015").state == checkpoint_of(15).state
+    assert folder.set_aside(10) is None
+    assert folder.set_aside(5) == tmp_path / "set-aside-2"
+    with pytest.raises(ConfigError, match="set aside") as refused:
+        folder.require_none_aside()
+    assert str(tmp_path / "set-aside-2" / "step-00000005") in str(refused.value)
+
+
+def test_the_step_of_a_checkpoint_is_known_without_reading_its_tensors(tmp_path: Path) -> None:
+    path = CheckpointFolder(tmp_path).save(7, checkpoint_of(7))
+    assert step_of_checkpoint(path) == 7
+    renamed = path.rename(tmp_path / "best")
+    assert step_of_checkpoint(renamed) == 7
+    (renamed / "state.json").write_text('{"position": {"global_step": "soon"}}')
+    with pytest.raises(CorruptError, match="no position"):
+        step_of_checkpoint(renamed)
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        step_of_checkpoint(path)
 
 
 def test_latest_decides_when_a_kill_left_later_ones(tmp_path: Path) -> None:

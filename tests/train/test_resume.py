@@ -109,7 +109,8 @@ def _is_writing(folder: Path) -> bool:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("world", "asked", "number"), [(1, [0], signal.SIGUSR1), (2, [1], signal.SIGTERM)]
+    ("world", "asked", "number"),
+    [(1, [0], signal.SIGUSR1), (2, [1], signal.SIGTERM), (2, [0, 1], signal.SIGINT)],
 )
 def test_a_rank_that_is_asked_to_stop_has_all_save_at_the_next_step(
     launch: Launch,
@@ -143,6 +144,9 @@ def test_a_path_and_a_damaged_latest_resume_from_an_older_checkpoint(
     resume_to_the_end(launch, tmp_path, 1, str(older))
     assert folder.steps() == [10, 12]
     assert last_checkpoint(tmp_path) == uninterrupted(1)
+    aside = [path.name for path in sorted((folder.path / "set-aside-1").iterdir())]
+    assert aside == [f"step-{step:08d}" for step in (4, 6, 8, 10, 12)]
+    assert f"set aside in {folder.path / 'set-aside-1'}" in (tmp_path / "distill.log").read_text()
 
     victim = folder.path / "step-00000012" / "optimizer.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])

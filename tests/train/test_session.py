@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from distill_cache import DistillCache, build_all, write_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdxl_distill.builder.latents_set import build_latents_set
 from sdxl_distill.builder.launch import Launch
@@ -141,6 +142,35 @@ def test_a_checkpoint_that_is_not_there_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match="no such checkpoint"):
         train(distill_cache.config(trained_run), resume=str(trained_run / "step-00000099"))
+
+
+@pytest.mark.parametrize(("reference", "num_steps"), [("latest", 3), ("4", 3), ("2", 2), ("4", 4)])
+def test_a_run_with_no_step_left_is_refused_with_both_numbers(
+    distill_cache: DistillCache, trained_run: Path, reference: str, num_steps: int
+) -> None:
+    config = distill_cache.config(trained_run, f"training.num_steps={num_steps}")
+    is_latest = reference == "latest"
+    resume = reference if is_latest else str(checkpoint_path(config, int(reference)))
+    done = 4 if is_latest else int(reference)
+    expected = f"training.num_steps is {num_steps}, but {done} steps are done"
+    with pytest.raises(ConfigError, match=expected) as refused:
+        train(config, resume=resume)
+    assert "export-student --checkpoint" in str(refused.value)
+
+
+def test_rewinding_sets_later_checkpoints_and_nothing_else_aside(
+    distill_cache: DistillCache, resumable: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = distill_cache.config(resumable, "training.num_steps=3")
+    before = load_checkpoint(checkpoint_path(config, 4))
+    train(config, resume=str(checkpoint_path(config, 2)))
+    folder = RunFolder.of(config).checkpoints()
+    assert folder.steps() == [2, 3]
+    aside = load_checkpoint(folder.path / "set-aside-1" / "step-00000004")
+    assert aside.state == before.state
+    assert "goes on from step 2: its later checkpoints are set aside" in caplog.text
+    events = EventAccumulator(str(resumable / "logs" / "run"), purge_orphaned_data=True).Reload()
+    assert [each.step for each in events.Scalars("distill/loss")] == [2, 3]
 
 
 def test_a_foreign_state_is_refused(distill_cache: DistillCache, resumable: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +13,8 @@ from distill_cache import WEIGHTS, DistillCache
 from sdxl_distill.core.ema import Ema
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.demo.family import Family
+from sdxl_distill.stop_request import StopRequest
+from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.validation import averaged_weights, validation_losses
@@ -37,8 +41,9 @@ def test_losses_are_means_over_the_records_whatever_the_batches(
         JoinedStream(teachers, global_batch=4, validation_fraction=0.3) as stream,
     ):
         assert stream.num_validation_records >= 3
-        by_one = validation_losses(step, stream.validation_batches(1), accelerator)
-        by_four = validation_losses(step, stream.validation_batches(4), accelerator)
+        by_one = validation_losses(step, stream.validation_batches(1), accelerator, StopRequest())
+        by_four = validation_losses(step, stream.validation_batches(4), accelerator, StopRequest())
+        assert by_one is not None
         with torch.no_grad():
             records = [step.losses(each).loss for each in stream.validation_batches(2)]
     assert by_one == pytest.approx(by_four, rel=1e-5)
@@ -46,9 +51,26 @@ def test_losses_are_means_over_the_records_whatever_the_batches(
 
 
 def test_no_records_at_all_are_zeros(tiny_family: Family) -> None:
-    assert (
-        validation_losses(step_of(student_of(tiny_family)), [], Accelerator(cpu=True)) == [0.0] * 4
-    )
+    step, accelerator = step_of(student_of(tiny_family)), Accelerator(cpu=True)
+    assert validation_losses(step, [], accelerator, StopRequest()) == [0.0] * 4
+
+
+def test_it_is_given_up_when_asked_to_stop(
+    distill_cache: DistillCache, tiny_family: Family
+) -> None:
+    step, stop = step_of(student_of(tiny_family)), StopRequest()
+    with (
+        distill_cache.teachers() as teachers,
+        JoinedStream(teachers, global_batch=4, validation_fraction=0.3) as stream,
+    ):
+
+        def batches() -> Iterator[JoinedBatch]:
+            for number, batch in enumerate(stream.validation_batches(1)):
+                assert number < 2, "it went on"
+                yield batch
+                stop.request()
+
+        assert validation_losses(step, batches(), Accelerator(cpu=True), stop) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
