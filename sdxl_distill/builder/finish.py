@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 from sdxl_distill.builder.commit import REPAIR, naming_repair, shard_header
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
+from sdxl_distill.builder.manifest_there import ManifestThere, parse_manifest
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.withdrawal import discard_withdrawn
 from sdxl_distill.builder.work_queue import WorkQueue
@@ -23,11 +23,13 @@ from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.ordered_map import ordered_map
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.stop_request import StopRequest
 
 FINISH = "finish"
+_NUM_THREADS = 8
 
 Describe = Callable[[Directory, SetRecord, Iterable[ShardIndex]], Manifest]
 """Makes the manifest from the folder, the set record there and all indices in order."""
@@ -38,6 +40,7 @@ Sources = dict[ShardName, str | None]
 
 def finish_set(
     directory: Directory,
+    there: ManifestThere,
     queue: WorkQueue,
     record: SetRecord,
     shards: Sequence[PlannedShard],
@@ -51,6 +54,7 @@ def finish_set(
 
     Args:
         directory: of the set.
+        there: the manifest in it.
         queue: the claims on it.
         record: the set record that is there.
         shards: all shards of catalog `catalog`.
@@ -64,9 +68,7 @@ def finish_set(
         StorageError, Preempted: as `build_shards`.
     """
     planned = {shard.name: shard.source_sha256 for shard in shards}
-    while (found := _manifest_there(directory)) is None or not _holds(
-        found, record, catalog, planned
-    ):
+    while (found := there.read()) is None or not _holds(found, record, catalog, planned):
         stop.check(str(directory.path))
         require_in_place(directory)
         claim = queue.claim(FINISH)
@@ -81,20 +83,6 @@ def finish_set(
     return found
 
 
-def _manifest_there(directory: Directory) -> Manifest | None:
-    where = str(directory.path / MANIFEST_NAME)
-    with suppress(FileNotFoundError), naming_repair(where):
-        return _parse(directory, directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES))
-    return None
-
-
-def _parse(directory: Directory, content: bytes) -> Manifest | None:
-    """Read a manifest; a damaged one counts as none, since the indices tell all it should say."""
-    with suppress(CorruptError):
-        return Manifest.from_bytes(content, str(directory.path / MANIFEST_NAME))
-    return None
-
-
 def _put(directory: Directory, manifest: Manifest) -> None:
     """Write the manifest; what it replaced is put back when it is that of a later catalog.
 
@@ -103,7 +91,7 @@ def _put(directory: Directory, manifest: Manifest) -> None:
     newest = manifest
     while True:
         content = directory.swap_bytes(MANIFEST_NAME, newest.to_bytes(), MAX_MANIFEST_BYTES)
-        replaced = content and _parse(directory, content)
+        replaced = content and parse_manifest(directory, content)
         if not replaced or not _is_later(replaced, newest):
             return
         newest = replaced
@@ -135,14 +123,18 @@ def _sources(manifest: Manifest) -> Sources:
 def _indices(
     directory: Directory, queue: WorkQueue, record: SetRecord, shards: Sequence[PlannedShard]
 ) -> Iterator[ShardIndex]:
-    for shard in shards:
-        with naming_repair(str(directory.path / shard.name.idx)):
-            index = _index(directory, record, shard)
+    """Yield the index of each shard; threads read ahead, since most of it is waiting for a disk."""
+    for index in ordered_map(partial(_index, directory, record), shards, _NUM_THREADS, "finish"):
         yield index
         queue.heartbeat.show_progress()
 
 
 def _index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
+    with naming_repair(str(directory.path / shard.name.idx)):
+        return _checked_index(directory, record, shard)
+
+
+def _checked_index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
     name, expected = shard.name, shard_header(record, shard)
     try:
         index = ShardIndex.from_bytes(directory.read(name.idx, MAX_INDEX_BYTES), name)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from sdxl_distill.builder.commit import publish_set_record
 from sdxl_distill.builder.finish import Describe, finish_set
 from sdxl_distill.builder.heartbeat import Timing
+from sdxl_distill.builder.manifest_there import ManifestThere, require_files
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.shard_builder import (
     Batch,
@@ -62,7 +63,8 @@ def build_set(
 
     Raises:
         IncompatibleError: when another configuration owns the folder; nothing was loaded.
-        CorruptError: when something there is damaged or foreign; names `--repair`.
+        CorruptError: when something there is damaged, foreign, or missing though the set was
+            complete; names `--repair`.
         StorageError: when the disk is full or refuses; committed work is kept.
         Preempted: after a signal; own claims and temporary files are gone.
     """
@@ -75,10 +77,14 @@ def build_set(
         record = publish_set_record(directory, record)
         if world.is_main:
             queue.sweep_temporaries()
+        there = ManifestThere(directory)
+        found = there.read() if world.is_main else None
+        if found is not None and found.record == record:
+            require_files(directory, found)
         names = directory.names()
         summary = BuildSummary(len(shards), num_present=sum(s.name.idx in names for s in shards))
         if summary.num_present < len(shards):
             content = make_content()
             summary = build_shards(directory, queue, record, shards, content, world, stop)
-        manifest = finish_set(directory, queue, record, shards, catalog, describe, stop)
+        manifest = finish_set(directory, there, queue, record, shards, catalog, describe, stop)
     return BuiltSet(manifest, summary)

@@ -49,6 +49,24 @@ def encode_index(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str,
     return join_tensors(header.content, header.places, tensors)
 
 
+def index_bytes(
+    num_records: int, tar_bytes: int, header_bytes: int, num_tensors: int, *, has_noise: bool
+) -> int:
+    """Return the size of an index file, from what a manifest and a schema say of its shard."""
+    digest = _NO_DIGEST.decode()
+    metadata = {
+        "digest": digest,
+        "fingerprint": digest,
+        "format_version": str(FORMAT_VERSION),
+        "num_records": str(num_records),
+        "tar_bytes": str(tar_bytes),
+        "tar_sha256": digest,
+    }
+    return build_header(
+        _shapes(num_records, header_bytes, num_tensors, has_noise), metadata
+    ).num_bytes
+
+
 def own_digest(content: bytes) -> str:
     """Return the SHA-256 of an index file's bytes, with 64 zeros in place of the digest in it."""
     state = hashlib.sha256(content[:_DIGEST_BEGIN])
