@@ -48,6 +48,18 @@ class NoiseSchedule:
                 expected="at least 1",
                 where="noise schedule",
             )
+        if self.zero_terminal_snr and not self._can_be_rescaled():
+            raise IncompatibleError(
+                f"{self.num_train_timesteps} betas from {self.beta_start} to {self.beta_end} "
+                "cannot be rescaled to end in pure noise",
+                expected="at least two different values of ᾱ, all above 0",
+                where="noise schedule",
+                action="set teacher.zero_terminal_snr: false, or use another checkpoint",
+            )
+
+    def _can_be_rescaled(self) -> bool:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return bool(np.isfinite(self.betas()).all())
 
     def betas(self) -> npt.NDArray[np.float64]:
         """Return β of every training timestep, float64 [T].

@@ -84,3 +84,17 @@ def test_json_round_trips_and_refuses_unknown_fields() -> None:
 def test_unknown_values_are_refused(field: dict) -> None:
     with pytest.raises(IncompatibleError, match=next(iter(field))):
         NoiseSchedule(**field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_train_timesteps": 1},
+        {"beta_start": 0.0, "beta_end": 0.0},
+        {"beta_start": 0.9, "beta_end": 0.99, "beta_schedule": "linear"},
+    ],
+)
+def test_betas_that_cannot_end_in_pure_noise_are_refused(fields) -> None:
+    NoiseSchedule(**fields)
+    with pytest.raises(IncompatibleError, match="cannot be rescaled"):
+        NoiseSchedule(**fields, zero_terminal_snr=True)
