@@ -14,6 +14,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from distill_cache import DistillCache
 from oracles import loaded_export
+from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
 from sdxl_distill.demo.family import Family
@@ -50,11 +51,29 @@ def seen(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_other_environment_has_the_lowest_versions(seen: Path) -> None:
-    pinned = dict(line.split("==") for line in PINS.read_text("utf-8").splitlines() if "==" in line)
+    pinned = [Requirement(line) for line in PINS.read_text("utf-8").splitlines() if "==" in line]
+    numbers = {
+        each.name: str(each.specifier).removeprefix("==")
+        for each in pinned
+        if each.marker is None or each.marker.evaluate()
+    }
     versions = json.loads((seen / "versions.json").read_text())
     found = {name: number.partition("+")[0] for name, number in versions.items()}
-    assert found == {name: pinned[name] for name in loaded_export.PACKAGES}, "make .venv-lowest"
+    assert found == {name: numbers[name] for name in loaded_export.PACKAGES}, "make .venv-lowest"
     assert found["diffusers"].startswith("0.35.") and found["transformers"].startswith("4.57.")
+
+
+def test_identities_are_the_same_there(export: Path) -> None:
+    code = (
+        "import sys; from sdxl_distill.models.checkpoint import Checkpoint\n"
+        "checkpoint = Checkpoint.resolve(sys.argv[1])\n"
+        "print(checkpoint.text_fingerprint(), checkpoint.unet_fingerprint())"
+    )
+    command = [PYTHON, "-c", code, export]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    ours = Checkpoint.resolve(str(export))
+    assert ended.stdout.split() == [ours.text_fingerprint(), ours.unet_fingerprint()]
 
 
 def test_it_loads_the_student_tensor_by_tensor(
