@@ -115,7 +115,12 @@ def _run(
 
 
 @contextmanager
-def launched(num_processes: int, *arguments: str, output: Path) -> Iterator[list[ForkedCommand]]:
+def launched(
+    num_processes: int,
+    *arguments: str,
+    output: Path,
+    limits: Callable[[], None] | None = None,
+) -> Iterator[list[ForkedCommand]]:
     """Start a command in processes that know each other as those of a launcher do.
 
     The store is here, as the launcher's is in the launcher: no process ends it for the others.
@@ -135,6 +140,7 @@ def launched(num_processes: int, *arguments: str, output: Path) -> Iterator[list
             *arguments,
             output=output.with_suffix(f".{rank}"),
             environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            limits=limits,
         )
         for rank in range(num_processes)
     ]

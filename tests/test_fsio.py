@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +19,6 @@ from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.fsio import (
     Directory,
     LostDirectoryError,
-    Publication,
     open_regular,
     read_bytes,
     storage_errors,
@@ -31,26 +35,6 @@ def test_a_name_has_one_content_for_ever(tmp_path: Path) -> None:
         assert not second.publish_bytes("shard.tar", b"theirs")
     assert (tmp_path / "shard.tar").read_bytes() == b"mine"
     assert names(tmp_path) == ["shard.tar"]
-
-
-@pytest.mark.parametrize("publication", [Publication.LINK, Publication.RENAME_NOREPLACE])
-def test_exactly_one_of_many_racing_writers_wins(tmp_path: Path, publication: Publication) -> None:
-    barrier = threading.Barrier(8)
-    made: list[int] = []
-
-    def write(number: int) -> None:
-        with Directory(tmp_path) as directory:
-            directory.publication = publication
-            barrier.wait()
-            if directory.publish_bytes("name", bytes([number])):
-                made.append(number)
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [bytes([number]) for number in made] == [(tmp_path / "name").read_bytes()]
 
 
 def test_publishing_our_own_file_again_counts_as_made(tmp_path: Path) -> None:
@@ -123,7 +107,7 @@ def test_of_many_swaps_at_once_none_is_lost(tmp_path: Path) -> None:
 def test_a_swap_without_exchange_replaces_and_returns_what_it_saw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdxl_distill.fsio._rename", lambda *_: False)
+    monkeypatch.setattr("sdxl_distill.fsio.exchange", lambda *_: False)
     with Directory(tmp_path) as directory:
         returned = [directory.swap_bytes("name", each, 9) for each in (b"first", b"second")]
     assert returned == [None, b"first"]
@@ -146,44 +130,6 @@ def test_a_linked_file_is_told_from_another_of_the_same_name(tmp_path: Path) -> 
     assert (tmp_path / "source/own").samefile(tmp_path / "target/own")
 
 
-def test_probe_finds_hard_links_and_leaves_nothing(tmp_path: Path) -> None:
-    with Directory(tmp_path) as directory:
-        directory.probe_publication()
-        assert directory.publication is Publication.LINK
-    assert names(tmp_path) == []
-
-
-def test_probe_falls_back_when_links_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    with Directory(tmp_path) as directory:
-        directory.probe_publication()
-        assert directory.publication is Publication.RENAME_NOREPLACE
-        assert directory.publish_bytes("name", b"first")
-        assert not directory.publish_bytes("name", b"second")
-    assert (tmp_path / "name").read_bytes() == b"first"
-
-
-def test_a_file_system_without_create_only_names_needs_an_exclusive_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_arguments: object, **_options: object) -> None:
-        raise OSError(errno.ENOTSUP, "not here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr("sdxl_distill.fsio._rename_noreplace", refuse)
-    with Directory(tmp_path) as directory:
-        with pytest.raises(StorageError, match=r"cache\.exclusive"):
-            directory.probe_publication()
-        directory.probe_publication(exclusive=True)
-        assert directory.publish_bytes("name", b"content")
-    assert names(tmp_path) == ["name"]
-
-
 def test_a_fifo_is_refused_without_hanging(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "shard.tar")
     with pytest.raises(CorruptError, match="no regular file"):
@@ -197,6 +143,122 @@ def test_size_is_bounded_before_reading(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(CorruptError, match="at most 1000 bytes"):
         read_bytes(tmp_path / "manifest.json", 1000)
+
+
+def test_a_small_file_takes_no_more_memory_than_it_has(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(b"{}")
+    tracemalloc.start()
+    try:
+        assert read_bytes(tmp_path / "manifest.json", 1 << 30) == b"{}"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "caption.txt"
+    path.write_bytes(b"half a")
+    fstat = os.fstat
+
+    def slow_fstat(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        with path.open("ab") as file:
+            file.write(b" caption")
+        return status
+
+    monkeypatch.setattr(os, "fstat", slow_fstat)
+    with pytest.raises(CorruptError, match="grew while it was read"):
+        read_bytes(path, 100)
+
+
+class Stale:
+    """Answers the first looks at a name as NFS does after another machine replaced the file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, num_times: int) -> None:
+        self.num_left = num_times
+        original = getattr(os, call)
+
+        def answer(*arguments: Any, **options: Any) -> Any:
+            if self.num_left > 0:
+                self.num_left -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(os, call, answer)
+
+
+@pytest.mark.parametrize("call", ["open", "fstat"])
+def test_a_stale_file_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    (tmp_path / "name").write_bytes(b"content")
+    with Directory(tmp_path) as directory:
+        Stale(monkeypatch, call, 1)
+        assert directory.read("name", 10) == b"content"
+        Stale(monkeypatch, call, 1)
+        os.close(directory.open("name"))
+
+
+@pytest.mark.parametrize("call", ["open", "fstat"])
+def test_a_file_that_stays_stale_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    (tmp_path / "name").write_bytes(b"content")
+    with Directory(tmp_path) as directory:
+        for read in (partial(directory.read, "name", 10), partial(directory.open, "name")):
+            stale = Stale(monkeypatch, call, 9)
+            with pytest.raises(LostDirectoryError, match="removed while in use"):
+                read()
+            stale.num_left = 0
+
+
+def test_many_threads_that_list_a_folder_all_see_every_name(tmp_path: Path) -> None:
+    expected = {f"shard-{number:05d}" for number in range(3_000)}
+    for name in expected:
+        (tmp_path / name).touch()
+    barrier = threading.Barrier(4)
+
+    def look(_: int) -> bool:
+        barrier.wait()
+        return all(directory.names() == expected for _ in range(5))
+
+    with Directory(tmp_path) as directory, ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(look, range(4)))
+
+
+def test_a_removed_inner_folder_is_made_again_in_the_one_it_was_opened_in(tmp_path: Path) -> None:
+    with (
+        Directory(tmp_path / "set", create=True) as outer,
+        outer.folder(".build") as build,
+        build.folder("claims") as claims,
+    ):
+        (tmp_path / "set").rename(tmp_path / "withdrawn")
+        (tmp_path / "set").mkdir()
+        shutil.rmtree(tmp_path / "withdrawn/.build")
+        with pytest.raises(LostDirectoryError):
+            claims.publish_bytes("claim", b"mine")
+        claims.make_again()
+        assert claims.publish_bytes("claim", b"mine")
+    assert names(tmp_path / "withdrawn/.build/claims") == ["claim"]
+    assert names(tmp_path / "set") == []
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def sync_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    with Directory(tmp_path) as directory:
+        assert directory.publish_bytes("name", b"content")
+        directory.replace_bytes("name", b"other")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

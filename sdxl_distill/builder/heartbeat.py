@@ -19,8 +19,9 @@ from typing import Any
 
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.errors import CorruptError, StorageError
-from sdxl_distill.fsio import Directory, storage_errors
+from sdxl_distill.fsio import Directory, LostDirectoryError
 from sdxl_distill.process_identity import ProcessIdentity
+from sdxl_distill.regular_file import in_use
 
 HEARTBEAT_BYTES = 512
 _NUM_LOOK_INTERVALS = 2
@@ -137,7 +138,7 @@ class Heartbeat:
         """
         token, content = self._workers.token, self.beat.to_bytes()
         flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with storage_errors(self._workers.path), suppress(FileNotFoundError):
+        with suppress(LostDirectoryError), in_use(self._workers.path):
             descriptor = os.open(token, flags, dir_fd=self._workers.descriptor)
             with os.fdopen(descriptor, "wb", buffering=0) as file:
                 file.write(content)
@@ -172,7 +173,7 @@ class Observer:
         """
         try:
             content = self._workers.read(token, HEARTBEAT_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, LostDirectoryError):
             return True
         except CorruptError:
             content = b""
@@ -192,8 +193,9 @@ class Observer:
     def num_pending(self) -> int:
         """Return how many records the other living workers finished in uncommitted shards."""
         num_pending = 0
-        for token in self._workers.names() - {self._workers.token}:
-            with suppress(FileNotFoundError, CorruptError):
+        tokens = until_not_swept(self._workers, self._workers.names)
+        for token in tokens - {self._workers.token}:
+            with suppress(FileNotFoundError, LostDirectoryError, CorruptError):
                 beat = Beat.from_bytes(self._workers.read(token, HEARTBEAT_BYTES))
                 if beat is not None and not beat.identity.is_gone(self._identity):
                     num_pending += beat.num_pending

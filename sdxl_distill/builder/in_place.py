@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory, LostDirectoryError
+from sdxl_distill.fsio import Directory, LostDirectoryError, storage_errors
 
 T = TypeVar("T")
+
+_NUM_ATTEMPTS = 100
 
 
 def require_in_place(directory: Directory) -> None:
@@ -18,10 +22,13 @@ def require_in_place(directory: Directory) -> None:
     Raises:
         StorageError: when it was withdrawn or moved, so that all further work would be lost.
     """
-    try:
-        is_in_place = os.path.samestat(directory.path.stat(), os.fstat(directory.descriptor))
-    except FileNotFoundError:
-        is_in_place = False
+    with storage_errors(directory.path):
+        try:
+            is_in_place = os.path.samestat(directory.path.stat(), os.fstat(directory.descriptor))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            is_in_place = False
     if not is_in_place:
         raise StorageError(
             "the set was withdrawn or moved while it was being built",
@@ -30,14 +37,28 @@ def require_in_place(directory: Directory) -> None:
         )
 
 
-def until_not_swept(directory: Directory, publish: Callable[[], T]) -> T:
-    """Call `publish`, again when what it staged was swept: it costs less than to plan anew.
+def until_not_swept(directory: Directory, work: Callable[[], T]) -> T:
+    """Call `work`, again when what it staged was swept: it costs less than to plan again.
+
+    A folder of claims or heartbeats that was removed is made again: it guards no data.
+
+    Args:
+        directory: that `work` is done in.
+        work: what to do.
 
     Raises:
-        StorageError: when the folder itself is gone, or whatever else `publish` raises.
+        StorageError: when the set itself is gone, whatever else `work` raises, and the last loss
+            of very many.
     """
-    while True:
-        try:
-            return publish()
-        except LostDirectoryError:
-            require_in_place(directory)
+    for _ in range(_NUM_ATTEMPTS):
+        with suppress(LostDirectoryError):
+            return work()
+        require_in_place(_outermost(directory))
+        directory.make_again()
+    return work()
+
+
+def _outermost(directory: Directory) -> Directory:
+    while directory.parent is not None:
+        directory = directory.parent
+    return directory

@@ -18,7 +18,7 @@ from sdxl_distill.builder.latents import (
     planned_shards,
 )
 from sdxl_distill.builder.latents_catalog import latents_plan, load_bound_catalog
-from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.launch import Launch, refuse_in_job_array, require_one_worker
 from sdxl_distill.builder.legal_plan import (
     most_images,
     require_legal_config,
@@ -82,6 +82,7 @@ def build_latents_set(
     """
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
     path = Path(config.data.latent_cache.cache_dir)
+    require_one_worker(launch.world, config.cache.exclusive, str(path))
     report: list[ScanReport] = []
 
     def decide() -> dict[str, object]:
@@ -150,16 +151,16 @@ def _prepare(
         withdraw_for_rebuild(launch, path)
     if repair:
         refuse_in_job_array(launch, str(path))
-        _repair(path, record)
+        _repair(path, record, config.cache.exclusive)
     catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
     return record, catalog, report
 
 
-def _repair(path: Path, record: SetRecord) -> None:
+def _repair(path: Path, record: SetRecord, exclusive: bool) -> None:
     """Keep the good ones of the shards that the catalog there knows."""
-    restore_catalog(path)
+    restore_catalog(path, exclusive=exclusive)
     plan = latents_plan(path, record, load_bound_catalog(path, record, repair=True))
-    repair_set(path, record, planned_shards(plan), plan.accepts)
+    repair_set(path, record, planned_shards(plan), plan.accepts, exclusive=exclusive)
 
 
 def _update_catalog(
@@ -175,9 +176,9 @@ def _update_catalog(
     # begins only when there are images for it.
     require_same_set(path, record)
     with (
-        Directory(path.resolve(), create=True) as directory,
-        WorkQueue(directory, exclusive=config.cache.exclusive) as queue,
-        _catalog_folder(directory) as folder,
+        Directory(path.resolve(), create=True, exclusive=config.cache.exclusive) as directory,
+        WorkQueue(directory) as queue,
+        directory.folder(CATALOG_FOLDER) as folder,
     ):
         claim = _claim_scan(queue)
         _sweep_catalog(folder)
@@ -212,12 +213,6 @@ def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progr
         rescan=rescan,
         progress=progress,
     )
-
-
-def _catalog_folder(directory: Directory) -> Directory:
-    folder = Directory(directory.path / CATALOG_FOLDER, create=True, token=directory.token)
-    folder.publication = directory.publication
-    return folder
 
 
 def _claim_scan(queue: WorkQueue) -> Claim:

@@ -137,6 +137,21 @@ def refuse_in_job_array(launch: Launch, where: str) -> None:
         )
 
 
+def require_one_worker(world: World, exclusive: bool, where: str) -> None:
+    """Hold a launch to the promise that `cache.exclusive` makes.
+
+    Raises:
+        ConfigError: when it has several workers.
+    """
+    if exclusive and world.size > 1:
+        raise ConfigError(
+            f"cache.exclusive promises a single worker, and this launch has {world.size}",
+            expected="one process",
+            where=where,
+            action="start one, or remove the key where the file system has hard links",
+        )
+
+
 def _no_store(error: Exception) -> StorageError:
     return StorageError(
         f"the launcher's key-value store does not answer ({str(error).partition(chr(10))[0]})",

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple, cast
 import torch
 
 from sdxl_distill.builder.alignment import holds_same_keys, planned_after
-from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.launch import Launch, refuse_in_job_array, require_one_worker
 from sdxl_distill.builder.legal_plan import require_legal_plan
 from sdxl_distill.builder.predictions import PredictionsContent, Teacher
 from sdxl_distill.builder.repair import num_draws_there, repair_set
@@ -68,6 +68,7 @@ def build_predictions_set(
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
     output_dir = Path(config.cache.output_dir)
     path = output_dir / config.teacher.teacher_id
+    require_one_worker(launch.world, config.cache.exclusive, str(path))
     launch.decide("teacher", partial(check_teacher, config))
     latents = _open_latents(config, launch)
     shards = planned_after(latents, config.teacher.teacher_id, config.cache.draws)
@@ -87,7 +88,8 @@ def build_predictions_set(
             refuse_in_job_array(launch, str(path))
             num_draws = max(config.cache.draws, num_draws_there(path, record.id))
             there = planned_after(latents, record.id, num_draws)
-            repair_set(path, record, there, partial(holds_same_keys, latents=latents))
+            accepts = partial(holds_same_keys, latents=latents)
+            repair_set(path, record, there, accepts, exclusive=config.cache.exclusive)
         return record.to_json()
 
     record = SetRecord.from_json(launch.decide("predictions", decide), "launch")

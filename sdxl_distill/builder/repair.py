@@ -1,15 +1,19 @@
-"""Repairing a set: it is renamed aside, and every good shard is published back by link.
+"""Repairing a set: every good shard goes into a folder beside it, then that one takes its place.
 
-A set in which nothing is damaged stays where it is.
+By link, or as a copy where a link is refused: by the file system, or because another user built
+the shard. Only when all of them are there is the set renamed aside: what fails before costs
+nothing. A set in which nothing is damaged stays where it is.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,13 +24,14 @@ from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.withdrawal import (
     folders_to_repair_from,
     kept_after_repair,
+    require_own_folders,
     withdraw_set,
 )
 from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.catalog.segment import segment_number
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory, read_bytes
+from sdxl_distill.fsio import Directory, new_token, read_bytes, storage_errors
 from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
@@ -55,7 +60,12 @@ class RepairSummary:
 
 
 def repair_set(
-    path: Path, record: SetRecord, shards: Sequence[PlannedShard], accepts: Accepts
+    path: Path,
+    record: SetRecord,
+    shards: Sequence[PlannedShard],
+    accepts: Accepts,
+    *,
+    exclusive: bool = False,
 ) -> RepairSummary:
     """Keep the good shards of a set and let the next build make the others; rank 0 only.
 
@@ -66,12 +76,17 @@ def repair_set(
         record: what the set is to be; a damaged `set.json` is replaced by it.
         shards: all shards of the set.
         accepts: whether a tar holds the keys of its shard.
+        exclusive: `cache.exclusive`.
 
     Raises:
+        ConfigError: when folders lie in it that are not the set's; nothing was touched.
         IncompatibleError: when the set there is another one; nothing was touched.
-        StorageError: when the folder cannot be renamed or files cannot be linked.
+        StorageError: when the good shards cannot be brought back, for which the set stays where
+            it is, or the folder cannot be renamed.
     """
     path = path.resolve()
+    for left in path.parent.glob(f"{glob.escape(_beside(path))}*"):  # by a repair that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with suppress(FileNotFoundError, CorruptError):
         where = str(path / SET_RECORD_NAME)
         content = read_bytes(path / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
@@ -80,16 +95,24 @@ def repair_set(
         examine(folder, record, shards, accepts) for folder in folders_to_repair_from(path)
     ]
     if path.exists():
-        here = examine(path, record, shards, accepts)
-        if here.damage:
-            here = replace(here, folder=withdraw_set(path, for_repair=True))
-        examinations.insert(0, here)
-    kept = _bring_back(path, record, shards, accepts, examinations) if examinations else set()
+        examinations.insert(0, examine(path, record, shards, accepts))
+    folders = [each.folder for each in examinations if each.folder != path]
+    bring_back = partial(_bring_back, record, shards, accepts, examinations, exclusive)
+    kept: set[PlannedShard] = set()
+    if examinations and examinations[0].folder == path and examinations[0].damage:
+        require_own_folders(path)
+        with _folder_beside(path) as beside:
+            kept = bring_back(beside)
+            folders.insert(0, withdraw_set(path, for_repair=True))
+            with storage_errors(path):
+                beside.rename(path)
+    elif examinations:
+        kept = bring_back(path)
     summary = RepairSummary(
         num_kept=len(kept),
         num_missing=len(shards) - len(kept),
         damage=tuple(fault for each in examinations for fault in each.damage),
-        folders=tuple(each.folder for each in examinations if each.folder != path),
+        folders=tuple(folders),
     )
     _report(path, summary)
     return summary
@@ -104,29 +127,48 @@ def num_draws_there(path: Path, set_id: str) -> int:
     return max((name.draw + 1 for name in names if name), default=1)
 
 
-def restore_catalog(path: Path) -> None:
+def restore_catalog(path: Path, *, exclusive: bool = False) -> None:
     """Bring the catalog of a latents set back, when a repair was interrupted before it did so.
 
     The catalog says which image is in which shard: a scan must go on with that one.
     """
     path = path.resolve()
     for folder in folders_to_repair_from(path):
-        _link_catalog(folder, path)
+        with Directory(path, create=True, exclusive=exclusive) as directory:
+            _bring_back_catalog(folder, directory)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Give a new folder beside a set; it goes in the end, unless it was renamed."""
+    beside = path.with_name(f"{_beside(path)}{new_token()}")
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _beside(path: Path) -> str:
+    return f".{path.name}.restored-"
 
 
 def _bring_back(
-    path: Path,
     record: SetRecord,
     shards: Sequence[PlannedShard],
     accepts: Accepts,
     examinations: Sequence[Examination],
+    exclusive: bool,
+    path: Path,
 ) -> set[PlannedShard]:
-    """Commit every shard that is good in one of the folders, and return these shards."""
+    """Commit in `path` every shard that is good in one of the folders, and return these shards."""
     kept: set[PlannedShard] = set()
-    with Directory(path, create=True) as directory, WorkQueue(directory):
+    with (
+        Directory(path, create=True, exclusive=exclusive) as directory,
+        WorkQueue(directory),
+    ):
         publish_set_record(directory, record)
         for examination in examinations:
-            _link_catalog(examination.folder, path)
+            _bring_back_catalog(examination.folder, directory)
             good = [each for each in shards if each.name in examination.good and each not in kept]
             with (
                 Directory(examination.folder) as source,
@@ -146,7 +188,8 @@ def _commit(
 ) -> None:
     name = shard.name
     if not directory.link_from(source, name.tar):
-        # Built anew since the repair began: that tar stays, and its own index counts.
+        # A copy, or a tar built again since the repair began: the index of what is there counts.
+        directory.copy_from(source, name.tar)
         adopt_shard(directory, name, shard_header(record, shard), accepts)
         return
     try:
@@ -156,16 +199,13 @@ def _commit(
     directory.publish_bytes(name.idx, content)
 
 
-def _link_catalog(folder: Path, path: Path) -> None:
+def _bring_back_catalog(folder: Path, directory: Directory) -> None:
     """Bring back the segments of a catalog, up to the first of which there is another one."""
     if not (folder / CATALOG_FOLDER).is_dir():
         return
-    with (
-        Directory(folder / CATALOG_FOLDER) as source,
-        Directory(path / CATALOG_FOLDER, create=True) as target,
-    ):
+    with Directory(folder / CATALOG_FOLDER) as source, directory.folder(CATALOG_FOLDER) as target:
         for name in sorted(name for name in source.names() if segment_number(name) is not None):
-            if not target.link_from(source, name):
+            if not (target.link_from(source, name) or target.copy_from(source, name)):
                 return
 
 

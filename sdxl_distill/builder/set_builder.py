@@ -9,6 +9,7 @@ from typing import NamedTuple
 from sdxl_distill.builder.commit import publish_set_record
 from sdxl_distill.builder.finish import Describe, finish_set
 from sdxl_distill.builder.heartbeat import Timing
+from sdxl_distill.builder.launch import require_one_worker
 from sdxl_distill.builder.manifest_there import ManifestThere, require_files
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.shard_builder import (
@@ -62,16 +63,18 @@ def build_set(
         timing: heartbeats, expiry and take-over.
 
     Raises:
+        ConfigError: when `exclusive` is promised to a launch of several workers.
         IncompatibleError: when another configuration owns the folder; nothing was loaded.
         CorruptError: when something there is damaged, foreign, or missing though the set was
             complete; names `--repair`.
         StorageError: when the disk is full or refuses; committed work is kept.
         Preempted: after a signal; own claims and temporary files are gone.
     """
+    require_one_worker(world, exclusive, str(path))
     # Resolved once: where the folder is a symbolic link, a withdrawal renames what it points to.
     with (
-        Directory(path.resolve(), create=True) as directory,
-        WorkQueue(directory, timing, exclusive=exclusive) as queue,
+        Directory(path.resolve(), create=True, exclusive=exclusive) as directory,
+        WorkQueue(directory, timing) as queue,
         StopRequest().listening() as stop,
     ):
         record = publish_set_record(directory, record)

@@ -69,6 +69,7 @@ def build_text_set(
                 record,
                 planned_after(latents, record.id),
                 partial(holds_same_keys, latents=latents),
+                exclusive=config.cache.exclusive,
             )
         return record.to_json()
 

@@ -7,7 +7,6 @@ removes it. Rejected: deleting shards in place, which frees names for workers th
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,7 +15,14 @@ from pathlib import Path
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.builder.work_queue import BUILD_FOLDER
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, storage_errors
+from sdxl_distill.errors import ConfigError
+from sdxl_distill.fsio import (
+    TEMPORARY_PREFIX,
+    Directory,
+    new_token,
+    storage_errors,
+    sync_folder,
+)
 from sdxl_distill.shards.manifest import MANIFEST_NAME
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
@@ -33,7 +39,8 @@ def withdraw_for_rebuild(launch: Launch, path: Path) -> None:
     or restarted launch keeps what it built.
 
     Raises:
-        ConfigError: in a job array, unless the set was withdrawn before.
+        ConfigError: in a job array, unless the set was withdrawn before; when folders lie in it
+            that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
 
@@ -58,17 +65,38 @@ def withdraw_set(path: Path, *, for_repair: bool = False) -> Path:
     Where there is no set, an empty folder aside marks that the set is being built anew.
 
     Raises:
+        ConfigError: when folders lie in it that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
     path = path.resolve()
+    require_own_folders(path)
     aside = path.parent / f"{_prefix(path)}{new_token()}{_REPAIRING if for_repair else ''}"
     with Directory(path.parent, create=True) as parent, storage_errors(path):
         if path.exists():
             path.rename(aside)
         else:
             aside.mkdir()
-        os.fsync(parent.descriptor)
+        sync_folder(parent.descriptor)
     return aside
+
+
+def require_own_folders(path: Path) -> None:
+    """Check that nothing else would go aside with a set: predictions, images, somebody's work.
+
+    Raises:
+        ConfigError: naming a folder in it that no builder of sets makes there.
+    """
+    with storage_errors(path):
+        own = (BUILD_FOLDER, CATALOG_FOLDER)
+        places = path.iterdir() if path.is_dir() else ()
+        foreign = sorted(each.name for each in places if each.name not in own and each.is_dir())
+    if foreign:
+        raise ConfigError(
+            f"the folder {foreign[0]!r} lies in the set's folder and would go aside with it",
+            expected="nothing but the set in its folder",
+            where=str(path),
+            action="move it elsewhere, and change the configuration if it names it",
+        )
 
 
 def folders_aside(path: Path) -> list[Path]:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from sdxl_distill.builder.heartbeat import Heartbeat, Observer, Timing
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, LostDirectoryError
 from sdxl_distill.world import World
 
 BUILD_FOLDER = ".build"
@@ -63,7 +63,6 @@ class WorkQueue:
     Args:
         directory: the set, opened before it was looked at; its token is the worker's name.
         timing: heartbeats, expiry and take-over.
-        exclusive: the user promises that this is the only worker (`cache.exclusive`).
         clock: seconds, never going back; replaced in tests.
 
     Raises:
@@ -75,27 +74,24 @@ class WorkQueue:
         directory: Directory,
         timing: Timing | None = None,
         *,
-        exclusive: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
         self.timing = timing or Timing()
         self._clock = clock
-        self._claims = self._open("claims")
-        self._workers = self._open("workers")
-        # First of all, so that no temporary file is ever without an owner to ask about.
-        self.heartbeat = Heartbeat(self._workers, self.timing)
+        with ExitStack() as opened:
+            self._build = opened.enter_context(directory.folder(BUILD_FOLDER))
+            self._claims = opened.enter_context(self._build.folder("claims"))
+            self._workers = opened.enter_context(self._build.folder("workers"))
+            # First of all, so that no temporary file is ever without an owner to ask about.
+            self.heartbeat = opened.enter_context(Heartbeat(self._workers, self.timing))
+            self._opened = opened.pop_all()
         self.observer = Observer(self._workers, self.timing, clock)
         self._lock = threading.Lock()
         self._own: dict[Claim, float] = {}
         self._durations: list[float] = []
         self._first_seen: dict[Claim, float] = {}
         self._changed = threading.Event()
-        with ExitStack() as undo:
-            undo.push(self.heartbeat)
-            until_not_swept(directory, lambda: directory.probe_publication(exclusive=exclusive))
-            self._claims.publication = directory.publication
-            undo.pop_all()
 
     def is_committed(self, unit: str) -> bool:
         """Look whether the index of a shard is there."""
@@ -146,12 +142,12 @@ class WorkQueue:
     def sweep_temporaries(self) -> None:
         """Remove temporary files of dead workers; those of the living, of any launch, stay."""
         own, is_dead = self._directory.token, cache(self.observer.is_dead)
-        for place in (self._directory, self._claims, self._workers):
-            for name in place.names():
+        for folder in (self._directory, self._claims, self._workers):
+            for name in until_not_swept(folder, folder.names):
                 if match := _TEMPORARY.fullmatch(name):
                     token = match["token"]
                     if token != own and is_dead(token):
-                        place.remove(name)
+                        folder.remove(name)
 
     def sweep(self) -> None:
         """Remove all that dead workers left, once every unit is committed.
@@ -160,16 +156,17 @@ class WorkQueue:
         heartbeat tells others at once that the holder of a claim is dead.
         """
         self.sweep_temporaries()
-        for claim in map(Claim.parse, self._claims.names()):
-            if claim and claim not in self._own and self._is_abandoned(claim):
+        for claim in self._there():
+            if claim not in self._own and self._is_abandoned(claim):
                 self._claims.remove(claim.name)
-        for token in self._workers.names() - {self._directory.token}:
+        tokens = until_not_swept(self._workers, self._workers.names)
+        for token in tokens - {self._directory.token}:
             if self.observer.is_dead(token):
                 self._workers.remove(token)
 
     def close(self) -> None:
         """Give back every claim, then the heartbeat: nothing of this worker is left."""
-        with self._workers, self._claims, self.heartbeat:
+        with self._opened:
             for claim in list(self._own):
                 self.release(claim, committed=False)
 
@@ -178,10 +175,6 @@ class WorkQueue:
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
-
-    def _open(self, name: str) -> Directory:
-        place = self._directory.path / BUILD_FOLDER / name
-        return Directory(place, create=True, token=self._directory.token)
 
     def _walk(self, units: Sequence[str], world: World) -> Iterator[Claim | None]:
         """Yield claims, and None when there is nothing to claim at this moment."""
@@ -218,10 +211,11 @@ class WorkQueue:
             holders = self._holders()
 
     def _claim(self, unit: str, holder: Claim | None) -> Claim | None:
+        with self._lock:
+            if unit in {claim.unit for claim in self._own}:
+                return None  # also when the claim itself was removed meanwhile
         if holder is None:
             return self._make(Claim(unit))
-        if holder in self._own:
-            return None
         self._first_seen.setdefault(holder, self._clock())
         if self._is_abandoned(holder):
             return self._make(Claim(unit, holder.attempt + 1))
@@ -246,29 +240,34 @@ class WorkQueue:
 
     def _make(self, claim: Claim) -> Claim | None:
         content = self._directory.token.encode("ascii")
-        if not until_not_swept(
-            self._directory, lambda: self._claims.publish_bytes(claim.name, content)
-        ):
+        publish = partial(self._claims.publish_bytes, claim.name, content)
+        if not until_not_swept(self._claims, publish):
             return None
         with self._lock:
             self._own[claim] = self._clock()
         return claim
 
     def _holders(self) -> dict[str, Claim]:
-        """Return the highest attempt at each unit that somebody claims."""
+        """Return the highest attempt at each unit that is claimed."""
         holders: dict[str, Claim] = {}
-        for claim in map(Claim.parse, self._claims.names()):
-            if claim and claim.attempt >= holders.get(claim.unit, claim).attempt:
+        for claim in self._there():
+            if claim.attempt >= holders.get(claim.unit, claim).attempt:
                 holders[claim.unit] = claim
         return holders
 
+    def _there(self) -> Iterator[Claim]:
+        """Yield every claim that is there."""
+        for name in until_not_swept(self._claims, self._claims.names):
+            if claim := Claim.parse(name):
+                yield claim
+
     def _is_abandoned(self, claim: Claim) -> bool:
-        """Whether the owner of a claim is dead, or what stands there is no token of anybody."""
+        """Whether the owner of a claim is dead, or what stands there is no token that is read."""
         try:
             content = self._claims.read(claim.name, _TOKEN_BYTES)
         except FileNotFoundError:
             return False
-        except CorruptError:
+        except (CorruptError, LostDirectoryError):
             return True
         token = content.decode("ascii", errors="replace")
         return not _TOKEN.fullmatch(token) or self.observer.is_dead(token)

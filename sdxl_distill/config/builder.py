@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from sdxl_distill.config.nested_folder import Key, require_beside_sets
 from sdxl_distill.config.section import (
     BrokenRule,
     Count,
@@ -210,6 +212,20 @@ class BuilderConfig(Section):
     data: BuilderDataSection
     cache: CacheSection = CacheSection()
     model: ModelSection = ModelSection()
+
+    @model_validator(mode="after")
+    def _check_folders(self) -> BuilderConfig:
+        latents = self.data.latent_cache.cache_dir
+        predictions = Path(self.cache.output_dir) / self.teacher.teacher_id
+        images: dict[Key, str | Path] = {("data", "image_dir"): self.data.image_dir}
+        require_beside_sets(
+            {"the latents set": latents}, {("cache", "output_dir"): self.cache.output_dir, **images}
+        )
+        require_beside_sets(
+            {"the predictions set": predictions},
+            {("data", "latent_cache", "cache_dir"): latents, **images},
+        )
+        return self
 
     @property
     def vae_source(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from sdxl_distill.config.nested_folder import Key, require_beside_sets
 from sdxl_distill.config.section import (
     BrokenRule,
     Count,
@@ -217,6 +219,21 @@ class DistillConfig(Section):
                 expected="false, or student.use_bf16: true",
                 key=("training", "exact_masters"),
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_folders(self) -> DistillConfig:
+        sets = {
+            f"teacher {teacher.teacher_id}": Path(teacher.cache_dir) / teacher.teacher_id
+            for teacher in self.teachers
+        }
+        if self.data.latent_cache.cache_dir is not None:
+            sets["the latents set"] = Path(self.data.latent_cache.cache_dir)
+        folders: dict[Key, str | Path] = {
+            ("run", "output_root"): self.run.output_root,
+            ("training", "tensorboard", "base_dir"): self.training.tensorboard.base_dir,
+        }
+        require_beside_sets(sets, folders)
         return self
 
     @property

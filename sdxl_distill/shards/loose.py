@@ -102,7 +102,8 @@ def open_new_folder(path: str | Path) -> Directory:
         ConfigError: when something is in it: nothing is ever overwritten.
         StorageError: when it cannot be made.
     """
-    directory = Directory(path, create=True)
+    # Nothing was in it, so that whoever fills it works alone: this suits any file system.
+    directory = Directory(path, create=True, exclusive=True)
     num_names = len(directory.names())
     if num_names:
         directory.close()

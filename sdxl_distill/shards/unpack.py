@@ -50,7 +50,7 @@ def unpack_set(
     with open_shard_set(path) as shard_set, open_new_folder(output) as directory:
         names = shard_set.manifest.names()
         num_records = num_bytes = 0
-        unpack = partial(_unpack_shard, shard_set, directory.path)
+        unpack = partial(_unpack_shard, shard_set, directory)
         for num_done, done in enumerate(ordered_map(unpack, names, num_threads, "unpack"), 1):
             num_records += done.num_records
             num_bytes += done.num_bytes
@@ -64,27 +64,25 @@ def unpack_set(
     return Unpacked(num_records, num_bytes)
 
 
-def _unpack_shard(shard_set: ShardSet, output: Path, name: ShardName) -> Unpacked:
+def _unpack_shard(shard_set: ShardSet, directory: Directory, name: ShardName) -> Unpacked:
     reader = shard_set.reader(name)
     index = reader.index
     num_bytes = 0
-    # A directory of its own: the names of staged files are counted per directory.
-    with Directory(output) as directory:
-        for number in range(index.num_records):
-            record = LooseRecord(name.width, name.height, name.draw, index.image_id(number))
-            content = index.header.encode(reader.read_record(number))
-            _write_new(directory, record.file_name, content)
-            sidecar = reader.read_sidecar(number)
-            if sidecar:
-                _write_new(directory, record.sidecar_name, sidecar)
-            num_bytes += len(content) + len(sidecar)
+    for number in range(index.num_records):
+        record = LooseRecord(name.width, name.height, name.draw, index.image_id(number))
+        content = index.header.encode(reader.read_record(number))
+        _write_new(directory, record.file_name, content)
+        sidecar = reader.read_sidecar(number)
+        if sidecar:
+            _write_new(directory, record.sidecar_name, sidecar)
+        num_bytes += len(content) + len(sidecar)
     return Unpacked(index.num_records, num_bytes)
 
 
 def _write_new(directory: Directory, name: str, content: bytes) -> None:
     if not directory.publish_bytes(name, content):
         raise StorageError(
-            "somebody else writes into the folder",
+            "another process writes into the folder",
             where=str(directory.path / name),
             action="unpack into a folder of its own",
         )

@@ -26,7 +26,14 @@ from safetensors.torch import load_file, save_file
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fingerprint import canonical_json
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, read_bytes, storage_errors
+from sdxl_distill.fsio import (
+    TEMPORARY_PREFIX,
+    Directory,
+    new_token,
+    read_bytes,
+    storage_errors,
+    sync_folder,
+)
 from sdxl_distill.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_STEPS
 
 FORMAT_VERSION = 1
@@ -112,7 +119,7 @@ class CheckpointFolder:
             # The last one first: whatever is left when this is killed ends before it.
             for each in reversed(steps):
                 (self.path / _name(each)).rename(aside / _name(each))
-            os.fsync(folder.descriptor)
+            sync_folder(folder.descriptor)
         return aside
 
     def require_none_aside(self) -> None:
@@ -189,7 +196,7 @@ class CheckpointFolder:
                 # A full disk must not stay full because of what did not fit.
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            os.fsync(folder.descriptor)
+            sync_folder(folder.descriptor)
 
     def _remove(self, name: str) -> None:
         """Remove a checkpoint such that a half-removed one is never taken for whole."""
@@ -209,7 +216,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / _STATE).write_bytes(canonical_json(checkpoint.state))
     digests = {path.name: _sha256_flushed(path) for path in sorted(folder.iterdir())}
     with Directory(folder) as directory:
-        directory.publish_bytes(
+        directory.replace_bytes(
             _FILES, canonical_json({"format_version": FORMAT_VERSION, "sha256": digests})
         )
 

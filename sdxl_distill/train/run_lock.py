@@ -88,7 +88,8 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
 
     def __enter__(self) -> RunLock:
-        self._folder = Directory(self._path, create=True)
+        # Where names cannot be made once, looking first is all there is: better than no training.
+        self._folder = Directory(self._path, create=True, exclusive=True)
         try:
             while not self._try_once():
                 pass

@@ -333,13 +333,13 @@ def test_the_sweep_removes_what_is_of_the_dead_and_nothing_of_the_living(tmp_pat
     ):
         killed.kill()
         killed.wait()
-        with directory.stage():
+        with directory.stage() as staged:
             assert queue.claim(UNITS[2])
             queue.sweep()
             left = {place.name for place in tmp_path.rglob("*") if place.is_file()}
     own = directory.token
     assert not any(dead in name for name in left)
-    assert {f"{UNITS[1]}.0", f"{UNITS[2]}.0", living, own, f".tmp-{own}-3"} <= left
+    assert {f"{UNITS[1]}.0", f"{UNITS[2]}.0", living, own, staged.temporary_name} <= left
     assert any(name.startswith(f".tmp-{living}-") for name in left)
     assert f"{UNITS[0]}.0" not in left
 

@@ -98,6 +98,8 @@ def build(
     content: ToyContent | None = None,
     world: World | None = None,
     timing: Timing = FAST,
+    *,
+    exclusive: bool = False,
 ) -> BuiltSet:
     made = content or ToyContent()
     return build_set(
@@ -107,6 +109,7 @@ def build(
         lambda: made,
         describe,
         world or World(),
+        exclusive=exclusive,
         timing=timing,
     )
 

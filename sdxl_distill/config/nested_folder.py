@@ -1,0 +1,38 @@
+"""Folders that may not lie in a set's folder: who replaces or repairs the set takes all along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdxl_distill.config.section import BrokenRule
+
+Key = tuple[str | int, ...]
+
+
+def require_beside_sets(sets: Mapping[str, str | Path], folders: Mapping[Key, str | Path]) -> None:
+    """Check that no folder is that of a set, or in it.
+
+    Args:
+        sets: what a set is called, and its folder.
+        folders: keys, and the folders that they name.
+
+    Raises:
+        BrokenRule: for the first one that does.
+    """
+    for name, set_folder in sets.items():
+        for key, folder in folders.items():
+            if _real(folder).is_relative_to(_real(set_folder)):
+                raise BrokenRule(
+                    f'"{folder}" lies in the folder of {name}, "{set_folder}"',
+                    expected="a folder outside: replacing or repairing the set would take it along",
+                    key=key,
+                    action="choose another folder; move what lies there already",
+                )
+
+
+def _real(folder: str | Path) -> Path:
+    try:
+        return Path(folder).resolve()
+    except ValueError:  # no path at all: said where it is used
+        return Path(folder)
