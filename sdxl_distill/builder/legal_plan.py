@@ -21,7 +21,7 @@ from sdxl_distill.limits import MAX_SHARD_BYTES, MAX_SHARDS
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import unet_geometry
-from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
+from sdxl_distill.shards.legal_set import Remedy, ShardLoad, most_records_in, require_legal_shards
 from sdxl_distill.shards.record import (
     STORED_DTYPES,
     RecordSchema,
@@ -29,14 +29,10 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 
-_LATENTS: Final = Remedy()
-_FOLLOWING: Final = Remedy(
-    besides=" and build the latents again with --rebuild; fewer draws or, with several teachers, "
-    "cache.layout: compact take less"
-)
-_NOT_YET: Final = Remedy(
-    besides="; fewer draws or, with several teachers, cache.layout: compact take less"
-)
+_COMPACT: Final = "; cache.layout: compact has records of a quarter of the size"
+_DRAWS: Final = "; fewer cache.draws make fewer shards"
+_NOT_YET: Final = Remedy(if_large=_COMPACT, if_many=_DRAWS)
+_FOLLOWING: Final = _NOT_YET._replace(besides=" and build the latents again with --rebuild")
 _LEAST_SIDECAR_BYTES: Final = 200  # with an empty caption
 _BYTES_PER_PIXEL: Final = 1  # four channels at an eighth of each side: noise and float32 take 0.4
 _TEXT_BYTES: Final = 2 << 20  # three times SDXL's
@@ -62,10 +58,19 @@ def require_legal_config(config: BuilderConfig, schema: RecordSchema) -> None:
     count, buckets = config.data.records_per_shard, config.buckets
     sidecars = (_LEAST_SIDECAR_BYTES,) * count
     full = [ShardLoad(*bucket, count, sidecars) for bucket in buckets]
-    require_legal_shards("latents", schema, full, _LATENTS)
     bare = [ShardLoad(*bucket, count) for bucket in buckets]
-    for set_id, following in _following_schemas(config).items():
-        require_legal_shards(set_id, following, bare, _NOT_YET)
+    following = _following_schemas(config)
+    most = min(
+        [
+            most_records_in(schema, full),
+            *(most_records_in(each, bare) for each in following.values()),
+        ]
+    )
+    require_legal_shards("latents", schema, full, Remedy(most=most))
+    for set_id, each in following.items():
+        is_compact = set_id == "text" or config.cache.layout == "compact"
+        remedy = Remedy(most=most) if is_compact else _NOT_YET._replace(most=most)
+        require_legal_shards(set_id, each, bare, remedy)
 
 
 def require_legal_rows(
@@ -86,10 +91,10 @@ def require_legal_rows(
     for (bucket, _), group in groupby(rows, key=lambda row: (row.bucket, row.shard)):
         sizes = tuple(len(sidecar_of(row)) for row in group)
         loads.append(ShardLoad(*bucket, len(sizes), sizes))
-    require_legal_shards("latents", schema, loads, _LATENTS)
+    require_legal_shards("latents", schema, loads, Remedy())
     there = [ShardLoad(*bucket, 0) for bucket, count in num_shards.items() for _ in range(count)]
     bare = [load._replace(sidecar_sizes=()) for load in loads]
-    require_legal_shards("predictions", schema, there + bare, _LATENTS, draws=draws)
+    require_legal_shards("predictions", schema, there + bare, Remedy(if_many=_DRAWS), draws=draws)
 
 
 def require_legal_plan(set_id: str, schema: RecordSchema, shards: Iterable[PlannedShard]) -> None:
@@ -99,7 +104,9 @@ def require_legal_plan(set_id: str, schema: RecordSchema, shards: Iterable[Plann
         ConfigError: naming the key and the value that works.
     """
     loads = (ShardLoad(each.name.width, each.name.height, each.num_records) for each in shards)
-    require_legal_shards(set_id, schema, loads, _FOLLOWING)
+    is_full = any(spec.name == "noise" for spec in schema.tensors)
+    remedy = _FOLLOWING if is_full else _FOLLOWING._replace(if_large="")
+    require_legal_shards(set_id, schema, loads, remedy)
 
 
 def _following_schemas(config: BuilderConfig) -> dict[str, RecordSchema]:

@@ -40,11 +40,17 @@ class Remedy(NamedTuple):
 
     Attributes:
         key: that says how many records a shard has.
-        besides: what has to be done with it, or could be done instead.
+        besides: what has to be done with it.
+        if_large: what else makes shards smaller.
+        if_many: what else makes them fewer.
+        most: records of a shard that the other sets allow.
     """
 
     key: str = "data.records_per_shard"
     besides: str = ""
+    if_large: str = ""
+    if_many: str = ""
+    most: int = MAX_RECORDS
 
 
 def most_records(record_bytes: int, sidecar_bytes: int = 0) -> int:
@@ -61,6 +67,18 @@ def most_records(record_bytes: int, sidecar_bytes: int = 0) -> int:
     while most and closed_bytes(most * room) > MAX_SHARD_BYTES:
         most -= 1
     return most
+
+
+def most_records_in(schema: RecordSchema, loads: Iterable[ShardLoad]) -> int:
+    """Return how many records of a set a legal shard can hold, whichever of the loads it is.
+
+    Raises:
+        ConfigError: when a record of one of the buckets is too large by itself.
+    """
+    return min(
+        most_records(_record_bytes("planned", schema, load), max(load.sidecar_sizes, default=0))
+        for load in loads
+    )
 
 
 def require_legal_shards(
@@ -85,7 +103,7 @@ def require_legal_shards(
     """
     num_shards = num_records = 0
     looked_at: set[ShardLoad] = set()
-    most, largest = MAX_RECORDS, ("", 0, 0)
+    most, largest = remedy.most, ("", 0, 0)
     for load in shards:
         num_shards += draws
         num_records += draws * load.num_records
@@ -106,14 +124,15 @@ def require_legal_shards(
             f"{tar_bytes:,} bytes",
             expected=f"at most {MAX_SHARD_BYTES:,} bytes and {MAX_RECORDS:,} records",
             where=remedy.key,
-            action=f"set {remedy.key} to at most {most}{remedy.besides}",
+            action=f"set {remedy.key} to at most {most}{remedy.besides}{remedy.if_large}",
         )
     if num_shards > MAX_SHARDS:
         raise ConfigError(
             f"set {set_id} would have {num_shards:,} shards, all draws together",
             expected=f"at most {MAX_SHARDS:,}",
             where=remedy.key,
-            action=f"set {remedy.key} to {_enough(num_records, most)}{remedy.besides}",
+            action=f"set {remedy.key} to {_enough(num_records, most)}{remedy.besides}"
+            f"{remedy.if_many}",
         )
 
 

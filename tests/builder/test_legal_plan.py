@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from sdxl_distill.builder.estimate import estimate_predictions
-from sdxl_distill.builder.legal_plan import require_legal_plan, require_legal_rows
+from sdxl_distill.builder.legal_plan import (
+    require_legal_config,
+    require_legal_plan,
+    require_legal_rows,
+)
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.catalog import scan
 from sdxl_distill.catalog.segment import CatalogRow
@@ -95,3 +101,19 @@ def test_a_caption_that_grows_sixfold_is_built_verified_and_encoded(workshop):
     with open_shard_set(workshop.latents) as latents:
         sizes = [latents.index(name).sidecar_sizes.max() for name in latents.manifest.names()]
     assert max(sizes) > 6 * MAX_CAPTION_BYTES
+
+
+@pytest.mark.parametrize("layout", ["full", "compact"])
+def test_the_value_that_is_named_works_for_all_sets_of_the_configuration(workshop, layout):
+    def check(records_per_shard: int) -> None:
+        place, count = f"cache.layout={layout}", f"data.records_per_shard={records_per_shard}"
+        require_legal_config(workshop.config(LARGE[0], place, count), latents_schema())
+
+    with pytest.raises(ConfigError) as caught:
+        check(60_000)
+    found = re.search(r"at most (\d+)", caught.value.action or "")
+    assert found is not None
+    most = int(found[1])
+    check(most)
+    with pytest.raises(ConfigError, match=f"to at most {most}"):
+        check(most + 1)
