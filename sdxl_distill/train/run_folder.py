@@ -10,7 +10,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import resolved_json
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, differing_fields
-from sdxl_distill.fsio import Directory
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.train.checkpoint import CheckpointFolder, step_of_checkpoint
 
 # What may change between a run and its continuation without changing what a step does.
@@ -55,7 +55,11 @@ class RunFolder:
         Raises:
             StorageError: when the disk refuses.
         """
-        Directory(self.path, create=True).close()
+        with Directory(self.path, create=True) as folder:
+            for name in folder.names():
+                # Folders of that name are exports, which need no lock and may be in the making.
+                if name.startswith(TEMPORARY_PREFIX) and not (self.path / name).is_dir():
+                    folder.remove(name)
         self.checkpoints().clear_leftovers()
 
     @property

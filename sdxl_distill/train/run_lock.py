@@ -166,11 +166,14 @@ class RunLock:
             return b""
 
     def _held(self, name: str, holder: Holder | None) -> ConfigError:
-        who = "another process" if holder is None else (
-            f"process {holder.identity.pid} on host {holder.host}, since {holder.since},"
-        )  # fmt: skip
+        found = "another process is training this run"
+        if holder is not None:
+            found = (
+                f"process {holder.identity.pid} on host {holder.host} has been training this run "
+                f"since {holder.since}"
+            )
         return ConfigError(
-            f"{who} is training this run",
+            found,
             expected="one trainer at a time in a run's folder",
             where=str(self._path / name),
             action="wait until it has ended, or choose another run.name; a process that was killed "

@@ -66,5 +66,8 @@ def test_preparing_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     half.mkdir(parents=True)
     (half / "student.safetensors").write_text("half")
     (folder.path / "checkpoints" / "step-00000001").mkdir()
+    (folder.path / ".tmp-4567-1").write_text("half a configuration or lock")
+    (folder.path / ".tmp-89ab").mkdir()  # an export in the making
     folder.prepare()
+    assert sorted(each.name for each in folder.path.iterdir()) == [".tmp-89ab", "checkpoints"]
     assert [each.name for each in half.parent.iterdir()] == ["step-00000001"]

@@ -70,7 +70,8 @@ def test_a_living_holder_is_named_and_a_killed_one_is_noticed_at_once(tmp_path: 
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with pytest.raises(
-            ConfigError, match=f"process {process.pid} on host .*, since 20"
+            ConfigError,
+            match=f"process {process.pid} on host .* has been training this run since 20",
         ) as held:
             RunLock(tmp_path).__enter__()
         assert held.value.where == str(tmp_path / "lock-000001.json")
@@ -101,7 +102,12 @@ def beating(path: Path) -> Iterator[None]:
 def test_a_holder_on_another_host_is_named_as_long_as_it_shows_life(tmp_path: Path) -> None:
     path = tmp_path / "lock-000004.json"
     path.write_bytes(ELSEWHERE.to_bytes())
-    with beating(path), pytest.raises(ConfigError, match="process 77 on host node7, since 2026"):
+    with (
+        beating(path),
+        pytest.raises(
+            ConfigError, match="process 77 on host node7 has been training this run since 2026"
+        ),
+    ):
         RunLock(tmp_path, QUICK).__enter__()
     with RunLock(tmp_path, QUICK):
         assert files(tmp_path) == ["lock-000005.json"]
@@ -144,7 +150,7 @@ def test_a_second_train_touches_nothing_of_the_run(
     before = {path for path in contents(tmp_path) if path != first.log}
     second = Ranks(1, config, *endless, "--resume", "latest")
     assert second.wait() == [2]
-    assert "is training this run" in second.log.read_text()
+    assert "has been training this run since" in second.log.read_text()
     assert {path for path in contents(tmp_path) if path != first.log} == before
     first.kill()
     third = Ranks(1, config, "--set=training.num_steps=1", "--resume", "latest")
