@@ -23,6 +23,7 @@ FOLDER: Final = Path(__file__).parent
 LATEST: Final = FOLDER / "results/latest.json"
 BENCHMARKS: Final = (
     "join",
+    "many_shards",
     "against_peers",
     "first_batch",
     "schedule",

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from measuring.sdxl import NUM_TOKENS
 
+from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
 from sdxl_distill.core.noise_schedule import NoiseSchedule
@@ -81,20 +82,36 @@ def write_sets(
     layout: Layout = "full",
     side_px: int = 1024,
     records_per_shard: int = 128,
+    num_buckets: int = 1,
+    hidden_size: int = HIDDEN_SIZE,
 ) -> SetFolders:
-    """Write a latents set, teachers, and in layout `compact` the text set, into a new folder."""
+    """Write a latents set, teachers, and in layout `compact` the text set, into a new folder.
+
+    Args:
+        root: of the sets.
+        num_records: of each set, in all buckets.
+        num_teachers: predictions sets.
+        layout: of these.
+        side_px: of the first bucket; each further one is 8 pixels higher.
+        records_per_shard: of each shard but the last of a bucket.
+        num_buckets: that share the records evenly.
+        hidden_size: of the text embeddings.
+    """
     latents = _SetInProgress.create(
         SetRecord("latents", "latents", latents_schema(CHANNELS), {"vae": _VAE}), root, None
     )
-    followers = list(_followers(root, latents, num_teachers, layout))
+    followers = list(_followers(root, latents, num_teachers, layout, hidden_size))
     ids = sorted(image_id(str(number).encode()) for number in range(num_records))
-    for number, start in enumerate(range(0, num_records, records_per_shard)):
-        shard_ids = ids[start : start + records_per_shard]
-        records = [_image_tensors(identity, side_px) for identity in shard_ids]
-        latents.write_shard(number, side_px, shard_ids, records, None)
-        for teacher in followers:
-            source = latents.indices[-1].tar_sha256
-            teacher.write_shard(number, side_px, shard_ids, records, source)
+    for number in range(num_buckets):
+        bucket = Bucket(side_px, side_px + 8 * number)
+        cuts = range(0, len(own := ids[number::num_buckets]), records_per_shard)
+        for shard, start in enumerate(cuts):
+            shard_ids = own[start : start + records_per_shard]
+            records = [_image_tensors(identity, bucket, hidden_size) for identity in shard_ids]
+            latents.write_shard(shard, bucket, shard_ids, records, None)
+            for teacher in followers:
+                source = latents.indices[-1].tar_sha256
+                teacher.write_shard(shard, bucket, shard_ids, records, source)
     for each in (latents, *followers):
         each.finish()
     folders = [each.folder.path for each in followers]
@@ -121,17 +138,17 @@ def forget_cached_pages(paths: list[Path]) -> None:
 
 
 def _followers(
-    root: Path, latents: _SetInProgress, num_teachers: int, layout: Layout
+    root: Path, latents: _SetInProgress, num_teachers: int, layout: Layout, hidden_size: int
 ) -> Iterator[_SetInProgress]:
     content = {"text": _TEXT_ENCODERS}
     text = None
     if layout == "compact":
-        schema = text_schema(NUM_TOKENS, HIDDEN_SIZE, POOLED_SIZE)
+        schema = text_schema(NUM_TOKENS, hidden_size, POOLED_SIZE)
         text = _SetInProgress.create(
             SetRecord("text", f"text-{_TEXT_ENCODERS[:12]}", schema, content), root, latents
         )
         yield text
-    sizes = (CHANNELS, NUM_TOKENS, HIDDEN_SIZE, POOLED_SIZE)
+    sizes = (CHANNELS, NUM_TOKENS, hidden_size, POOLED_SIZE)
     for number in range(num_teachers):
         set_id = f"teacher_{number}"
         record = SetRecord(
@@ -147,18 +164,19 @@ def _followers(
         yield _SetInProgress.create(record, root, latents)
 
 
-def _image_tensors(identity: str, side_px: int) -> Tensors:
+def _image_tensors(identity: str, bucket: Bucket, hidden_size: int) -> Tensors:
     """Return what all sets share of an image, and the latents."""
     seed = noise_seed(identity, BASE_SEED)
-    image = (CHANNELS, side_px // 8, side_px // 8)
+    width, height = bucket
+    image = (CHANNELS, height // 8, width // 8)
     return {
         "latents": _random(f"latents {identity}", image),
-        "time_ids": np.array([side_px, side_px, 0, 0, side_px, side_px], np.int32),
-        "noise": noise(seed, side_px, side_px),
+        "time_ids": np.array([height, width, 0, 0, height, width], np.int32),
+        "noise": noise(seed, width, height),
         "seed": np.array([seed]),
         "timestep": np.array([timestep(identity, BASE_SEED, 0, 0, MAX_TIMESTEP)]),
-        "resolution": np.array([side_px, side_px], np.int32),
-        "encoder_hidden_states": _random(f"text {identity}", (NUM_TOKENS, HIDDEN_SIZE)),
+        "resolution": np.array([width, height], np.int32),
+        "encoder_hidden_states": _random(f"text {identity}", (NUM_TOKENS, hidden_size)),
         "pooled_embeds": _random(f"pooled {identity}", (POOLED_SIZE,)),
     }
 
@@ -190,11 +208,16 @@ class _SetInProgress:
         return SetReference.between(self.record.fingerprint, directory, self.folder.path)
 
     def write_shard(
-        self, number: int, side_px: int, ids: list[str], records: list[Tensors], source: str | None
+        self,
+        number: int,
+        bucket: Bucket,
+        ids: list[str],
+        records: list[Tensors],
+        source: str | None,
     ) -> None:
         record = self.record
-        name = ShardName(record.id, side_px, side_px, number)
-        header = RecordHeader.build(record.schema, side_px, side_px, record.fingerprint, source)
+        name = ShardName(record.id, *bucket, number)
+        header = RecordHeader.build(record.schema, *bucket, record.fingerprint, source)
         with self.folder.stage() as staged:
             index = self._write_tar(staged, name, header, ids, records)
             self.folder.publish(staged, name.tar)

@@ -120,11 +120,14 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
 def _wrong_files(
     directory: Directory, record: SetRecord, entries: Sequence[ShardEntry]
 ) -> Iterator[tuple[str, str]]:
+    headers: dict[tuple[int, int], RecordHeader] = {}  # of one size, whatever the source
     for entry in entries:
-        name = entry.name(record.id)
-        header = RecordHeader.build(
-            record.schema, entry.width, entry.height, record.fingerprint, entry.source_sha256
-        )
+        name, bucket = entry.name(record.id), entry[:2]
+        if bucket not in headers:
+            headers[bucket] = RecordHeader.build(
+                record.schema, *bucket, record.fingerprint, entry.source_sha256
+            )
+        header = headers[bucket]
         expected = index_bytes(
             entry.num_records,
             entry.tar_bytes,

@@ -93,6 +93,7 @@ class ShardSet:
     def __init__(self, directory: Path, manifest: Manifest, *, max_open_shards: int) -> None:
         self.directory = directory
         self.manifest = manifest
+        self._folder = str(directory)  # to put a path together takes longer than to open it
         self._indices = lru_cache(_CACHED_INDICES)(self._load_index)
         self._readers = lru_cache(max_open_shards)(self._open_reader)
 
@@ -180,7 +181,7 @@ class ShardSet:
         entry = self.manifest.entry(name)
         try:
             content = _read_again(
-                self.directory / name.idx, lambda path: read_bytes(path, MAX_INDEX_BYTES)
+                f"{self._folder}/{name.idx}", lambda path: read_bytes(path, MAX_INDEX_BYTES)
             )
             return self._checked_index(content, name, entry)
         except CorruptError as error:
@@ -215,7 +216,7 @@ class ShardSet:
 
     def _with_tar(self, index: ShardIndex) -> ShardReader:
         name = index.name
-        path = self.directory / name.tar
+        path = f"{self._folder}/{name.tar}"
         try:
             file = OpenFile(lambda: _read_again(path, open_regular), f"set {self.id}, {name.tar}")
         except CorruptError as error:
@@ -274,14 +275,12 @@ def _read_or_explain(directory: Path, name: str, max_bytes: int) -> bytes:
         ) from error
 
 
-def _read_again(path: Path, read: Callable[[Path], T]) -> T:
+def _read_again(path: str, read: Callable[[str], T]) -> T:
     """Return `read(path)`; once more after listing the folder, where NFS remembers an absence."""
     with suppress(FileNotFoundError):
         return OPEN_FILES.with_room(lambda: read(path))
     try:
-        sorted(path.parent.iterdir())
+        sorted(Path(path).parent.iterdir())
         return OPEN_FILES.with_room(lambda: read(path))
     except FileNotFoundError as error:
-        raise CorruptError(
-            "is missing", expected="a file", where=str(path), action=ACTION
-        ) from error
+        raise CorruptError("is missing", expected="a file", where=path, action=ACTION) from error
