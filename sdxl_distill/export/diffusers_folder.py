@@ -100,8 +100,7 @@ def _write(
     for source in text.tokenizer_folders:
         copy_tokenizer(source, folder / source.name)
     shutil.copytree(base.folder / "scheduler", folder / "scheduler")
-    index = _model_index(read_json(base.folder / "model_index.json"))
-    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "model_index.json", _model_index(base.folder))
 
 
 def _write_unet(
@@ -139,14 +138,18 @@ def _loading_as_float32(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "torch_dtype": "float32"}
 
 
-def _model_index(index: Mapping[str, Any]) -> dict[str, Any]:
+def _model_index(base: Path) -> dict[str, Any]:
     """What the folder holds: the seven parts of SDXL, and none of the base's optional ones."""
+    index = read_json(base / "model_index.json")
+    scheduler = read_json(base / "scheduler" / "scheduler_config.json").get(
+        "_class_name", "EulerDiscreteScheduler"
+    )
     absent = [None, None]
     return {
         **{name: entry for name, entry in index.items() if not isinstance(entry, list)},
         "feature_extractor": absent,
         "image_encoder": absent,
-        "scheduler": index["scheduler"],
+        "scheduler": index.get("scheduler") or ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
