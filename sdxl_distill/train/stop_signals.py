@@ -60,7 +60,8 @@ class StopSignals:
         received, written = os.pipe()
         os.set_blocking(written, False)
         watcher = threading.Thread(target=self._watch, args=(received,), daemon=True)
-        before = {number: signal.signal(number, self._obey) for number in SIGNALS}
+        heard = [number for number in SIGNALS if not _is_not_meant(number)]
+        before = {number: signal.signal(number, self._obey) for number in heard}
         descriptor = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         watcher.start()
         try:
@@ -119,6 +120,11 @@ class StopSignals:
                 patience_seconds = _UNWIND_SECONDS
             elif is_first:
                 self._on_remembered()
+
+
+def _is_not_meant(number: int) -> bool:
+    """Whether a shell started this in the background of a script, whose Ctrl-C is not for it."""
+    return number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN
 
 
 class _Presses:

@@ -73,6 +73,17 @@ def test_sigterm_never_ends_the_saving_unless_a_launcher_says_ctrl_c_again_by_it
         press_twice(signal.SIGTERM)
 
 
+def test_ctrl_c_is_not_meant_for_a_run_in_the_background_of_a_script() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals().listening() as signals:
+            send(signal.SIGINT)
+            assert not signals.request.requested
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_afterwards_the_signals_mean_what_they_meant() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(ZeroDivisionError), StopSignals().listening():
