@@ -51,6 +51,8 @@ MAX_SEGMENTS: Final = 1_000_000
 """Of one catalog: names have six digits."""
 MAX_SEGMENT_BYTES: Final = 4 << 30
 """Of one segment of a catalog, which is read whole: a scan that finds more is cut into several."""
+MAX_SEGMENT_TEXT_BYTES: Final = 1 << 30
+"""Of the captions and names in one segment: half of what columns with offsets of 32 bits hold."""
 MANIFEST_BYTES_PER_SHARD: Final = 377
 """What a shard takes in a manifest at most: four digests, two ids, six numbers."""
 MAX_SET_RECORD_BYTES: Final = 1 << 20

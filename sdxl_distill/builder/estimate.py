@@ -54,6 +54,7 @@ class BuildEstimate:
         bucket: the largest resolution, which `memory` is for.
         memory: of one process: the UNet and its batch.
         text_encoder_bytes: on the device before the UNet is loaded.
+        num_without_caption: image files without a caption anywhere; None where there are latents.
     """
 
     predictions: SetSize
@@ -65,6 +66,7 @@ class BuildEstimate:
     bucket: Bucket
     memory: ForwardMemory
     text_encoder_bytes: int
+    num_without_caption: int | None
 
 
 def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
@@ -81,7 +83,7 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
     text, num_channels = text_geometry(text_source), unet_geometry(checkpoint).channels
     cache = config.cache
 
-    shards, latents = _plan(config)
+    shards, latents, num_without_caption = _plan(config)
     path = Path(cache.output_dir) / config.teacher.teacher_id
     missing = [
         shard for shard in shards if not (cache.skip_existing and (path / shard.name.idx).is_file())
@@ -106,25 +108,30 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
         memory=prediction_memory(checkpoint, dtype, cache.batch_size, bucket, text.num_tokens),
         text_encoder_bytes=torch.float32.itemsize
         * sum(map(num_parameters, text_source.text_encoders)),
+        num_without_caption=num_without_caption,
     )
 
 
-def _plan(config: BuilderConfig) -> tuple[list[PlannedShard], Manifest | None]:
-    """Return all shards of the predictions set, and the manifest of its latents when built."""
+def _plan(config: BuilderConfig) -> tuple[list[PlannedShard], Manifest | None, int | None]:
+    """Return all shards of the predictions set, and the manifest of its latents when built.
+
+    Where they are not: how many images have no caption.
+    """
     teacher_id, num_draws = config.teacher.teacher_id, config.cache.draws
     try:
         with open_latents(config) as latents:
-            return planned_after(latents, teacher_id, num_draws), latents.manifest
+            return planned_after(latents, teacher_id, num_draws), latents.manifest, None
     except ConfigError:  # not built yet: a plan is what a dry run is for
-        num_images = count_images(config.data.image_dir)
+        num_images, num_without_caption = count_images(config.data.image_dir)
     bucket, per_shard = _largest(config.buckets), config.data.records_per_shard
-    return [
+    shards = [
         PlannedShard(
             ShardName(teacher_id, *bucket, number, draw), min(per_shard, num_images - start)
         )
         for draw in range(num_draws)
         for number, start in enumerate(range(0, num_images, per_shard))
-    ], None
+    ]
+    return shards, None, num_without_caption
 
 
 def _largest(buckets: Iterable[Bucket]) -> Bucket:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +18,14 @@ import torch
 
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.shard_builder import EncodedRecord
-from sdxl_distill.catalog.image import BadImageError, fit_to_bucket, read_image, read_image_file
+from sdxl_distill.catalog.image import (
+    BadImageError,
+    GoneImageError,
+    fit_to_bucket,
+    read_image,
+    read_image_file,
+)
+from sdxl_distill.catalog.image_folder import ImageFolder, all_gone
 from sdxl_distill.catalog.segment import CatalogRow
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.micro_conditioning import time_ids
@@ -53,24 +59,25 @@ class ImageReader:
     """Reads and decodes the images of a catalog.
 
     Attributes:
-        image_dir: the folder that was scanned.
+        folder: that was scanned.
         max_pixels: larger images are bad.
         on_bad_image: `skip` leaves a bad image out, `error` raises it.
     """
 
-    image_dir: Path
+    folder: ImageFolder
     max_pixels: int
     on_bad_image: Literal["skip", "error"]
 
-    def read(self, row: CatalogRow) -> npt.NDArray[np.uint8] | None:
-        """Return uint8 [H, W, 3] of the row's bucket; None for a bad image that is skipped.
+    def read(self, row: CatalogRow) -> npt.NDArray[np.uint8] | BadImageError:
+        """Return uint8 [H, W, 3] of the row's bucket; the error of a bad image that is skipped.
 
         Raises:
             BadImageError: with `on_bad_image: error`.
-            StorageError: when the disk refuses; that is no fault of the image.
+            StorageError: when the disk refuses or the folder is gone; that is no fault of the
+                image.
         """
         try:
-            content = read_image_file(self.image_dir / row.source, row.source)
+            content = read_image_file(self.folder.path / row.source, row.source)
             if image_id(content) != row.image_id:
                 raise BadImageError(
                     "changed since the scan",
@@ -80,10 +87,12 @@ class ImageReader:
                 )
             pixels = read_image(content, row.source, self.max_pixels).pixels
         except BadImageError as error:
+            if isinstance(error, GoneImageError):
+                self.folder.require_there(row.source)
             if self.on_bad_image == "error":
                 raise
             _log.warning("left out: %s", error)
-            return None
+            return error
         return fit_to_bucket(pixels, row.bucket)
 
 
@@ -124,16 +133,23 @@ class LatentsContent:
         return self._plan.accepts(index)
 
     def read(self, shard: PlannedShard) -> Iterator[PixelBatch]:
-        """Yield the shard's images that decode, in the order of their keys."""
-        rows = self._plan.rows(shard.name)
+        """Yield the shard's images that decode, in the order of their keys.
+
+        Raises:
+            StorageError: when not one of them is there: nothing of the shard is committed then.
+        """
+        rows, num_gone = self._plan.rows(shard.name), 0
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode") as pool:
             for start in range(0, len(rows), self._batch_size):
                 batch = rows[start : start + self._batch_size]
                 decoded = list(zip(batch, pool.map(self._images.read, batch), strict=True))
-                good = [(row, pixels) for row, pixels in decoded if pixels is not None]
+                good = [(row, pixels) for row, pixels in decoded if isinstance(pixels, np.ndarray)]
+                num_gone += sum(isinstance(pixels, GoneImageError) for _, pixels in decoded)
                 if good:
                     pixels = torch.from_numpy(np.stack([pixels for _, pixels in good]))
                     yield PixelBatch([row for row, _ in good], pixels)
+        if num_gone == len(rows):
+            raise all_gone(num_gone, f"{self._images.folder.path}, {shard.name}")
 
     def compute(self, batch: PixelBatch) -> LatentBatch:
         """Encode one batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -30,7 +30,8 @@ from sdxl_distill.builder.set_identity import require_complete, require_same_set
 from sdxl_distill.builder.withdrawal import withdraw_for_rebuild
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
-from sdxl_distill.catalog.growth import ScanReport, extend_catalog
+from sdxl_distill.catalog.growth import ScanReport, extend_catalog, require_captions
+from sdxl_distill.catalog.image_folder import ImageFolder
 from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.device import allow_tf32, resolve_device
@@ -83,6 +84,7 @@ def build_latents_set(
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
     path = Path(config.data.latent_cache.cache_dir)
     require_one_worker(launch.world, config.cache.exclusive, str(path))
+    images = ImageFolder(Path(config.data.image_dir))  # as it is before the scan
     report: list[ScanReport] = []
 
     def decide() -> dict[str, object]:
@@ -90,7 +92,7 @@ def build_latents_set(
             config, launch, path, rebuild, repair, rescan, scan_progress
         )
         report.append(found)
-        return {"record": record.to_json(), "catalog": catalog.n}
+        return {"record": record.to_json(), "catalog": catalog.n, "mounts": list(found.mounts)}
 
     decision = launch.decide("latents", decide)
     record = SetRecord.from_json(decision["record"], "launch")
@@ -101,7 +103,7 @@ def build_latents_set(
         path,
         record,
         planned_shards(plan),
-        partial(_content, config, plan, launch),
+        partial(_content, config, plan, launch, images, decision["mounts"]),
         partial(_describe, plan, catalog.n),
         launch.world,
         catalog=catalog.n,
@@ -204,7 +206,7 @@ def _update_catalog(
 
 
 def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progress | None) -> Scan:
-    return scan_folder(
+    scan = scan_folder(
         config.data.image_dir,
         catalog,
         max_pixels=config.data.max_image_pixels,
@@ -213,6 +215,9 @@ def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progr
         rescan=rescan,
         progress=progress,
     )
+    if not config.data.allow_empty_captions:
+        require_captions(catalog, scan)
+    return scan
 
 
 def _claim_scan(queue: WorkQueue) -> Claim:
@@ -228,16 +233,21 @@ def _sweep_catalog(folder: Directory) -> None:
             folder.remove(name)
 
 
-def _content(config: BuilderConfig, plan: LatentsPlan, launch: Launch) -> LatentsContent:
+def _content(
+    config: BuilderConfig,
+    plan: LatentsPlan,
+    launch: Launch,
+    images: ImageFolder,
+    mounts: Sequence[str],
+) -> LatentsContent:
+    images.watch(mounts)
     settings = config.data.latent_cache
     device = resolve_device(config.device, launch.world.local_rank)
     allow_tf32(config.tf32)
     vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
     return LatentsContent(
         plan,
-        ImageReader(
-            Path(config.data.image_dir), config.data.max_image_pixels, config.data.on_bad_image
-        ),
+        ImageReader(images, config.data.max_image_pixels, config.data.on_bad_image),
         partial(encode_images, vae),
         settings.batch_size,
         num_threads=min(launch.world.num_cores, _MAX_DECODERS),

@@ -19,7 +19,8 @@ from sdxl_distill.limits import MAX_CAPTION_BYTES, MAX_METADATA_BYTES
 
 CAPTION_SUFFIXES: Final = (".txt", ".caption")
 METADATA_NAME: Final = "metadata.jsonl"
-_CAPTION_FIELDS: Final = ("text", "caption")
+CAPTION_FIELDS: Final = ("text", "caption", "prompt", "description", "caption_text", "txt")
+_MAX_FIELDS: Final = 100
 
 
 def caption_name(image_name: str, names: Collection[str]) -> str | None:
@@ -38,10 +39,15 @@ def read_caption(path: Path) -> str:
     return _read_utf8(path, MAX_CAPTION_BYTES).strip()
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path, fields: set[str] | None = None) -> dict[str, str]:
     """Return caption by file name, relative to the folder of this `metadata.jsonl`.
 
-    A line without `text` and `caption`, or with null there, means the empty caption.
+    The first of `CAPTION_FIELDS` that a line has counts; a line without any, or with null
+    there, means the empty caption.
+
+    Args:
+        path: of the file.
+        fields: takes the names that lines have besides `file_name`, at most a hundred.
 
     Raises:
         CorruptError: for a line that is no JSON or names no file, for a caption of more than
@@ -54,7 +60,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        name, caption = _metadata_line(line, where)
+        name, caption, names = _metadata_line(line, where)
+        if fields is not None and len(fields) < _MAX_FIELDS:
+            fields |= names
         if captions.setdefault(name, caption) != caption:
             raise CorruptError(f"a second caption for {name!r}", expected="one", where=where)
     return captions
@@ -76,14 +84,15 @@ def metadata_caption(source: str, metadata: Mapping[str, Mapping[str, str]]) -> 
     return None
 
 
-def _metadata_line(line: str, where: str) -> tuple[str, str]:
+def _metadata_line(line: str, where: str) -> tuple[str, str, set[str]]:
+    """Return file name, caption, and the names of all other fields."""
     try:
         fields: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"no JSON: {error}", where=where) from error
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise CorruptError("names no file", expected='an object with "file_name": "…"', where=where)
-    caption = next((fields[key] for key in _CAPTION_FIELDS if fields.get(key) is not None), "")
+    caption = next((fields[key] for key in CAPTION_FIELDS if fields.get(key) is not None), "")
     if not isinstance(caption, str) or not _is_unicode(caption):
         raise CorruptError("the caption is no text", expected="a Unicode string", where=where)
     caption = caption.strip()
@@ -94,7 +103,8 @@ def _metadata_line(line: str, where: str) -> tuple[str, str]:
             where=where,
             action="shorten it: text encoders see its first 77 tokens",
         )
-    return posixpath.normpath(fields["file_name"]), caption
+    names = {name for name in fields if name != "file_name"}
+    return posixpath.normpath(fields["file_name"]), caption, names
 
 
 def _read_utf8(path: Path, max_bytes: int) -> str:

@@ -8,28 +8,37 @@ loses the race for a number plans once more against the winner.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final, Literal
 
+from sdxl_distill.catalog.captions import CAPTION_FIELDS, CAPTION_SUFFIXES, METADATA_NAME
 from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.row_check import require_legal_rows
 from sdxl_distill.catalog.scan import BadImage, Scan, ScannedImage
 from sdxl_distill.catalog.segment import (
     CatalogRow,
     SegmentHeader,
+    decode_segment,
     encode_segment,
     segment_name,
+    to_rows,
 )
 from sdxl_distill.core.bucket import Bucket, cover_crop, nearest_bucket
-from sdxl_distill.errors import IncompatibleError, StorageError
+from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
 from sdxl_distill.fingerprint import fingerprint
 from sdxl_distill.fsio import Directory
+from sdxl_distill.limits import MAX_SEGMENT_TEXT_BYTES
 
 OnChangedCaption = Literal["error", "keep"]
 Accept = Callable[[Mapping[Bucket, int], Sequence[CatalogRow]], None]
 """Refuses new images by raising; called with each bucket's number of shards, and the new rows."""
 _NUM_NAMES_IN_ERRORS: Final = 5
+_NUM_FIELDS_IN_ERRORS: Final = 20
 _NUM_ATTEMPTS: Final = 2
+_MIN_EMPTY_CAPTIONS: Final = 5
+_ROWS_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class ScanReport:
         differing_captions: images whose duplicates have other captions; the first source's counts.
         changed_captions: images in the catalog whose caption is another now; the old one stays.
         deleted: images in the catalog that the folder no longer has; they stay.
+        mounts: folders on other devices than the image folder, as `Scan.mounts`.
     """
 
     num_images: int
@@ -57,6 +67,7 @@ class ScanReport:
     differing_captions: tuple[str, ...]
     changed_captions: tuple[str, ...]
     deleted: tuple[str, ...]
+    mounts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,7 @@ def grow(
         ),
         changed_captions=tuple(sorted(changed)),
         deleted=tuple(sorted(deleted)),
+        mounts=scan.mounts,
     )
     return Growth(rows, report)
 
@@ -122,14 +134,16 @@ def extend_catalog(
     records_per_shard: int,
     on_changed_caption: OnChangedCaption = "error",
     accept: Accept | None = None,
+    max_text_bytes: int = MAX_SEGMENT_TEXT_BYTES,
 ) -> tuple[Catalog, ScanReport]:
     """Publish what is new as the next segment and return the catalog with it.
 
-    No new image: no segment, and the catalog as it is. `accept` sees what is new before.
+    No new image: no segment, and the catalog as it is. `accept` sees what is new before. More
+    text than `max_text_bytes` goes into several segments, cut between shards.
 
     Raises:
         IncompatibleError: as `grow`.
-        ConfigError: whatever `accept` raises.
+        ConfigError: whatever `accept` raises; when the text of one shard alone is more.
         StorageError: when others published twice in the meantime, or the disk refuses.
     """
     for _ in range(_NUM_ATTEMPTS):
@@ -145,15 +159,101 @@ def extend_catalog(
             return catalog, growth.report
         if accept is not None:
             accept(catalog.num_shards(), growth.rows)
-        n = catalog.n + 1
-        header = SegmentHeader(n, catalog.sha256, scan.started_ns, len(growth.rows))
-        if directory.publish_bytes(segment_name(n), encode_segment(header, growth.rows)):
+        n = _publish(directory, catalog, scan.started_ns, growth.rows, max_text_bytes)
+        if n is not None:
             return Catalog.load(directory, n), growth.report
     raise StorageError(
         "other launches published catalog segments meanwhile, twice",
         where=str(directory.path),
         action="run again; the images that are new by then go to the next segment",
     )
+
+
+def require_captions(catalog: Catalog, scan: Scan) -> None:
+    """Refuse a scan most of whose new images have no caption.
+
+    Raises:
+        ConfigError: with the count, some names, and what `metadata.jsonl` holds instead.
+    """
+    known = {row.tobytes().hex() for row in catalog.ids} if catalog.num_images else set[str]()
+    new = {image.image_id: image for image in reversed(scan.images) if image.image_id not in known}
+    empty = sorted(image.source for image in new.values() if not image.caption)
+    if len(empty) < _MIN_EMPTY_CAPTIONS or 2 * len(empty) <= len(new):
+        return
+    fields = ", ".join(scan.metadata_fields[:_NUM_FIELDS_IN_ERRORS])
+    instead = f"; {METADATA_NAME} has the fields {fields}" if fields else ""
+    files = " or ".join(f"{{stem}}{suffix}" for suffix in CAPTION_SUFFIXES)
+    raise ConfigError(
+        f"{len(empty)} of {len(new)} new images have no caption: {_some(empty)}{instead}",
+        expected=f"{files} next to an image, or {METADATA_NAME} with one of "
+        f"{', '.join(CAPTION_FIELDS)}",
+        where=str(scan.image_dir),
+        action="name captions so, or set data.allow_empty_captions: true to train without",
+    )
+
+
+def _publish(
+    directory: Directory,
+    catalog: Catalog,
+    scan_started_ns: int,
+    rows: Sequence[CatalogRow],
+    max_text_bytes: int,
+) -> int | None:
+    """Publish rows as the next segments; return the last one's number, None when overtaken."""
+    n, predecessor = catalog.n, catalog.sha256
+    for part in _parts(rows, max_text_bytes):
+        n += 1
+        name = segment_name(n)
+        content = encode_segment(SegmentHeader(n, predecessor, scan_started_ns, len(part)), part)
+        predecessor = _read_back(content, name, part)
+        if not directory.publish_bytes(name, content):
+            return None
+    return n
+
+
+def _read_back(content: bytes, name: str, rows: Sequence[CatalogRow]) -> str:
+    """Check that a segment can be read before anyone has to; return its SHA-256."""
+    segment = decode_segment(content, name)
+    require_legal_rows(segment.table, name)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        read = to_rows(segment.table.slice(start, _ROWS_AT_ONCE))
+        assert read == list(rows[start : start + _ROWS_AT_ONCE]), name
+    return segment.sha256
+
+
+def _parts(rows: Sequence[CatalogRow], max_text_bytes: int) -> Iterator[list[CatalogRow]]:
+    """Cut sorted rows between shards, so that no part has more text than `max_text_bytes`.
+
+    Raises:
+        ConfigError: when one shard has more.
+    """
+    part: list[CatalogRow] = []
+    part_bytes = 0
+    for place, group in groupby(rows, key=lambda row: (row.bucket, row.shard)):
+        shard = list(group)
+        num_bytes = sum(map(_text_bytes, shard))
+        if num_bytes > max_text_bytes:
+            raise ConfigError(
+                f"the captions of shard {place[1]} of {place[0].width}x{place[0].height} take "
+                f"{num_bytes} bytes",
+                expected=f"at most {max_text_bytes}",
+                action="lower data.records_per_shard, or shorten the captions",
+            )
+        if part and part_bytes + num_bytes > max_text_bytes:
+            yield part
+            part, part_bytes = [], 0
+        part += shard
+        part_bytes += num_bytes
+    yield part
+
+
+def _text_bytes(row: CatalogRow) -> int:
+    return len(row.source.encode()) + sum(len(caption.encode()) for caption in row.captions)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = ", …" if len(names) > _NUM_NAMES_IN_ERRORS else ""
+    return ", ".join(names[:_NUM_NAMES_IN_ERRORS]) + more
 
 
 def _compare(
@@ -209,10 +309,9 @@ def _row(image: ScannedImage, bucket: Bucket, shard: int) -> CatalogRow:
 
 
 def _changed_captions_error(changed: Sequence[str], where: str) -> IncompatibleError:
-    names = ", ".join(sorted(changed)[:_NUM_NAMES_IN_ERRORS])
-    more = ", …" if len(changed) > _NUM_NAMES_IN_ERRORS else ""
     return IncompatibleError(
-        f"the captions of {len(changed)} images changed since they were catalogued: {names}{more}",
+        f"the captions of {len(changed)} images changed since they were catalogued: "
+        f"{_some(sorted(changed))}",
         expected="the captions that their latents were committed with",
         where=where,
         action="put the captions back, set data.on_changed_caption to keep to go on with the old "

@@ -83,6 +83,10 @@ class BadImageError(CorruptError):
         return self.found
 
 
+class GoneImageError(BadImageError):
+    """An image file that is not there; its folder may not be either."""
+
+
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
     """An upright image: `pixels` uint8 [H, W, 3], RGB."""
@@ -117,13 +121,14 @@ def read_image_file(path: Path, where: str) -> bytes:
         where: how errors name it.
 
     Raises:
-        BadImageError: when it is gone, no regular file or larger than `MAX_FILE_BYTES`.
+        GoneImageError: when it is not there.
+        BadImageError: when it is no regular file or larger than `MAX_FILE_BYTES`.
         StorageError: when the disk refused twice; that says nothing about the image.
     """
     try:
         return retry_once(lambda: fsio.read_bytes(path, MAX_FILE_BYTES))
     except FileNotFoundError as error:
-        raise BadImageError("is gone, or a link that leads nowhere", where=where) from error
+        raise GoneImageError("is gone, or a link that leads nowhere", where=where) from error
     except CorruptError as error:
         raise BadImageError(error.found, expected=error.expected, where=where) from error
 

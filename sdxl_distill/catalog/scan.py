@@ -27,12 +27,14 @@ from sdxl_distill.catalog.captions import (
 from sdxl_distill.catalog.catalog import Catalog, KnownFile
 from sdxl_distill.catalog.image import (
     BadImageError,
+    GoneImageError,
     read_image_file,
     retry_once,
     upright_size,
 )
+from sdxl_distill.catalog.image_folder import ImageFolder
 from sdxl_distill.core.image_id import image_id
-from sdxl_distill.errors import ConfigError
+from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.fsio import storage_errors
 
 IMAGE_SUFFIXES: Final = frozenset(
@@ -67,12 +69,23 @@ class BadImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at the image folder found; both lists sorted by source."""
+    """What one look at the image folder found.
+
+    Attributes:
+        image_dir: the folder.
+        started_ns: nanoseconds since 1970.
+        images: sorted by source.
+        bad_images: likewise.
+        mounts: folders below that lie on another device, relative to the folder.
+        metadata_fields: names of all fields in `metadata.jsonl`, sorted.
+    """
 
     image_dir: Path
     started_ns: int
     images: tuple[ScannedImage, ...]
     bad_images: tuple[BadImage, ...]
+    mounts: tuple[str, ...] = ()
+    metadata_fields: tuple[str, ...] = ()
 
 
 class _Candidate(NamedTuple):
@@ -80,6 +93,12 @@ class _Candidate(NamedTuple):
     source: str
     caption_path: Path | None
     metadata_caption: str
+
+
+class _Found(NamedTuple):
+    candidates: list[_Candidate]
+    mounts: tuple[str, ...]
+    metadata_fields: tuple[str, ...]
 
 
 class _KnownFiles(NamedTuple):
@@ -121,25 +140,28 @@ def scan_folder(
         ConfigError: when the folder is missing, or has no image, no good one or too many.
         BadImageError: with `on_bad_image: error`.
         CorruptError: when a caption file or `metadata.jsonl` is not what it should be.
-        StorageError: when the disk refuses, after one more try.
+        StorageError: when the disk refuses twice, or the folder vanished or lost all its images.
     """
     image_dir = Path(image_dir)
     started_ns = time.time_ns()
-    candidates = _find_candidates(image_dir)
+    folder = ImageFolder(image_dir)
+    candidates, mounts, metadata_fields = _find_again(image_dir, catalog)
+    folder.watch(mounts)
     if max_images is not None:
         _require_at_most(max_images, candidates, image_dir)
     known = _KnownFiles(
         {} if rescan else catalog.known_files(), catalog.scan_started_ns - _COARSEST_MTIME_NS
     )
     look = partial(_look, known=known, max_pixels=max_pixels)
-    images: list[ScannedImage] = []
-    bad_images: list[BadImage] = []
+    images, bad_images = list[ScannedImage](), list[BadImage]()
     for num_done, found in enumerate(_map(look, candidates, num_threads), start=1):
         if isinstance(found, ScannedImage):
             images.append(found)
-        elif on_bad_image == "error":
-            raise found
         else:
+            if isinstance(found, GoneImageError):
+                folder.require_there(found.source)
+            if on_bad_image == "error":
+                raise found
             bad_images.append(BadImage(found.source, found.reason))
         if progress is not None:
             progress(num_done, len(candidates))
@@ -150,17 +172,41 @@ def scan_folder(
             where=str(image_dir),
             action="check data.image_dir and data.max_image_pixels",
         )
-    return Scan(image_dir, started_ns, tuple(images), tuple(bad_images))
+    return Scan(image_dir, started_ns, tuple(images), tuple(bad_images), mounts, metadata_fields)
 
 
-def count_images(image_dir: str | Path) -> int:
-    """Return how many image files are below a folder, by their names alone.
+class ImageCount(NamedTuple):
+    """How many image files there are, and how many of them have no caption anywhere."""
+
+    num_images: int
+    num_without_caption: int
+
+
+def count_images(image_dir: str | Path) -> ImageCount:
+    """Count the image files below a folder, by their names and `metadata.jsonl` alone.
 
     Raises:
         ConfigError: when the folder is missing, or has none.
         StorageError: when the disk refuses.
     """
-    return len(_find_candidates(Path(image_dir)))
+    candidates = _find_candidates(Path(image_dir)).candidates
+    without = sum(not each.caption_path and not each.metadata_caption for each in candidates)
+    return ImageCount(len(candidates), without)
+
+
+def _find_again(image_dir: Path, catalog: Catalog) -> _Found:
+    """Find candidates; that there are none is a fault of the storage where there were some."""
+    try:
+        return _find_candidates(image_dir)
+    except ConfigError as error:
+        if not catalog.num_images:
+            raise
+        raise StorageError(
+            f"{error.found}, but the catalog knows {catalog.num_images} images of it",
+            expected="the folder that was scanned before",
+            where=error.where,
+            action="mount it, or put it back; check data.image_dir",
+        ) from error
 
 
 def _require_at_most(max_images: int, candidates: list[_Candidate], image_dir: Path) -> None:
@@ -173,17 +219,19 @@ def _require_at_most(max_images: int, candidates: list[_Candidate], image_dir: P
         )
 
 
-def _find_candidates(image_dir: Path) -> list[_Candidate]:
+def _find_candidates(image_dir: Path) -> _Found:
     if not image_dir.is_dir():
         raise ConfigError(
             "there is no such folder", where=str(image_dir), action="check data.image_dir"
         )
     metadata: dict[str, dict[str, str]] = {}
+    metadata_fields: set[str] = set()
     candidates: list[_Candidate] = []
-    for folder, names in _walk(image_dir):
+    mounts: list[str] = []
+    for folder, names in _walk(image_dir, mounts):
         if METADATA_NAME in names:
             metadata[folder] = retry_once(
-                partial(read_metadata, image_dir / folder / METADATA_NAME)
+                partial(read_metadata, image_dir / folder / METADATA_NAME, metadata_fields)
             )
         for name in names:
             if Path(name).suffix.lower() in IMAGE_SUFFIXES:
@@ -204,11 +252,16 @@ def _find_candidates(image_dir: Path) -> list[_Candidate]:
             where=str(image_dir),
             action="check data.image_dir",
         )
-    return sorted(candidates, key=lambda candidate: candidate.source)
+    candidates.sort(key=lambda candidate: candidate.source)
+    return _Found(candidates, tuple(sorted(mounts)), tuple(sorted(metadata_fields)))
 
 
-def _walk(image_dir: Path) -> Iterator[tuple[str, set[str]]]:
-    """Yield (folder relative to the top, names of its visible files), parents first."""
+def _walk(image_dir: Path, mounts: list[str]) -> Iterator[tuple[str, set[str]]]:
+    """Yield (folder relative to the top, names of its visible files), parents first.
+
+    Folders on another device than the top are added to `mounts`.
+    """
+    top_device = None
     entered: set[tuple[int, int]] = set()
     waiting = [""]
     while waiting:
@@ -219,6 +272,9 @@ def _walk(image_dir: Path) -> Iterator[tuple[str, set[str]]]:
             if (status.st_dev, status.st_ino) in entered:
                 continue
             entered.add((status.st_dev, status.st_ino))
+        top_device = status.st_dev if top_device is None else top_device
+        if status.st_dev != top_device:
+            mounts.append(folder)
         folders, files = retry_once(partial(_list, path))
         yield folder, files
         inner = (f"{folder}/{name}" if folder else name for name in folders)
@@ -296,7 +352,7 @@ def _status(path: Path, source: str) -> os.stat_result:
             return path.stat()
         except OSError as error:
             if error.errno in _NOWHERE:
-                raise BadImageError(
+                raise GoneImageError(
                     "is gone, or a link that leads nowhere", where=source
                 ) from error
             raise

@@ -71,6 +71,8 @@ def print_build_estimate(config: BuilderConfig, arguments: argparse.Namespace) -
     print(f"dry run of build-shards for {config.teacher.teacher_id}; nothing is built")
     if not estimate.has_latents:
         print("  there are no latents yet: every image file counts, in the largest bucket")
+    if estimate.num_without_caption:
+        print(f"  captions:  {estimate.num_without_caption:,} images have none in a file or line")
     print(f"  images:    {estimate.text.num_records:,}, draws of each: {draws:,}")
     print(f"  shards:    {shards:,}, of which {estimate.num_shards_there:,} are there")
     print(f"  forwards:  {estimate.num_forwards:,} to do, {config.cache.batch_size} at once")

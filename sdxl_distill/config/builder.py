@@ -128,6 +128,9 @@ class BuilderDataSection(Section):
     """What happens to an image that cannot be decoded: leave it out and list it, or stop."""
     on_changed_caption: Literal["error", "keep"] = "error"
     """What happens when the caption of a committed image changed: stop, or keep the old one."""
+    allow_empty_captions: bool = False
+    """Build also when most of the new images have no caption; false stops before anything is
+    written, since that is nearly always a caption file or key of another name."""
     max_image_pixels: Count = 128_000_000
     """Images of more pixels are bad images: a small file can decode to a huge one."""
 

@@ -8,8 +8,10 @@ from sdxl_distill.builder.latents import ImageReader, LatentsContent, planned_sh
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.growth import extend_catalog
 from sdxl_distill.catalog.image import BadImageError
+from sdxl_distill.catalog.image_folder import ImageFolder
 from sdxl_distill.catalog.scan import scan_folder
 from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.errors import StorageError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.latents_plan import LatentsPlan
 
@@ -31,7 +33,7 @@ def catalog(tmp_path, images):
 
 
 def read_all(catalog, images, on_bad_image="skip", batch_size=2):
-    reader = ImageReader(images, 10**6, on_bad_image)
+    reader = ImageReader(ImageFolder(images), 10**6, on_bad_image)
     plan = LatentsPlan(catalog)
     content = LatentsContent(plan, reader, torch.clone, batch_size, num_threads=2)
     return [batch for shard in planned_shards(plan) for batch in content.read(shard)]
@@ -72,3 +74,23 @@ def test_an_image_that_became_a_folder_is_left_out(catalog, images):
     (images / "0.png").unlink()
     (images / "0.png").mkdir()
     assert "0.png" not in sources(read_all(catalog, images))
+
+
+def test_a_folder_that_vanishes_is_a_fault_of_the_storage(catalog, images):
+    reader = ImageReader(ImageFolder(images), 10**6, "skip")
+    images.rename(images.with_name("aside"))
+    images.mkdir()
+    plan = LatentsPlan(catalog)
+    content = LatentsContent(plan, reader, torch.clone, 2, num_threads=2)
+    with pytest.raises(StorageError, match="not the one that was scanned"):
+        list(content.read(planned_shards(plan)[0]))
+
+
+def test_a_shard_of_which_no_image_is_there_is_never_committed(catalog, images):
+    for row in catalog.rows(catalog.shards[0]):
+        (images / row.source).unlink()
+    plan = LatentsPlan(catalog)
+    reader = ImageReader(ImageFolder(images), 10**6, "skip")
+    content = LatentsContent(plan, reader, torch.clone, 2, num_threads=2)
+    with pytest.raises(StorageError, match="none of the 3 images"):
+        list(content.read(planned_shards(plan)[0]))

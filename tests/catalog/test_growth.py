@@ -20,7 +20,7 @@ from sdxl_distill.catalog.segment import (
     segment_name,
 )
 from sdxl_distill.core.bucket import Bucket, cover_crop, nearest_bucket
-from sdxl_distill.errors import IncompatibleError, StorageError
+from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
 from sdxl_distill.fsio import Directory
 
 BUCKETS = (Bucket(64, 64), Bucket(96, 64), Bucket(64, 96))
@@ -258,3 +258,38 @@ def test_scans_that_race_for_real_end_in_one_chain_of_all_images(tmp_path: Path)
         with Directory(path) as directory:
             ids = [row.image_id for row in Catalog.load(directory).images()]
         assert sorted(ids) == [f"{number:032x}" for number in range(8)]
+
+
+def test_more_text_than_a_segment_holds_goes_into_several(directory: Directory) -> None:
+    scan = scan_of(*(image(number, "x" * 1000) for number in range(30)))
+    catalog, report = extend_catalog(
+        directory, scan, buckets=BUCKETS, records_per_shard=2, max_text_bytes=5000
+    )
+    assert report.num_new == catalog.num_images == 30
+    assert catalog.n == 7  # two shards of 2 each
+    assert Catalog.load(directory).sha256 == catalog.sha256
+    whole = grow(Catalog(), scan, buckets=BUCKETS, records_per_shard=2)
+    rows = [row for shard in catalog.shards for row in catalog.rows(shard)]
+    assert rows == list(whole.rows)
+
+
+def test_a_launch_killed_between_two_segments_is_continued(directory: Directory) -> None:
+    scan = scan_of(*(image(number, "x" * 1000) for number in range(30)))
+
+    def extend_cut(first: Scan) -> Catalog:
+        options = {"buckets": BUCKETS, "records_per_shard": 2, "max_text_bytes": 5000}
+        return extend_catalog(directory, first, **options)[0]
+
+    extend_cut(scan)
+    for n in range(3, 8):
+        directory.remove(segment_name(n))
+    catalog = extend_cut(scan)
+    ids = [row.image_id for row in catalog.images()]
+    assert sorted(ids) == [f"{number:032x}" for number in range(30)]
+
+
+def test_a_shard_with_more_text_than_a_segment_holds_is_refused(directory: Directory) -> None:
+    scan = scan_of(image(0, "x" * 1000))
+    with pytest.raises(ConfigError, match=r"shard 0 of 64x64 take \d+ bytes"):
+        extend_catalog(directory, scan, buckets=BUCKETS, records_per_shard=2, max_text_bytes=900)
+    assert directory.names() == set()
