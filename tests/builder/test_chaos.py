@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ class Trial:
 
     def start(self) -> None:
         rank = self.random.randrange(NUM_WORKERS)
-        command = [str(self.path), str(rank), str(NUM_WORKERS), *OPTIONS]
+        links = self.random.choice([(), ("--no-links",)])  # both ways exclude each other's names
+        command = [str(self.path), str(rank), str(NUM_WORKERS), *OPTIONS, *links]
         worker = FORK_SERVER.Process(target=work, args=(command, str(self.log)), daemon=True)
         worker.start()
         self.workers.append(worker)
@@ -62,10 +64,12 @@ class Trial:
             self.start()
         victim = self.random.choice(self.living() or [None])
         blow = self.random.choices(
-            ["kill", "stop", "wake", "shift clocks", "withdraw"], [2, 6, 5, 1, 0.2]
+            ["kill", "stop", "wake", "shift clocks", "withdraw", "forget"], [2, 6, 5, 1, 0.2, 0.5]
         )[0]
         if blow == "shift clocks":
             self._shift_time_stamps()
+        elif blow == "forget":
+            shutil.rmtree(self.path / ".build", ignore_errors=True)
         elif blow == "withdraw":
             if self.path.is_dir():
                 withdraw_set(self.path)

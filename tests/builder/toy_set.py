@@ -6,7 +6,9 @@ Run as a script it is one worker: `toy_set.py FOLDER RANK SIZE [--seed N] [--ran
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
+import os
 import secrets
 import sys
 import time
@@ -127,6 +129,11 @@ def slow_down_publication(seconds: float) -> None:
     Directory.publish = slow_publish
 
 
+def answer_as_vfat(*_arguments: object, **_options: object) -> None:
+    """Refuse a hard link; `places.refuse_links` is out of a script's reach."""
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 def worker_command(path: Path, rank: int = 0, size: int = 1, *options: str) -> list[str]:
     return [sys.executable, __file__, str(path), str(rank), str(size), *options]
 
@@ -142,7 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--slow-disk", type=float, default=0.0)
     parser.add_argument("--expiry", type=float, default=FAST.expiry_seconds)
+    parser.add_argument("--no-links", action="store_true")
     options = parser.parse_args(arguments)
+    if options.no_links:
+        os.link = answer_as_vfat
     if options.slow_disk:
         slow_down_publication(options.slow_disk)
     content = ToyContent(options.seed, random=options.random, pause_seconds=options.slow)
