@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/config/test_loader.py tests/config/test_builder.py tests/c
   tests/stream/test_join.py tests/train/test_session.py tests/train/test_checkpoint.py \
   tests/export/test_student.py tests/export/test_use.py
 
-.PHONY: setup demo test test-lowest check fix bench coverage docs
+.PHONY: setup demo test test-lowest test-processors check fix bench coverage docs
 
 setup: $(INSTALLED)  ## make .venv with the exact versions of constraints.txt
 
@@ -36,6 +36,9 @@ test: setup $(LOWEST_INSTALLED)  ## run the whole test suite; one test asks the 
 
 test-lowest: $(LOWEST_INSTALLED)  ## run a part of the suite with the lowest versions
 	$(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
+
+test-processors: setup  ## what compares floats, under other instruction sets and thread counts
+	$(BIN)/python tests/processors.py
 
 check: setup  ## format, lint, types, import layers; changes nothing
 	$(BIN)/ruff format --check

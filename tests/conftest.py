@@ -1,4 +1,4 @@
-"""Shared fixtures, and one compute thread per process: the suite's bits and times depend on it."""
+"""Shared fixtures, and one compute thread per process unless OMP_NUM_THREADS says otherwise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start take it over
 # A suite in the background of a script ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))  # what tests of several folders share
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sdxl_distill.demo.family import Family
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from patience import PATIENCE_SECONDS
 from torch.distributed import TCPStore
 
 _CAP_DAC_OVERRIDE = 1
@@ -90,9 +91,9 @@ class ForkedCommand:
         self.join()
         return self.exit_code == -signal.SIGKILL
 
-    def wait(self, timeout_seconds: float = 120) -> int:
+    def wait(self) -> int:
         """Return its exit code."""
-        self.join(timeout_seconds)
+        self.join(PATIENCE_SECONDS)
         assert self.exit_code is not None, f"still running: {self.output}"
         return self.exit_code
 

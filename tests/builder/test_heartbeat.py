@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
+
+from patience import wait_until
 
 from sdxl_distill.builder.heartbeat import (
     HEARTBEAT_BYTES,
@@ -53,10 +54,7 @@ def test_pending_records_of_the_living_are_added_up(tmp_path: Path) -> None:
             heartbeat.finish_records(5)
             heartbeat.finish_records(4)
             heartbeat.settle_records(5)
-            deadline = time.monotonic() + 10
             observer = Observer(second, timing)
-            while observer.num_pending() != 4 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert observer.num_pending() == 4
+            wait_until(lambda: observer.num_pending() == 4)
         assert observer.num_pending() == 0
         assert observer.is_dead(first.token)

@@ -16,6 +16,8 @@ from sdxl_distill.builder.withdrawal import withdraw_set
 from sdxl_distill.catalog.image import BadImageError
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, NumericalError
 
+pytestmark = pytest.mark.processors
+
 
 @pytest.fixture(scope="module")
 def records(photo_workshop):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_SECONDS
+from ranks import free_port
 
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.errors import ConfigError
@@ -25,7 +25,7 @@ from sdxl_distill.builder.launch import Launch
 from sdxl_distill.errors import ConfigError, DistillError
 from sdxl_distill.world import World
 world = World.from_environment()
-launch = Launch(world, timeout=timedelta(seconds=30))
+launch = Launch(world, timeout=timedelta(seconds=120))
 def refuse():
     raise ConfigError("no images", expected="images", where="here", action="add some")
 answers = [launch.decide("n", lambda: {"catalog": world.rank + 7})]
@@ -44,12 +44,6 @@ EXPECTED = (
     '[{"catalog": 7}, null, ["ConfigError", '
     '"here: no images; expected images\\n  \\u2192 add some"], false]'
 )
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.multiprocess
@@ -114,7 +108,7 @@ def test_a_job_array_may_not_withdraw() -> None:
 
 
 def test_a_rank_does_not_wait_for_ever() -> None:
-    script = SCRIPT.replace("seconds=30", "seconds=2")
+    script = SCRIPT.replace("seconds=120", "seconds=2")
     started = time.monotonic()
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -127,4 +121,5 @@ def test_a_rank_does_not_wait_for_ever() -> None:
     )
     assert done.returncode != 0
     assert "StorageError" in done.stderr
-    assert time.monotonic() - started < timedelta(seconds=60).total_seconds()
+    # Two seconds of waiting; the rest is the import of torch on a busy machine.
+    assert time.monotonic() - started < PATIENCE_SECONDS

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from sdxl_distill.builder.pipeline import run_pipeline
 
@@ -14,15 +15,12 @@ from sdxl_distill.builder.pipeline import run_pipeline
 class Recorder:
     """A writer that keeps what it gets, and the failure callback."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.written: list[int] = []
         self.failures = 0
-        self.seconds = seconds
 
     def write(self, results: Iterable[int]) -> None:
-        for result in results:
-            time.sleep(self.seconds)
-            self.written.append(result)
+        self.written.extend(results)
 
     def fail(self) -> None:
         self.failures += 1
@@ -38,21 +36,27 @@ def test_results_are_written_in_the_order_of_reading() -> None:
 
 
 def test_stages_overlap() -> None:
-    pause, count = 0.05, 10
+    """One is written while the next is computed and the one after it is read, each time."""
+    count = 10
+    meeting = threading.Barrier(3, timeout=PATIENCE_SECONDS)
 
     def read() -> Iterator[int]:
-        for value in range(count):
-            time.sleep(pause)
+        for value in range(count + 2):
+            if value >= 2:
+                meeting.wait()
             yield value
 
     def compute(value: int) -> int:
-        time.sleep(pause)
+        if 1 <= value <= count:
+            meeting.wait()
         return value
 
-    recorder = Recorder(pause)
-    started = time.monotonic()
-    run_pipeline(read, compute, recorder.write, on_failure=recorder.fail)
-    assert time.monotonic() - started < 2.5 * count * pause
+    def write(results: Iterable[int]) -> None:
+        for value in results:
+            if value < count:
+                meeting.wait()
+
+    run_pipeline(read, compute, write, on_failure=meeting.abort)
 
 
 def test_reading_runs_ahead_by_no_more_than_the_depth() -> None:
@@ -106,7 +110,7 @@ def test_a_reader_that_waits_is_woken_by_a_failure() -> None:
 
     def read() -> Iterator[int]:
         yield 0
-        woken.wait(60)
+        woken.wait(PATIENCE_SECONDS)
 
     def compute(_: int) -> int:
         raise ValueError("stop")
@@ -114,7 +118,7 @@ def test_a_reader_that_waits_is_woken_by_a_failure() -> None:
     started = time.monotonic()
     with pytest.raises(ValueError, match="stop"):
         run_pipeline(read, compute, Recorder().write, on_failure=woken.set)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < PATIENCE_SECONDS
 
 
 def test_an_interrupt_while_the_writer_finishes_ends_the_writer_too() -> None:

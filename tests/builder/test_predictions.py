@@ -17,6 +17,8 @@ from workshop import TEACHER_ID
 
 from sdxl_distill.shards.shard_set import open_shard_set
 
+pytestmark = pytest.mark.processors
+
 EMBEDDINGS = {"encoder_hidden_states", "pooled_embeds"}
 COMPACT = {"teacher_pred", "timestep", "seed", "resolution"}
 FULL = COMPACT | EMBEDDINGS | {"noise"}

@@ -10,6 +10,8 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 
+pytestmark = pytest.mark.processors
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.world import World
 
+pytestmark = pytest.mark.processors
+
 ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from patience import wait_until
 
 from sdxl_distill.builder.heartbeat import HEARTBEAT_BYTES, Beat, Timing
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
@@ -65,6 +66,23 @@ def other_process(path: Path, unit: str) -> Iterator[tuple[subprocess.Popen[str]
             yield process, token
         finally:
             process.kill()
+
+
+def claim_when_free(queue: WorkQueue) -> Claim:
+    made: list[Claim | None] = [None]
+
+    def try_once() -> bool:
+        made[0] = queue.claim(UNITS[0])
+        return made[0] is not None
+
+    wait_until(try_once)
+    assert made[0] is not None
+    return made[0]
+
+
+def num_records_in(heartbeat: Path) -> int:
+    beat = Beat.from_bytes(heartbeat.read_bytes())
+    return -1 if beat is None else beat.num_records
 
 
 def commit(directory: Directory, unit: str) -> None:
@@ -156,10 +174,7 @@ def test_a_killed_worker_of_this_host_is_dead_at_once(tmp_path: Path) -> None:
 def test_a_killed_worker_that_nobody_waited_for_is_dead_too(tmp_path: Path) -> None:
     with other_process(tmp_path, UNITS[0]) as (process, _), worker(tmp_path) as (_, queue):
         os.kill(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while (claim := queue.claim(UNITS[0])) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert claim == Claim(UNITS[0], attempt=1)
+        assert claim_when_free(queue) == Claim(UNITS[0], attempt=1)
 
 
 @pytest.mark.multiprocess
@@ -188,10 +203,7 @@ def test_a_worker_that_hangs_expires_although_its_heartbeat_thread_lives(tmp_pat
     timing = Timing(heartbeat_seconds=0.02, expiry_seconds=0.2)
     with worker(tmp_path, None, timing) as (_, hung), worker(tmp_path, None, timing) as (_, queue):
         assert hung.claim(UNITS[0])
-        deadline = time.monotonic() + 10
-        while (claim := queue.claim(UNITS[0])) is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert claim == Claim(UNITS[0], attempt=1)
+        assert claim_when_free(queue) == Claim(UNITS[0], attempt=1)
 
 
 def test_a_worker_that_finishes_records_does_not_expire(tmp_path: Path) -> None:
@@ -204,10 +216,7 @@ def test_a_worker_that_finishes_records_does_not_expire(tmp_path: Path) -> None:
         heartbeat = tmp_path / ".build" / "workers" / busy_directory.token
         for count in range(1, 20):
             busy.heartbeat.finish_records(1)
-            while (beat := Beat.from_bytes(heartbeat.read_bytes())) is None or (
-                beat.num_records < count
-            ):
-                time.sleep(0.001)
+            wait_until(lambda count=count: num_records_in(heartbeat) >= count)
             clock.seconds += 0.002
             assert queue.claim(UNITS[0]) is None
 
@@ -361,10 +370,8 @@ def test_a_swept_worker_shows_life_again(tmp_path: Path) -> None:
         heartbeat = tmp_path / ".build" / "workers" / directory.token
         heartbeat.unlink()
         queue.heartbeat.finish_records(3)
-        deadline = time.monotonic() + 10
-        while not heartbeat.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.05)
+        wait_until(heartbeat.exists)
+        wait_until(lambda: num_records_in(heartbeat) == 3)
         beat = Beat.from_bytes(heartbeat.read_bytes())
     assert beat is not None
     assert (beat.num_records, beat.num_pending) == (3, 3)

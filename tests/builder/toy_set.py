@@ -150,13 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slow-disk", type=float, default=0.0)
     parser.add_argument("--expiry", type=float, default=FAST.expiry_seconds)
     parser.add_argument("--no-links", action="store_true")
+    parser.add_argument("--straggler-factor", type=float, default=FAST.straggler_factor)
     options = parser.parse_args(arguments)
     if options.no_links:
         os.link = answer_as_vfat
     if options.slow_disk:
         slow_down_publication(options.slow_disk)
     content = ToyContent(options.seed, random=options.random, pause_seconds=options.slow)
-    timing = Timing(options.expiry / 5, options.expiry, 3, 0.02)
+    timing = Timing(options.expiry / 5, options.expiry, options.straggler_factor, 0.02)
     world = World(options.rank, options.size, options.rank, options.size)
     try:
         manifest, summary = build(options.path, options.shards, content, world, timing)

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import patience
 import psutil
 import pytest
 from distill_cache import DistillCache
+from patience import PATIENCE_SECONDS
 from ranks import Ranks, free_port, wait_until as wait_for
 
 from sdxl_distill.cli.main import main
@@ -21,7 +23,6 @@ from sdxl_distill.train.checkpoint import CheckpointFolder
 
 ROOT = Path(__file__).parents[2]
 PLAIN = (sys.executable, str(ROOT / "train.py"))
-DEADLINE_SECONDS = 180.0
 
 
 def launched(num_processes: int, *options: str) -> tuple[str, ...]:
@@ -55,10 +56,13 @@ def last_checkpoint(folder: Path) -> dict[str, bytes]:
 
 
 def wait_until(condition: Callable[[], object], process: psutil.Popen, log: Path) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.01)
+    def holds() -> bool:
+        alive = process.poll() is None
+        held = bool(condition())
+        assert held or alive, log.read_text()
+        return held
+
+    patience.wait_until(holds)
 
 
 def test_it_trains_exports_and_says_where(
@@ -124,7 +128,7 @@ def test_a_plain_process_that_is_asked_to_stop_saves_and_exits_with_75(
     process = start(PLAIN, log, "--config", str(config), *endless, "--set", "training.log_every=1")
     wait_until(lambda: "images/s" in log.read_text(), process, log)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(DEADLINE_SECONDS) == 75
+    assert process.wait(PATIENCE_SECONDS) == 75
     (step,) = checkpoints(tmp_path).steps()
     assert f"asked to stop after step {step}; its checkpoint is saved" in log.read_text()
     assert "--resume latest" in log.read_text()
@@ -139,7 +143,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
     process = start(PLAIN, log, "--config", str(config), *endless, "--no-export")
     wait_until(lambda: "0/100000" in log.read_text(), process, log)
     process.send_signal(signal.SIGINT)
-    assert process.wait(DEADLINE_SECONDS) == 75
+    assert process.wait(PATIENCE_SECONDS) == 75
     (step,) = checkpoints(tmp_path).steps()
     command = log.read_text().partition(f"after step {step}; its checkpoint is saved\n  → ")[2]
     shorter = command.strip().replace("num_steps=100000", f"num_steps={step + 1}")
@@ -191,7 +195,7 @@ def test_ctrl_c_at_the_launcher_has_all_ranks_save(
     launcher = start(launched(2, *on_a_free_port()), log, "--config", str(config), *settings)
     wait_until(lambda: "0/100000" in log.read_text(), launcher, log)
     launcher.send_signal(signal.SIGINT)
-    launcher.wait(DEADLINE_SECONDS)
+    launcher.wait(PATIENCE_SECONDS)
     (step,) = checkpoints(tmp_path).steps()
     assert f"asked to stop after step {step}; its checkpoint is saved" in log.read_text()
     typed = "-m accelerate.commands.launch --multi_gpu --num_processes 2"
@@ -217,12 +221,12 @@ def test_a_killed_launcher_takes_its_ranks_along_and_resumes(
     assert len(ranks) >= 2
     launcher.kill()
     launcher.wait()
-    _, alive = psutil.wait_procs(ranks, timeout=20)
+    _, alive = psutil.wait_procs(ranks, timeout=PATIENCE_SECONDS)
     assert not alive
     assert checkpoints(tmp_path / "killed").steps()[-1] < 16
 
     launcher = start(launched(2, *on_a_free_port()), log, *arguments)
-    assert launcher.wait(DEADLINE_SECONDS) == 0, log.read_text()
+    assert launcher.wait(PATIENCE_SECONDS) == 0, log.read_text()
     assert whole.wait() == [0, 0]
     assert last_checkpoint(tmp_path / "killed") == last_checkpoint(tmp_path / "whole")
 
@@ -245,6 +249,6 @@ def test_two_nodes_are_two_processes(distill_cache: DistillCache, tmp_path: Path
         for number in range(2)
     ]
     for number, launcher in enumerate(launchers):
-        assert launcher.wait(DEADLINE_SECONDS) == 0, (tmp_path / f"log{number}").read_text()
+        assert launcher.wait(PATIENCE_SECONDS) == 0, (tmp_path / f"log{number}").read_text()
     assert node.wait() == [0, 0]
     assert last_checkpoint(tmp_path / "nodes") == last_checkpoint(tmp_path / "node")

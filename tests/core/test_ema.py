@@ -8,6 +8,8 @@ import torch
 from sdxl_distill.core.ema import Ema, ema_decay_at
 from sdxl_distill.errors import IncompatibleError
 
+pytestmark = pytest.mark.processors
+
 
 def test_decay_warms_up_to_its_limit() -> None:
     assert ema_decay_at(0, 0.9999) == pytest.approx(0.1)

@@ -8,6 +8,8 @@ from hypothesis import given, strategies as st
 
 from sdxl_distill.core.loss import loss_floor, record_loss, squared_distance, teacher_mean
 
+pytestmark = pytest.mark.processors
+
 
 def tensors(count: int, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,8 @@ from hypothesis import given, strategies as st
 from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.errors import IncompatibleError
 
+pytestmark = pytest.mark.processors
+
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 

@@ -12,6 +12,8 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.core.prediction import convert_prediction
 from sdxl_distill.errors import IncompatibleError
 
+pytestmark = pytest.mark.processors
+
 TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEPS = torch.tensor([0, 10, 400, 700, 980])
 

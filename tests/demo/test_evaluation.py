@@ -8,6 +8,8 @@ from sdxl_distill.demo.family import write_teacher
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import load_unet
 
+pytestmark = pytest.mark.processors
+
 
 def _evaluate(photo_folders, family, student, teachers=None, **options):
     teachers = family.teachers if teachers is None else teachers

@@ -8,6 +8,8 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.demo.evaluation import encode_folder
 from sdxl_distill.demo.photo_grid import denoise, denoise_photos
 
+pytestmark = pytest.mark.processors
+
 START = 500
 
 

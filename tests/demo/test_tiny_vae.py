@@ -6,6 +6,8 @@ import torch
 from sdxl_distill.demo.encoded_photos import read_photos
 from sdxl_distill.demo.tiny_vae import draw_pyramid, new_vae
 
+pytestmark = pytest.mark.processors
+
 
 @pytest.fixture(scope="module")
 def vae():

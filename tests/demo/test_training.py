@@ -11,6 +11,8 @@ from sdxl_distill.demo.tiny_vae import draw_pyramid, new_vae
 from sdxl_distill.demo.training import spread_timesteps, train_unet, train_vae
 from sdxl_distill.demo.weights import draw_weights
 
+pytestmark = pytest.mark.processors
+
 
 def _generator(seed=0):
     return torch.Generator().manual_seed(seed)

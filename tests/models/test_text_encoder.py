@@ -16,6 +16,8 @@ from sdxl_distill.models.text_encoder import (
 )
 from sdxl_distill.models.unet import UnetGeometry, unet_geometry
 
+pytestmark = pytest.mark.processors
+
 CAPTIONS = [
     "a photo of a cat in the grass",
     "",

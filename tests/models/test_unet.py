@@ -11,6 +11,8 @@ from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import load_unet, predict, unet_geometry
 
+pytestmark = pytest.mark.processors
+
 
 class Inputs(NamedTuple):
     noisy_latents: torch.Tensor

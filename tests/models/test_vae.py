@@ -13,6 +13,8 @@ from sdxl_distill.errors import IncompatibleError, NumericalError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.vae import decode_latents, encode_images, latent_channels, load_vae
 
+pytestmark = pytest.mark.processors
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_family):

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from patience import PATIENCE_SECONDS
 from shard_sets import SHARD_SIZES, ShardSets
 from webdataset_oracle import read_all
 
@@ -143,7 +144,7 @@ def test_a_forgotten_stream_leaves_no_thread_behind(pair: list[ShardSet]) -> Non
     del stream, batches
     gc.collect()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(PATIENCE_SECONDS)
     assert not any(thread.is_alive() for thread in threads)
 
 

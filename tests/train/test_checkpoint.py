@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import wait_until
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.train.checkpoint import (
@@ -207,9 +208,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        deadline = time.monotonic() + 30
-        while not CheckpointFolder(tmp_path).steps() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(CheckpointFolder(tmp_path).steps)
         time.sleep(delay_seconds)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()

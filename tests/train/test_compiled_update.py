@@ -10,6 +10,8 @@ import torch._dynamo
 
 from sdxl_distill.train.optimizer import AdamW
 
+pytestmark = pytest.mark.processors
+
 SHAPES = [(320,), (32, 4, 3, 3), (64, 32, 3, 3), (128, 256), (64, 64), (40, 320), (96, 128), (1,)]
 
 

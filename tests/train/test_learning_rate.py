@@ -7,6 +7,8 @@ import torch
 
 from sdxl_distill.train.learning_rate import learning_rate_at
 
+pytestmark = pytest.mark.processors
+
 SETTINGS = {"lr": 0.5, "num_steps": 100, "warmup_steps": 10}
 
 

@@ -25,6 +25,8 @@ from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm, g
 from sdxl_distill.train.parameter_update import updated
 from sdxl_distill.train.stochastic_rounding import int32_scalar
 
+pytestmark = pytest.mark.processors
+
 
 def slope(moves: torch.Tensor, right: torch.Tensor) -> float:
     return ((moves * right).sum() / (right * right).sum()).item()
@@ -40,7 +42,9 @@ def test_in_float32_it_equals_torchs_adamw() -> None:
     train(theirs, reference, 120)
 
     for (_, parameter), (_, their_parameter) in zip(named, theirs, strict=True):
-        torch.testing.assert_close(parameter, their_parameter, rtol=1e-6, atol=2e-8)
+        # 120 steps round the weight twice each, by up to 2^-24 of it, and torch's kernels round
+        # elsewhere: 1e-6 was seen. test_exact_steps.py compares bits.
+        torch.testing.assert_close(parameter, their_parameter, rtol=1e-5, atol=1e-7)
 
 
 def test_a_parameter_that_gets_its_first_gradient_late_is_updated_as_torch_does() -> None:

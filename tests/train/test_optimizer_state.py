@@ -12,6 +12,8 @@ from optimizer_cases import all_bits, any_mode, assert_same_bits, own, train
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
 
+pytestmark = pytest.mark.processors
+
 
 @any_mode
 def test_saved_and_loaded_midway_it_goes_on_bit_for_bit(mode: str) -> None:

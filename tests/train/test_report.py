@@ -36,14 +36,19 @@ def test_means_are_over_the_records_since_the_last_log(tmp_path: Path) -> None:
 
 
 def test_rates_are_of_the_time_that_passed(tmp_path: Path) -> None:
+    """The report's own clock runs between two of ours, however busy the machine is."""
+    before = time.perf_counter()
     with report_in(tmp_path) as report:
-        started_seconds = time.perf_counter()
-        time.sleep(0.2)
+        after_start = time.perf_counter()
+        time.sleep(0.05)
         report.count(torch.zeros(3), 8, 0.1)
+        before_log = time.perf_counter()
         report.log(1, 0, 1e-3, torch.tensor(0.5))
-        seconds = time.perf_counter() - started_seconds
-    assert report.latest["distill/images_per_second"] == pytest.approx(8 / seconds, rel=0.1)
-    assert report.latest["distill/data_wait"] == pytest.approx(0.1 / seconds, rel=0.1)
+        after = time.perf_counter()
+    least, most = before_log - after_start, after - before
+    assert 8 / most <= report.latest["distill/images_per_second"] <= 8 / least
+    waited = report.latest["distill/data_wait"]
+    assert 0.1 / most <= waited * (1 + 2**-20) and waited <= 0.1 / least * (1 + 2**-20)
 
 
 def test_events_of_a_killed_run_are_hidden_from_the_resumed_step_on(tmp_path: Path) -> None:

@@ -71,8 +71,14 @@ def resume_to_the_end(launch: Launch, folder: Path, world: int, reference: str =
 
 
 def kill_after(ranks: Ranks, folder: Path, step: int, delay_seconds: float) -> None:
-    wait_until(lambda: max(checkpoints(folder).steps(), default=0) >= step, ranks)
-    time.sleep(delay_seconds)
+    """Kill some time after a checkpoint, but well before the end: a busy machine may oversleep."""
+
+    def last_step() -> int:
+        return max(checkpoints(folder).steps(), default=0)
+
+    wait_until(lambda: last_step() >= step, ranks)
+    moment = time.monotonic() + delay_seconds
+    wait_until(lambda: time.monotonic() >= moment or last_step() >= NUM_STEPS - 4, ranks)
     ranks.kill()
     assert checkpoints(folder).steps()[-1] < NUM_STEPS, "it ended before it was killed"
 

@@ -18,6 +18,8 @@ from sdxl_distill.train.stochastic_rounding import (
     rounding_key,
 )
 
+pytestmark = pytest.mark.processors
+
 FORMATS = {"exp_avg": EXP_AVG_CODE, "exp_avg_sq_root": EXP_AVG_SQ_ROOT_CODE}
 any_format = pytest.mark.parametrize("code", FORMATS.values(), ids=FORMATS)
 

@@ -17,6 +17,8 @@ from sdxl_distill.demo.family import Family
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.train.step import DistillationStep
 
+pytestmark = pytest.mark.processors
+
 WEIGHTS = (0.5, 0.3, 0.2)
 CPU = torch.device("cpu")
 
@@ -155,7 +157,9 @@ def test_micro_batches_add_up_to_the_whole_batch(
     whole = step.backward(batch, len(batch))
     expected = gradients_of(student)
     pieces = step.backward(batch, micro_batch_size)
-    require_close(gradients_of(student), expected, 2e-6)
+    # 1.9e-6 with SSE4.1, 1e-6 with AVX-512: sums in another order. Five times that is allowed;
+    # a record that counts twice, or a fifth of the weight, is 0.2.
+    require_close(gradients_of(student), expected, 1e-5)
     assert torch.allclose(pieces, whole, rtol=1e-5)
 
 

@@ -17,6 +17,8 @@ from sdxl_distill.train.stochastic_rounding import (
     split_master,
 )
 
+pytestmark = pytest.mark.processors
+
 CPU = torch.device("cpu")
 NUM_WORDS = 1 << 18
 

@@ -113,5 +113,5 @@ def test_a_process_that_waits_outside_python_ends_all_the_same() -> None:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 7
+        assert process.wait(PATIENCE_SECONDS) == 7
         assert process.stdout.read() == "abandoned False\n"

@@ -17,6 +17,8 @@ from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.session import train
 
+pytestmark = pytest.mark.processors
+
 Weights = dict[str, torch.Tensor]
 
 

@@ -19,6 +19,8 @@ from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.validation import averaged_weights, validation_losses
 
+pytestmark = pytest.mark.processors
+
 CPU = torch.device("cpu")
 
 

@@ -11,6 +11,8 @@ from distill_cache import DistillCache
 from ranks import Ranks
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.processors
+
 GLOBAL_BATCH = 4
 
 
