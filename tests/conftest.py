@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start take it over
+# Threads that spin while they wait for one that does not run take seconds for a millisecond's work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A suite in the background of a script ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))  # what tests of several folders share

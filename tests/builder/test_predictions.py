@@ -61,7 +61,8 @@ VARIANTS = {
         ["teacher.use_bf16=true", "cache.dtype=bf16"],
         dtype=torch.bfloat16,
         stored_dtype=torch.bfloat16,
-        tolerance=3e-2,
+        # Batches of two and of one, rounded to 8 bits: 1.9e-2 at most under any instruction set.
+        tolerance=4e-2,
     ),
     "zero-terminal-snr": Variant(
         [

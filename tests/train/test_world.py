@@ -39,8 +39,11 @@ def after_one_step(
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        (["student.use_gradient_checkpointing=true"], 5e-6),
-        (["student.use_bf16=true", "training.exact_masters=true"], 1e-2),
+        (["student.use_gradient_checkpointing=true"], 1e-5),  # seen: 1.6e-6 at most; six times that
+        (
+            ["student.use_bf16=true", "training.exact_masters=true"],
+            1e-2,
+        ),  # seen: 3.1e-3 at most; three times that
     ],
     ids=["float32", "bfloat16"],
 )
