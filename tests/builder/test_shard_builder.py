@@ -57,7 +57,7 @@ def ask_to_stop_once_it_is_heard() -> None:
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
 
 
 def leftovers(path: Path) -> list[str]:
