@@ -100,11 +100,18 @@ def test_killed_while_it_writes_and_killed_again(
     launch: Launch, uninterrupted: Callable[[int], list[bytes]], tmp_path: Path
 ) -> None:
     ranks = launch(tmp_path, 1, "training.checkpoint_every=1")
-    wait_until(lambda: checkpoints(tmp_path).steps() and _is_writing(tmp_path), ranks)
+    wait_until(
+        lambda: (
+            (steps := checkpoints(tmp_path).steps())
+            and (_is_writing(tmp_path) or steps[-1] >= NUM_STEPS // 2)
+        ),
+        ranks,
+    )
     ranks.kill()
     before = checkpoints(tmp_path).steps()[-1]
+    assert before < NUM_STEPS, "it ended before it was killed"
     ranks = launch(tmp_path, 1, "training.checkpoint_every=1", resume="latest")
-    kill_after(ranks, tmp_path, step=before + 2, delay_seconds=0.05)
+    kill_after(ranks, tmp_path, step=min(before + 2, NUM_STEPS - 2), delay_seconds=0.05)
     resume_to_the_end(launch, tmp_path, 1)
     assert last_checkpoint(tmp_path) == uninterrupted(1)
 
