@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from sdxl_distill.train.stop_signals import SIGNALS, StopSignals
 
