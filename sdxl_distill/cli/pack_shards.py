@@ -26,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=path_argument,
         help="the latents set that the records follow, shard by shard; may be left out for "
-        "latents themselves, which are then cut anew",
+        "latents themselves, which follow the catalog that lies with them",
     )
     parser.add_argument(
         "--records-per-shard",
         metavar="N",
         type=positive_number,
-        default=512,
-        help="of latents that are cut anew (default: %(default)s)",
+        help="of latents without a catalog, which are cut again (default: as the set had); images "
+        "cannot be added to such a set",
     )
 
 

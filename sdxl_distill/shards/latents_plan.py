@@ -79,6 +79,11 @@ class LatentsPlan:
         """Return what a shard names as its source; None for an unbound one."""
         return None if name in self._unbound else ids_digest(self.ids(name))
 
+    def held_ids(self, name: ShardName) -> list[str]:
+        """Return the ids of a shard's images but for those left out, 32 hex digits each."""
+        ids = self.ids(name)
+        return [row.tobytes().hex() for row in ids[~_is_in(ids, self._left_out)]]
+
     def accepts(self, index: ShardIndex) -> bool:
         """Whether a shard holds images of its plan only, and the others are accounted for."""
         planned = self.ids(index.name)

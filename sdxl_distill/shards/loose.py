@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_DRAWS
@@ -76,7 +77,7 @@ class LooseFolder:
             elif not name.startswith("."):
                 others.add(name)
         sidecars = others.intersection(record.sidecar_name for record in records)
-        strangers = others - sidecars - {SET_RECORD_NAME, EMPTY_RECORD_NAME}
+        strangers = others - sidecars - {SET_RECORD_NAME, EMPTY_RECORD_NAME, CATALOG_FOLDER}
         return cls(tuple(sorted(records)), frozenset(sidecars), tuple(sorted(strangers)))
 
     @property

@@ -21,6 +21,12 @@ from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_RECORD_BYTES, MAX_SIDE
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
 from sdxl_distill.shards.loose import LooseFolder, LooseRecord, open_new_folder
+from sdxl_distill.shards.loose_catalog import (
+    LooseCatalog,
+    copy_catalog,
+    has_catalog,
+    read_loose_catalog,
+)
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
@@ -32,6 +38,7 @@ from sdxl_distill.shards.writer import ShardWriter
 
 Progress = Callable[[int, int], None]
 
+_RECORDS_PER_SHARD: Final = 512
 _UNPACK_ANEW: Final = "unpack the set anew, or remove what does not belong to it"
 
 
@@ -48,7 +55,7 @@ def pack_set(
     output: str | Path,
     latents_path: str | Path | None = None,
     *,
-    records_per_shard: int = 512,
+    records_per_shard: int | None = None,
     on_progress: Progress = lambda _done, _all: None,
 ) -> Manifest:
     """Write the shard set that a loose folder holds, and return its manifest.
@@ -58,9 +65,9 @@ def pack_set(
     Args:
         path: a folder that `unpack_set` wrote; it is only read.
         output: new or empty folder.
-        latents_path: the latents set that the records were made from. For latents themselves:
-            a set with the same shards, or None to cut the sorted keys of each bucket anew.
-        records_per_shard: of latents that are cut anew.
+        latents_path: the latents set that the records follow. For latents themselves None: the
+            catalog in the folder; without one, sorted keys are cut, and the set cannot grow.
+        records_per_shard: of latents that are cut again; None takes that of `set.json`.
         on_progress: called with how many shards are done and how many there are.
 
     Raises:
@@ -72,15 +79,20 @@ def pack_set(
     """
     with Directory(path) as source:
         record = _read_set_record(source)
-        folder = LooseFolder.of(source.names())
+        folder, before, origin = LooseFolder.of(source.names()), None, None
         _require_no_strangers(folder, record, source)
         latents = None if latents_path is None else open_shard_set(latents_path)
         if latents is not None:
+            before, origin = latents.manifest, latents.directory
             record = _follow(record, latents, Path(output))
             plans = _plan_after(latents, record, folder)
-            _require_same_records(folder, plans, source, latents)
+        elif record.kind == "latents" and has_catalog(source.path):
+            loose, origin = read_loose_catalog(source.path, record), source.path
+            before, plans = loose.manifest, _plan_by_catalog(loose, record)
         else:
             plans = _plan_anew(record, folder, records_per_shard, source)
+        if before is not None:
+            _require_same_records(folder, plans, source)
         _require_headers(source, plans)
         _require_legal(source, record, plans)
         with open_new_folder(output) as target:
@@ -89,13 +101,13 @@ def pack_set(
             for num_done, plan in enumerate(plans, 1):
                 indices.append(_write_shard(source, target, plan))
                 on_progress(num_done, len(plans))
-            manifest = Manifest.build(
-                record,
-                0 if latents is None else latents.manifest.catalog,
-                indices,
-                latents.manifest.undecodable if latents and record.kind == "latents" else (),
-                _copy_empty_record(source, target, record),
-            )
+            is_latents = record.kind == "latents"
+            if is_latents and origin is not None and has_catalog(origin):
+                copy_catalog(origin, target.path)
+            catalog = 0 if before is None else before.catalog
+            left_out = before.undecodable if before and is_latents else ()
+            empty = _copy_empty_record(source, target, record)
+            manifest = Manifest.build(record, catalog, indices, left_out, empty)
             target.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
@@ -149,7 +161,7 @@ def _plan_after(latents: ShardSet, record: SetRecord, folder: LooseFolder) -> li
     plans: list[_Plan] = []
     for entry in latents.manifest.shards:
         index = latents.index(entry.name(latents.id))
-        source_sha256 = None if record.kind == "latents" else entry.tar_sha256
+        source_sha256 = entry.source_sha256 if record.kind == "latents" else entry.tar_sha256
         for draw in range(folder.num_draws):
             name = ShardName(record.id, entry.width, entry.height, entry.number, draw)
             records = [
@@ -160,8 +172,19 @@ def _plan_after(latents: ShardSet, record: SetRecord, folder: LooseFolder) -> li
     return plans
 
 
+def _plan_by_catalog(loose: LooseCatalog, record: SetRecord) -> list[_Plan]:
+    plans: list[_Plan] = []
+    for name, entry in zip(loose.manifest.names(), loose.manifest.shards, strict=True):
+        records = [
+            LooseRecord(name.width, name.height, 0, image_id)
+            for image_id in loose.plan.held_ids(name)
+        ]
+        plans.append(_Plan(name, _header(record, name, entry.source_sha256), records))
+    return plans
+
+
 def _plan_anew(
-    record: SetRecord, folder: LooseFolder, records_per_shard: int, source: Directory
+    record: SetRecord, folder: LooseFolder, records_per_shard: int | None, source: Directory
 ) -> list[_Plan]:
     if record.kind != "latents":
         raise ConfigError(
@@ -170,6 +193,10 @@ def _plan_anew(
             where=str(source.path),
             action="add --latents DIR",
         )
+    configured = record.content.get("records_per_shard")
+    records_per_shard = records_per_shard or (
+        configured if isinstance(configured, int) and configured > 0 else _RECORDS_PER_SHARD
+    )
     plans: list[_Plan] = []
     for (width, height), group in groupby(folder.records, key=lambda entry: entry[:2]):
         records = list(group)
@@ -186,9 +213,7 @@ def _header(record: SetRecord, name: ShardName, source_sha256: str | None) -> Re
     )
 
 
-def _require_same_records(
-    folder: LooseFolder, plans: list[_Plan], source: Directory, latents: ShardSet
-) -> None:
+def _require_same_records(folder: LooseFolder, plans: list[_Plan], source: Directory) -> None:
     planned = {record for plan in plans for record in plan.records}
     missing, extra = planned.difference(folder.records), set(folder.records) - planned
     if missing or extra:
@@ -199,7 +224,7 @@ def _require_same_records(
         ]
         raise IncompatibleError(
             "; ".join(parts),
-            expected=f"the {len(planned)} records of set {latents.id} in {folder.num_draws} draws",
+            expected=f"the {len(planned)} records of the latents set, in {folder.num_draws} draws",
             where=str(source.path),
             action=_UNPACK_ANEW,
         )
@@ -284,7 +309,7 @@ def _write_shard(source: Directory, target: Directory, plan: _Plan) -> ShardInde
 
 
 def _sidecar(source: Directory, plan: _Plan, record: LooseRecord) -> bytes | None:
-    if plan.header.source_sha256 is not None:  # latents alone have no source, and captions
+    if "latents" not in {place.name for place in plan.header.places}:  # no others have captions
         return None
     where = str(source.path / record.sidecar_name)
     try:

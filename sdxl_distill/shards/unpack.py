@@ -14,6 +14,7 @@ from sdxl_distill.errors import StorageError
 from sdxl_distill.fsio import Directory, read_bytes
 from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.shards.loose import LooseRecord, open_new_folder
+from sdxl_distill.shards.loose_catalog import copy_catalog, has_catalog
 from sdxl_distill.shards.ordered_map import ordered_map
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
@@ -35,6 +36,8 @@ def unpack_set(
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Unpacked:
     """Write every record of a complete set as a file of its own, and `set.json` last.
+
+    Next to latents lie the catalog and the manifest, in `catalog/`.
 
     Args:
         path: folder of the set; it is only read.
@@ -59,6 +62,8 @@ def unpack_set(
             shard_set.read_empty_record()  # checks it
             content = read_bytes(shard_set.directory / EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
             _write_new(directory, EMPTY_RECORD_NAME, content)
+        if shard_set.manifest.record.kind == "latents" and has_catalog(shard_set.directory):
+            copy_catalog(shard_set.directory, directory.path, shard_set.manifest)
         content = read_bytes(shard_set.directory / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
         _write_new(directory, SET_RECORD_NAME, content)
     return Unpacked(num_records, num_bytes)

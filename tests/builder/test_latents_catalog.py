@@ -7,11 +7,13 @@ import pytest
 from damages import flip_a_byte_of_the_tar
 from earlier_version import without_sources
 from oracles.tars import read_set
-from photos import damage_pixels, write_images
+from photos import damage_pixels, write_image, write_images
 from workshop import Workshop, identities, published_files
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.shards.pack import pack_set
 from sdxl_distill.shards.shard_set import open_shard_set
+from sdxl_distill.shards.unpack import unpack_set
 from sdxl_distill.shards.verify import verify_set
 
 
@@ -235,3 +237,40 @@ def test_a_set_of_an_earlier_version_without_a_catalog_is_valid_and_says_what_it
     result = verify_set(earlier.latents)
     assert result.findings == []
     assert any("no images can be added" in note for note in result.notes)
+
+
+def test_a_set_that_was_unpacked_and_packed_is_the_same_and_grows_without_doubles(built_workshop):
+    workshop = built_workshop
+    damage_pixels(write_image(workshop.images / "bad.png", 77, caption="bad"))
+    workshop.build_latents()
+    before = published_files(workshop.latents)
+    catalog = [path.read_bytes() for path in segments(workshop)]
+    unpack_set(workshop.latents, workshop.root / "loose")
+    shutil.rmtree(workshop.latents)
+    pack_set(workshop.root / "loose", workshop.latents)
+    assert published_files(workshop.latents) == before
+    assert [path.read_bytes() for path in segments(workshop)] == catalog
+    write_images(workshop.images, 5, first=13)
+    manifest = workshop.build_latents().built.manifest
+    assert (manifest.num_records, len(manifest.undecodable)) == (18, 1)
+    assert faults(workshop) == []
+
+
+def test_loose_latents_with_a_record_missing_are_not_packed(built_workshop):
+    unpack_set(built_workshop.latents, built_workshop.root / "loose")
+    record = next((built_workshop.root / "loose").glob("*_*x*.safetensors"))
+    record.unlink()
+    record.with_suffix(".json").unlink()
+    with pytest.raises(IncompatibleError, match="1 records are missing"):
+        pack_set(built_workshop.root / "loose", built_workshop.root / "packed")
+
+
+def test_loose_latents_without_a_catalog_keep_the_sets_shard_size_and_cannot_grow(earlier):
+    unpack_set(earlier.latents, earlier.root / "loose")
+    shutil.rmtree(earlier.root / "loose" / "catalog")
+    shutil.rmtree(earlier.latents)
+    manifest = pack_set(earlier.root / "loose", earlier.latents)
+    assert max(entry.num_records for entry in manifest.shards) == 3
+    assert faults(earlier) == []
+    write_images(earlier.images, 5, first=13)
+    refused(earlier, "catalog is missing")
