@@ -33,7 +33,7 @@ _HEADER_KEY: Final = b"catalog"
 _DIGEST_PREFIX: Final = b'{"digest":"'
 _NO_DIGEST: Final = "0" * 64
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_ROWS_AT_ONCE: Final = 1 << 16
+_ROWS_AT_ONCE: Final = 1024  # captions have at most 1 MiB each
 _MAX_INT64: Final = (1 << 63) - 1
 _NAME: Final = re.compile(r"catalog-([0-9]{6})\.parquet")
 _COLUMNS: Final[tuple[tuple[str, pa.DataType], ...]] = (
@@ -179,9 +179,7 @@ def decode_segment(content: bytes, where: str) -> Segment:
             pa.BufferReader(content), page_checksum_verification=True, pre_buffer=False
         ) as file:
             header = _parse_header(file.metadata.metadata or {}, where)
-            # In pieces: offsets of 32 bits end at 2 GiB of captions in one piece.
-            pieces = file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False)
-            table = pa.Table.from_batches(pieces, schema=file.schema_arrow)
+            table = _read_rows(file)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise CorruptError(
@@ -203,6 +201,15 @@ def decode_segment(content: bytes, where: str) -> Segment:
 def to_rows(table: pa.Table) -> list[CatalogRow]:
     """Return the rows of a table, or of a slice of one."""
     return [_from_cells(cells) for cells in table.to_pylist()]
+
+
+def _read_rows(file: pq.ParquetFile) -> pa.Table:
+    """Return all rows; in small pieces where they have more text than offsets of 32 bits reach."""
+    try:
+        return file.read(use_threads=False)
+    except pa.ArrowNotImplementedError:
+        pieces = file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False)
+        return pa.Table.from_batches(pieces, schema=file.schema_arrow)
 
 
 def _check_digest(content: bytes, where: str) -> tuple[str, bool]:
