@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from distill_cache import DistillCache
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from sdxl_distill.demo.family import Family
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# hypothesis fails an example that takes 200 ms, as any may on a busy machine.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
