@@ -273,6 +273,7 @@ def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader
 
     Raises:
         CorruptError: when its header is damaged, or the file is cut.
+        IncompatibleError: when it is of latents whose catalog is missing.
     """
     where = str(source.path / record.file_name)
     with os.fdopen(source.open(record.file_name), "rb") as file, storage_errors(where):
@@ -284,6 +285,13 @@ def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader
     found = RecordHeader.parse(content, where)
     if found.fingerprint != header.fingerprint:
         return f"are of set {found.fingerprint[:12]}…"
+    if header.source_sha256 is None:  # latents that are cut again, of a set that has a catalog
+        raise IncompatibleError(
+            "the records are of shards that a catalog planned, and the catalog is missing",
+            expected="the folder catalog next to them, as unpack-shards writes it",
+            where=str(source.path),
+            action="put it back, or unpack the set again",
+        )
     if found.source_sha256 != header.source_sha256:
         return "were made from other latents"
     raise CorruptError(

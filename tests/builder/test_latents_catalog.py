@@ -274,3 +274,11 @@ def test_loose_latents_without_a_catalog_keep_the_sets_shard_size_and_cannot_gro
     assert faults(earlier) == []
     write_images(earlier.images, 5, first=13)
     refused(earlier, "catalog is missing")
+
+
+def test_loose_latents_that_lost_their_catalog_are_told_so(built_workshop):
+    unpack_set(built_workshop.latents, built_workshop.root / "loose")
+    shutil.rmtree(built_workshop.root / "loose" / "catalog")
+    with pytest.raises(IncompatibleError, match=r"the catalog is missing(.|\n)*put it back"):
+        pack_set(built_workshop.root / "loose", built_workshop.root / "packed")
+    assert not (built_workshop.root / "packed").exists()
