@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/config/test_loader.py tests/config/test_builder.py tests/c
   tests/stream/test_join.py tests/train/test_session.py tests/train/test_checkpoint.py \
   tests/export/test_student.py tests/export/test_use.py
 
-.PHONY: setup demo test test-lowest test-processors check fix bench coverage docs
+.PHONY: setup demo test test-lowest test-processors check fix bench coverage house docs
 
 setup: $(INSTALLED)  ## make .venv with the exact versions of constraints.txt
 
@@ -58,6 +58,9 @@ coverage: setup $(LOWEST_INSTALLED)  ## which lines no test reaches
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+house: setup  ## figures of the package's own text
+	$(BIN)/python tests/house/figures.py
 
 docs: setup  ## regenerate docs/configuration.md and configs/*.schema.json
 	$(BIN)/python -m sdxl_distill.config.reference

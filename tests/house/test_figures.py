@@ -1,0 +1,69 @@
+"""The figures that `make house` prints are counted: on modules written for the test."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+FIGURES = runpy.run_path(str(Path(__file__).parent / "figures.py"))
+
+LOSS = '''"""Losses."""
+
+from __future__ import annotations
+
+
+# Why it is so.
+def loss(student: float, mean, *, weight: float = 1.0) -> float:
+    """Return it.
+
+    Args:
+        student: of the student.
+        mean: the teachers' average.
+        weight: which the user gave,
+            for each record.
+    """
+    return weight * (student - mean) ** 2  # squared
+
+
+def _hidden(value): ...
+
+
+class Open:
+    def public(self, value: int) -> int: ...
+'''
+TRAIN = '''"""Trains."""
+
+from sdxl_distill.core.loss import loss
+from sdxl_distill.core import schedule
+'''
+
+
+@pytest.fixture
+def shown() -> dict[str, str]:
+    source = FIGURES["Source"]
+    modules = [
+        source("core.loss", LOSS),
+        source("core.schedule", '"""Order."""\n\nfrom sdxl_distill.core.loss import loss\n'),
+        source("cli.train", TRAIN),
+    ]
+    return dict(FIGURES["figures"](modules))
+
+
+def test_definitions_arguments_and_comments_are_counted(shown):
+    assert shown["public definitions with a docstring"] == "33.3% (1 of 3)"
+    assert shown["arguments annotated"] == "60.0% (3 of 5)"
+    assert shown["comment lines among all that are not blank"] == "5.0% (1 of 20)"
+    assert shown["longest function"] == "10 lines, `core.loss.loss`"
+
+
+def test_entries_that_are_no_phrases_are_counted(shown):
+    assert shown["Args entries that are fragments"] == "2 of 3"
+
+
+def test_imports_are_told_apart_and_followed_to_the_answer(shown):
+    assert shown["imports inside a package / across packages"] == "1 / 2"
+    assert shown["files to read: where is the loss?"] == (
+        "1 by name (`core.loss`), 2 by imports: cli.train → core.loss"
+    )
