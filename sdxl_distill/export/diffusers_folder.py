@@ -2,7 +2,7 @@
 
 `StableDiffusionXLPipeline.from_pretrained` of every supported version loads it, in any dtype. All
 but the UNet is its source's, bit for bit, so that the sets made with it go on fitting. Written
-beside its name and renamed, so that the folder is whole or not there.
+next to its name and renamed, so that the folder is whole or not there.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Join:
         sets: that are joined.
         shards: that all sets have; rows of the schedule's shard table.
         memory: that batches lie in.
-        num_in_use: shards that are read from at once, of all buckets.
+        num_in_use: shards that are read from at once, of all buckets and draws.
 
     Attributes:
         room: what is kept open.
@@ -90,7 +90,7 @@ class Join:
         slots = self._slots()
         self._runs = [run for each in sets.all for run in _runs(each, slots)]
         self._layout = lru_cache(_MAX_LAYOUTS)(self._new_layout)
-        self.room = room_for(self._runs, shards, num_in_use)
+        self.room = room_for(self._runs, shards, num_in_use, sets.num_draws)
         self._open = lru_cache(self.room.num_shards)(self._open_shard)
         # Announcing costs a tenth of the time when nothing has to be waited for.
         self._waits_for_disk = True

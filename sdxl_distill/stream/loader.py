@@ -113,7 +113,7 @@ class JoinedStream:
         self._ahead = ReadAhead(self._join, num_threads=num_threads, num_batches=prefetch)
         if rank == 0:
             _report_small_buckets(self.schedule)
-            _report_room(self._join.room, len(shards))
+            _report_room(self._join.room, len(shards) * self._sets.num_draws)
 
     @property
     def teacher_ids(self) -> tuple[str, ...]:
@@ -203,8 +203,8 @@ def _shard_table(latents: ShardSet, shards: Sequence[AlignedShard], fraction: fl
 
 def _report_room(room: Room, num_shards: int) -> None:
     _log.info(
-        "%d of %d shards are kept open at once: %d files, of which this process may have %d, and "
-        "about %.1f MB of memory",
+        "%d of %d shards, each draw counted, are kept open at once: %d files, of which this "
+        "process may have %d, and about %.1f MB of memory",
         room.num_shards,
         num_shards,
         room.num_files,

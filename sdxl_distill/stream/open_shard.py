@@ -150,13 +150,16 @@ class Room(NamedTuple):
     num_files: int
 
 
-def room_for(runs: Sequence[Run], shards: Sequence[AlignedShard], num_in_use: int) -> Room:
+def room_for(
+    runs: Sequence[Run], shards: Sequence[AlignedShard], num_in_use: int, num_draws: int = 1
+) -> Room:
     """Return the room for the shards in use at once, and for some that take their place.
 
     Args:
         runs: what is read of a shard.
         shards: all that are joined.
-        num_in_use: of them.
+        num_in_use: of them, each draw counted.
+        num_draws: of each shard.
     """
     num_sets = len({run.shard_set for run in runs})
     num_digests = len(QUESTION_TENSORS) + sum(len(run.slots) for run in runs)
@@ -164,6 +167,6 @@ def room_for(runs: Sequence[Run], shards: Sequence[AlignedShard], num_in_use: in
     bytes_per_record = _ID_BYTES + _DIGEST_BYTES * (num_digests + 1)
     mean_records = sum(shard.num_records for shard in shards) / len(shards)
     bytes_per_shard = int(bytes_per_record * mean_records) + _OBJECT_BYTES * num_sets
-    wanted = min(len(shards), num_in_use + num_in_use // 4)
+    wanted = min(len(shards) * num_draws, num_in_use + num_in_use // 4)
     num_shards = max(1, min(wanted, MOST_BYTES // bytes_per_shard))
     return Room(num_shards, num_shards * bytes_per_shard, num_shards * num_sets)

@@ -165,9 +165,10 @@ class Schedule:
         )
 
     def num_shards_in_use(self, world: int = 1) -> int:
-        """Return how many shards, of all buckets, a rank reads from at once.
+        """Return how many shards, of all buckets, a rank reads from at once, each draw counted.
 
-        Steps of all buckets take turns, and a window of a bucket lasts for thousands of them.
+        Steps of all buckets take turns, and a window of a bucket lasts for thousands of them. A
+        batch of a bucket that is smaller takes several laps of it, which read other draws.
 
         Raises:
             ConfigError: when the world does not divide the lanes.
@@ -175,7 +176,9 @@ class Schedule:
         self._lanes.slots(0, world)
         table = self.table
         num_shards = np.bincount(table.bucket[table.count > 0], minlength=len(table.buckets))
-        return int(self._lanes.num_shards_in_use(self._num_records, num_shards, world).sum())
+        in_use = self._lanes.num_shards_in_use(self._num_records, num_shards, world)
+        laps = -(-self.global_batch // np.maximum(self._num_records, 1))
+        return int((in_use * np.minimum(laps, self.num_draws)).sum())
 
     def identity(self) -> dict[str, Any]:
         """Return whatever determines the order, as JSON; for `differing_fields`."""

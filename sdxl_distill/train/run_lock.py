@@ -110,7 +110,7 @@ class RunLock:
         """Check that nobody took this process for dead, as when it or its host was suspended.
 
         Raises:
-            StorageError: when somebody did: what this run would write is no longer wanted.
+            StorageError: when another process did: what this run would write is no longer wanted.
         """
         if self._attempts()[-1:] != [self._name]:
             raise StorageError(
@@ -122,16 +122,15 @@ class RunLock:
 
     def _try_once(self) -> bool:
         """Take the lock; False when another process was faster, so that one has to look again."""
-        before = self._attempts()
-        for name in before:
-            self._require_dead(name)
-        number = 1 + (int(before[-1][5:11]) if before else 0)
+        before = {name: self._require_dead(name) for name in self._attempts()}
+        number = 1 + max((int(name[5:11]) for name in before), default=0)
         self._name = f"lock-{number:06d}.json"
         if not self._folder.publish_bytes(self._name, self._holder.to_bytes()):
             return False
-        # Who looked before a whole run of another process came and went may be next to a third.
+        # Runs of others may have come and gone since that look, so that a third one now holds a
+        # lower name, perhaps again one that was dead.
         for name in self._attempts():
-            if name not in (self._name, *before):
+            if name != self._name and self._read(name) not in (None, before.get(name)):
                 self._folder.remove(self._name)
                 return False
         for name in before:
@@ -141,21 +140,23 @@ class RunLock:
     def _attempts(self) -> list[str]:
         return sorted(filter(_NAME.fullmatch, self._folder.names()))
 
-    def _require_dead(self, name: str) -> None:
+    def _require_dead(self, name: str) -> bytes | None:
+        """Return the content of a lock that nobody holds; None when it is gone."""
         content = self._read(name)
         seen_at = time.monotonic()
         holder = None if content is None else Holder.from_bytes(content)
         while content is not None:
             own = self._holder.identity
             if holder is not None and holder.identity.is_gone(own):
-                return
+                break
             is_here = holder is not None and holder.identity.is_neighbour(own)
             if is_here or self._read(name) not in (content, None):
                 raise self._held(name, holder)
             if time.monotonic() - seen_at > self._timing.expiry_seconds:
-                return
+                break
             time.sleep(self._timing.poll_seconds)
             content = None if self._read(name) is None else content
+        return content
 
     def _read(self, name: str) -> bytes | None:
         try:

@@ -76,7 +76,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[StopRequest]:
-        """Within the block only remember the first signal; whoever works there looks at it.
+        """Within the block only remember the first signal; the work there looks at it.
 
         Raises:
             KeyboardInterrupt: when a signal came before.
@@ -99,7 +99,7 @@ class StopSignals:
             self.at_once = True
             raise KeyboardInterrupt
         self.request.request()
-        # An ending that has begun is not disturbed by whoever asks politely again.
+        # An ending that has begun is not disturbed by another polite request.
         if is_first and not self._is_deferring:
             raise KeyboardInterrupt
 
@@ -113,6 +113,8 @@ class StopSignals:
             number = os.read(received, 1)
             if not number:
                 return
+            if number[0] not in SIGNALS:  # one that another part of the process listens to
+                continue
             is_first = not presses.num_signals
             self.at_once |= presses.insist(number[0])
             self.request.request()
@@ -135,7 +137,7 @@ class _Presses:
         self._first_interrupt_seconds: float | None = None
 
     def insist(self, number: int) -> bool:
-        """Count one signal; whether somebody presses Ctrl-C for the second time.
+        """Count one signal; whether it is Ctrl-C for the second time.
 
         An elastic launcher forwards the first Ctrl-C as it is and the second one as SIGTERM.
         """

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from patience import PATIENCE_SECONDS
 
 from sdxl_distill.shards.ordered_map import ordered_map
 
@@ -41,7 +42,7 @@ def test_an_error_ends_it_and_calls_that_have_not_begun_are_given_up() -> None:
         called.append(number)
         if number == 0:
             raise KeyError(number)
-        release.wait(10)
+        release.wait(PATIENCE_SECONDS)
         return number
 
     results = ordered_map(call, range(100), 1, "test")

@@ -82,7 +82,12 @@ def test_a_rank_reads_from_no_more_shards_at_once_than_said(world: int) -> None:
                 assert len(np.unique(rows[start : start + 8])) <= in_use
 
 
-def indices_read(teachers: list[Path], monkeypatch: pytest.MonkeyPatch, num_epochs: int) -> int:
+def indices_read(
+    teachers: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    num_epochs: int,
+    global_batch: int = 4,
+) -> int:
     read: list[object] = []
     load = ShardSet._load_index
 
@@ -92,9 +97,10 @@ def indices_read(teachers: list[Path], monkeypatch: pytest.MonkeyPatch, num_epoc
 
     monkeypatch.setattr(ShardSet, "_load_index", counted)
     sets = [open_shard_set(path) for path in teachers]
-    with JoinedStream(sets, global_batch=4, num_threads=0) as stream:
+    with JoinedStream(sets, global_batch=global_batch, num_threads=0) as stream:
         for epoch in range(num_epochs):
-            assert sum(len(batch) for batch in stream.epoch(epoch)) > 0
+            for batch in stream.epoch(epoch):
+                assert len(batch) == global_batch
     return len(read)
 
 
@@ -103,6 +109,17 @@ def test_each_index_is_read_once_however_many_epochs(
 ) -> None:
     num_sets = NUM_TEACHERS + 2
     assert indices_read(teachers, monkeypatch, 3) == len(SIZES) * num_sets
+
+
+def test_each_index_is_read_once_where_a_batch_takes_several_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ShardSets(tmp_path, {(64, 64, 0): 2, (64, 128, 0): 3})
+    sets.latents()
+    teacher = sets.teacher("teacher", draws=4)
+    num_shards_of_draws = 2 * 4
+    # Text and questions are the teacher's own; the latents' index is read with that of each draw.
+    assert indices_read([teacher], monkeypatch, 40, global_batch=16) == 2 * num_shards_of_draws
 
 
 def test_batches_are_those_of_a_join_that_keeps_one_shard(

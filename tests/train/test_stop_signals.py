@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from patience import PATIENCE_SECONDS
+from patience import PATIENCE_SECONDS, wait_until
 
 from sdxl_distill.train.stop_signals import SIGNALS, StopSignals
 
@@ -83,6 +83,18 @@ def test_ctrl_c_is_not_meant_for_a_run_in_the_background_of_a_script() -> None:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_something_else_listens_to_stops_nothing() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: heard.append(number))
+    try:
+        with StopSignals().listening() as signals:
+            send(signal.SIGALRM)
+            wait_until(lambda: heard)
+        assert not signals.request.requested
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_afterwards_the_signals_mean_what_they_meant() -> None:
