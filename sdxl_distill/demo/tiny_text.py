@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_distill.demo.weights import draw_weights
+from sdxl_distill.models.component_kind import TEXT_ENCODER, TEXT_ENCODER_2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,13 +45,20 @@ def write_text_components(
     for name, pad_token in PAD_TOKENS.items():
         _write_tokenizer(directory / name, vocabulary, merges, pad_token)
     config = _encoder_config(vocabulary)
-    for name, kind in (
-        ("text_encoder", CLIPTextModel),
-        ("text_encoder_2", CLIPTextModelWithProjection),
+    for kind, network in (
+        (TEXT_ENCODER, CLIPTextModel),
+        (TEXT_ENCODER_2, CLIPTextModelWithProjection),
     ):
-        encoder = kind(config)
+        encoder = network(config)
         draw_weights(encoder, generator)
-        encoder.save_pretrained(directory / name)
+        encoder.save_pretrained(directory / kind.name)
+        # transformers 5 saves them under names that version 4 does not know.
+        weights = {
+            kind.hub_name(kind.plain_name(name)): weight
+            for name, weight in encoder.state_dict().items()
+        }
+        path = directory / kind.name / f"{kind.weights_stem}.safetensors"
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def train_vocabulary(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from sdxl_distill.demo.tiny_text import train_vocabulary, write_text_components
@@ -18,6 +19,16 @@ def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("text")
     write_text_components(directory, CAPTIONS, torch.Generator().manual_seed(0))
     return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("text_encoder", set()), ("text_encoder_2", {"text_projection.weight"})],
+)
+def test_encoders_have_the_names_of_the_hub_that_every_version_reads(folder, name, others):
+    names = set(load_file(folder / name / "model.safetensors"))
+    assert {each for each in names if not each.startswith("text_model.")} == others
+    assert len(names) > 30
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
