@@ -120,10 +120,11 @@ def index_of_tar(
     rows = IndexRows(name, header)
     tar = TarStream(descriptor, num_bytes, name.tar)
     for image_id, member, sidecar in _records(tar.members(), name, header.record_bytes):
+        content = b"" if sidecar is None else bytes(tar.read(sidecar.offset, sidecar.num_bytes))
+        # After its sidecar: what reads on may move what was read before.
         record = tar.read(member.offset, member.num_bytes)
         if bytes(record[: len(header.content)]) != header.content:
             raise _corrupt(name, f"{member.name} has another header", _spell(header))
-        content = b"" if sidecar is None else bytes(tar.read(sidecar.offset, sidecar.num_bytes))
         rows.add(image_id, record, content, recreated_noise_digest(header, name, record))
         if look is not None:
             look(image_id, record, content)

@@ -137,6 +137,29 @@ def test_a_folder_that_is_there_is_kept(config: DistillConfig, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+def test_ctrl_c_while_an_export_is_replaced_leaves_the_earlier_one(
+    config: DistillConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination = export_student(config, destination=tmp_path / "student")
+    (destination / "earlier").touch()
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target == destination and not path.name.endswith("-replaced"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_student(config, destination=destination, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert (destination / "earlier").exists()
+    monkeypatch.undo()
+    export_student(config, destination=destination, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert not (destination / "earlier").exists()
+
+
 def test_an_older_checkpoint_can_be_exported(config: DistillConfig, tmp_path: Path) -> None:
     path = RunFolder.of(config).checkpoints().path / "step-00000002"
     folder = export_student(
