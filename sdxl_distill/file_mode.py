@@ -16,7 +16,7 @@ def follow_umask(folder: Path) -> None:
     """Give all that lies in a folder the modes that new files and folders get there.
 
     A file and a folder made for the purpose show them: this asks no process-wide umask, is safe
-    beside other threads, and counts a default access control list too.
+    while other threads run, and counts a default access control list too.
 
     Args:
         folder: nobody else writes into it; best before it gets its name.

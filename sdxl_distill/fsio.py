@@ -229,7 +229,7 @@ class Directory:
         rename, and what comes between the two is lost.
 
         Raises:
-            CorruptError: when `name` is no regular file, or larger than `max_bytes`.
+            CorruptError: when `name` is not a regular file, or larger than `max_bytes`.
             StorageError: as `publish`.
         """
         with self.stage() as staged:
@@ -329,9 +329,9 @@ class Directory:
         return read_bytes(name, max_bytes, self.descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove `name`; nothing happens when another process already did."""
+        """Remove `name`; nothing happens when another process already did, or took the folder."""
         _check_name(name)
-        with in_use(self.path), suppress(FileNotFoundError):
+        with suppress(LostDirectoryError), in_use(self.path):
             os.unlink(name, dir_fd=self.descriptor)
 
     def _rename_over(self, temporary_name: str, name: str) -> None:

@@ -29,8 +29,8 @@ MAX_HEADER_BYTES: Final = 64 << 10
 """Of a safetensors header of ours: 32 tensors take a tenth of it."""
 
 MAX_CAPTION_BYTES: Final = 1 << 20
-"""Of one caption in UTF-8. Text encoders see 77 tokens; whoever has more has another kind of file
-beside the image."""
+"""Of one caption in UTF-8. Text encoders see 77 tokens; more than this is another kind
+of file next to the image."""
 MAX_METADATA_BYTES: Final = 1 << 30
 """Of one `metadata.jsonl`, which is read whole: some million captions."""
 MAX_SIDECAR_BYTES: Final = 8 << 20

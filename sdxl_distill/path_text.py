@@ -1,14 +1,17 @@
-"""Whether a text can be a path at all; the operating system's own answers differ call by call."""
+"""What a path is: whether a text can be one at all, and where one leads."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from sdxl_distill.limits import MAX_NAME_BYTES, MAX_PATH_BYTES
 
 
 def fault_of_path(text: str) -> str | None:
     """Return what keeps a text from being a path; None when it can be one.
+
+    Asked here, since the operating system's own answers differ call by call.
 
     Names that are no UTF-8 are paths, as Python spells them on a command line (PEP 383).
     """
@@ -24,3 +27,15 @@ def fault_of_path(text: str) -> str | None:
     if len(content) > MAX_PATH_BYTES:
         return f"it has {len(content)} bytes, where {MAX_PATH_BYTES} are possible"
     return None
+
+
+def real_path(path: str | Path) -> Path:
+    """Return a path without symbolic links, as far as it exists.
+
+    Of a link onto itself too, at which `Path.resolve` raises RuntimeError: it is refused, as an
+    OSError, where it is opened.
+
+    Raises:
+        ValueError: when it cannot be a path.
+    """
+    return Path(os.path.realpath(path))

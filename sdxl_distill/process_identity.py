@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class ProcessIdentity:
 
     def is_gone(self, observer: ProcessIdentity) -> bool:
         """Whether the observer, on the same host, can see that this process has ended."""
-        return self.is_neighbour(observer) and _start_ticks(self.pid) != self.start_ticks
+        with suppress(PermissionError):  # /proc may hide the processes of other users (hidepid)
+            return self.is_neighbour(observer) and _start_ticks(self.pid) != self.start_ticks
+        return False
 
 
 def _start_ticks(pid: int) -> int | None:

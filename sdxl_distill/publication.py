@@ -109,7 +109,7 @@ def is_refusal(error: OSError) -> bool:
 
 
 def _found_at(staged: Staged) -> Publication | None:
-    """Try which way works beside a file that is about to be published."""
+    """Try which way works, next to a file that is about to be published."""
     for publication in (Publication.LINK, Publication.RENAME_NOREPLACE):
         if _makes_names_once(publication, staged):
             return publication

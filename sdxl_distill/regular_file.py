@@ -61,6 +61,8 @@ def _storage_error(error: OSError, where: str) -> StorageError:
         errno.EACCES: "give this user the right to read and write there, or choose another folder",
         errno.ENOENT: "check the path; something may have removed it while it was in use",
         errno.ENOTDIR: "check the path; a file stands where a folder should",
+        errno.EEXIST: "check the path; a file or a broken link stands where a folder should",
+        errno.ELOOP: "check the path; a link in it leads back to itself",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     action = actions.get(error.errno or 0, "check the disk or the mount, then run again")
@@ -80,7 +82,12 @@ def open_regular(path: str | Path, dir_fd: int | None = None) -> int:
 
 
 def _open_regular(path: str | Path, dir_fd: int | None) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+            raise _not_regular(path) from error
+        raise
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
@@ -88,8 +95,12 @@ def _open_regular(path: str | Path, dir_fd: int | None) -> int:
         os.close(descriptor)
         raise
     os.close(descriptor)
-    raise CorruptError(
-        "is no regular file",
+    raise _not_regular(path)
+
+
+def _not_regular(path: str | Path) -> CorruptError:
+    return CorruptError(
+        "is not a regular file",
         expected="a regular file",
         where=str(path),
         action="remove it, or run the builder with its folder repaired",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import stat
 import threading
 import tracemalloc
@@ -132,10 +133,18 @@ def test_a_linked_file_is_told_from_another_of_the_same_name(tmp_path: Path) -> 
 
 def test_a_fifo_is_refused_without_hanging(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "shard.tar")
-    with pytest.raises(CorruptError, match="no regular file"):
+    with pytest.raises(CorruptError, match="not a regular file"):
         open_regular(tmp_path / "shard.tar")
-    with pytest.raises(CorruptError, match="no regular file"):
+    with pytest.raises(CorruptError, match="not a regular file"):
         open_regular(tmp_path)
+
+
+def test_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket has 107 bytes at most
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("shard.tar")
+        with pytest.raises(CorruptError, match="not a regular file"):
+            open_regular(tmp_path / "shard.tar")
 
 
 def test_size_is_bounded_before_reading(tmp_path: Path) -> None:

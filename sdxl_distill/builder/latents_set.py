@@ -38,6 +38,7 @@ from sdxl_distill.device import allow_tf32, resolve_device
 from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
+from sdxl_distill.path_text import real_path
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.latents_plan import LATENTS_ID, LatentsPlan
 from sdxl_distill.shards.manifest import Manifest
@@ -178,7 +179,7 @@ def _update_catalog(
     # begins only when there are images for it.
     require_same_set(path, record)
     with (
-        Directory(path.resolve(), create=True, exclusive=config.cache.exclusive) as directory,
+        Directory(real_path(path), create=True, exclusive=config.cache.exclusive) as directory,
         WorkQueue(directory) as queue,
         directory.folder(CATALOG_FOLDER) as folder,
     ):

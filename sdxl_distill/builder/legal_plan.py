@@ -110,7 +110,7 @@ def require_legal_plan(set_id: str, schema: RecordSchema, shards: Iterable[Plann
 
 
 def _following_schemas(config: BuilderConfig) -> dict[str, RecordSchema]:
-    """Return the schemas of the text and predictions sets, if it is worth to look.
+    """Return the schemas of the text and predictions sets, where it is worth looking.
 
     Their sizes are in the tokenizers, whose library takes seconds to import.
     """

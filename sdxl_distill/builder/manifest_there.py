@@ -49,7 +49,7 @@ class ManifestThere:
         A damaged one counts as none, since the indices tell all that it should say.
 
         Raises:
-            CorruptError: when it is no regular file, or absurdly large; names `--repair`.
+            CorruptError: when it is not a regular file, or absurdly large; names `--repair`.
             StorageError: when it cannot be read.
         """
         where = str(self._directory.path / MANIFEST_NAME)
@@ -108,7 +108,7 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
     if wrong:
         require_in_place(directory)
         name, what = wrong[0]
-        others = f", and so are {len(wrong) - 1} other files" if len(wrong) > 1 else ""
+        others = f"; {len(wrong) - 1} other files are missing or changed" if len(wrong) > 1 else ""
         raise CorruptError(
             f"the set was complete, but a file of it {what}{others}",
             expected="the files that the manifest names",
@@ -148,7 +148,7 @@ def _wrong_file(directory: Directory, name: str, num_bytes: int) -> str | None:
         except FileNotFoundError:
             return "is missing"
     if not stat.S_ISREG(found.st_mode):
-        return "is no regular file"
+        return "is not a regular file"
     if found.st_size != num_bytes:
         return f"has {found.st_size} bytes instead of {num_bytes}"
     return None

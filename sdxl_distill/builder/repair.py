@@ -33,6 +33,7 @@ from sdxl_distill.catalog.segment import segment_number
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.fsio import Directory, new_token, read_bytes, storage_errors
 from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_SET_RECORD_BYTES
+from sdxl_distill.path_text import real_path
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 
@@ -84,7 +85,7 @@ def repair_set(
         StorageError: when the good shards cannot be brought back, for which the set stays where
             it is, or the folder cannot be renamed.
     """
-    path = path.resolve()
+    path = real_path(path)
     for left in path.parent.glob(f"{glob.escape(_beside(path))}*"):  # by a repair that was killed
         shutil.rmtree(left, ignore_errors=True)
     with suppress(FileNotFoundError, CorruptError):
@@ -120,7 +121,7 @@ def repair_set(
 
 def num_draws_there(path: Path, set_id: str) -> int:
     """Return how many draws the files of a set are of: all are to be kept, wanted now or not."""
-    path = path.resolve()
+    path = real_path(path)
     folders = [folder for folder in (path, *folders_to_repair_from(path)) if folder.is_dir()]
     files = (place.name for folder in folders for place in folder.iterdir())
     names = (ShardName.parse(file, set_id) for file in files)
@@ -132,7 +133,7 @@ def restore_catalog(path: Path, *, exclusive: bool = False) -> None:
 
     The catalog says which image is in which shard: a scan must go on with that one.
     """
-    path = path.resolve()
+    path = real_path(path)
     for folder in folders_to_repair_from(path):
         with Directory(path, create=True, exclusive=exclusive) as directory:
             _bring_back_catalog(folder, directory)
@@ -191,6 +192,8 @@ def _commit(
         # A copy, or a tar built again since the repair began: the index of what is there counts.
         directory.copy_from(source, name.tar)
         adopt_shard(directory, name, shard_header(record, shard), accepts)
+        return
+    if directory.exists(name.idx):  # as for nearly all shards of a set that stays where it is
         return
     try:
         content = source.read(name.idx, MAX_INDEX_BYTES)

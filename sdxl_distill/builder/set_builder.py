@@ -21,6 +21,7 @@ from sdxl_distill.builder.shard_builder import (
 )
 from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.fsio import Directory
+from sdxl_distill.path_text import real_path
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.stop_request import StopRequest
@@ -73,7 +74,7 @@ def build_set(
     require_one_worker(world, exclusive, str(path))
     # Resolved once: where the folder is a symbolic link, a withdrawal renames what it points to.
     with (
-        Directory(path.resolve(), create=True, exclusive=exclusive) as directory,
+        Directory(real_path(path), create=True, exclusive=exclusive) as directory,
         WorkQueue(directory, timing) as queue,
         StopRequest().listening() as stop,
     ):

@@ -209,7 +209,7 @@ class _ShardWorker(Generic[Batch, Result]):
             committed = True
             self._count(num_records, index, published)
         except LostDirectoryError:
-            # Somebody took this worker for dead while it slept, and cleaned up behind it. The
+            # Another worker took this one for dead while it slept, and cleaned up behind it. The
             # queue offers the shard again, unless another worker has built it meanwhile.
             self._summary.num_dropped += 1
             for _ in results:

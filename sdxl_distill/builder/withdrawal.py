@@ -7,6 +7,7 @@ removes it. Rejected: deleting shards in place, which frees names for workers th
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,7 @@ from sdxl_distill.fsio import (
     storage_errors,
     sync_folder,
 )
+from sdxl_distill.path_text import real_path
 from sdxl_distill.shards.manifest import MANIFEST_NAME
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
@@ -68,7 +70,7 @@ def withdraw_set(path: Path, *, for_repair: bool = False) -> Path:
         ConfigError: when folders lie in it that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
-    path = path.resolve()
+    path = real_path(path)
     require_own_folders(path)
     aside = path.parent / f"{_prefix(path)}{new_token()}{_REPAIRING if for_repair else ''}"
     with Directory(path.parent, create=True) as parent, storage_errors(path):
@@ -81,15 +83,18 @@ def withdraw_set(path: Path, *, for_repair: bool = False) -> Path:
 
 
 def require_own_folders(path: Path) -> None:
-    """Check that nothing else would go aside with a set: predictions, images, somebody's work.
+    """Check that nothing else would go aside with a set: predictions, images, other work.
 
     Raises:
         ConfigError: naming a folder in it that no builder of sets makes there.
     """
     with storage_errors(path):
         own = (BUILD_FOLDER, CATALOG_FOLDER)
-        places = path.iterdir() if path.is_dir() else ()
-        foreign = sorted(each.name for each in places if each.name not in own and each.is_dir())
+        foreign: list[str] = []
+        if path.is_dir():
+            with os.scandir(path) as entries:  # which asks for no status of each of many shards
+                foreign = sorted(each.name for each in entries if each.is_dir())
+        foreign = [name for name in foreign if name not in own]
     if foreign:
         raise ConfigError(
             f"the folder {foreign[0]!r} lies in the set's folder and would go aside with it",
@@ -101,7 +106,7 @@ def require_own_folders(path: Path) -> None:
 
 def folders_aside(path: Path) -> list[Path]:
     """Return the folders of earlier states of a set, those kept by a repair included."""
-    path = path.resolve()
+    path = real_path(path)
     if not path.parent.is_dir():
         return []
     prefix = _prefix(path)

@@ -122,7 +122,7 @@ def read_image_file(path: Path, where: str) -> bytes:
 
     Raises:
         GoneImageError: when it is not there.
-        BadImageError: when it is no regular file or larger than `MAX_FILE_BYTES`.
+        BadImageError: when it is not a regular file or larger than `MAX_FILE_BYTES`.
         StorageError: when the disk refused twice; that says nothing about the image.
     """
     try:

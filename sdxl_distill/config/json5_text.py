@@ -68,7 +68,7 @@ def read_json5(path: Path) -> Any:
     """Read and parse a JSON5 file of at most `MAX_CONFIG_BYTES`.
 
     Raises:
-        ConfigError: when it is not there, no regular file, too large, not UTF-8 or not JSON5,
+        ConfigError: when it is not there, is not a regular file, too large, not UTF-8 or not JSON5,
             or when it holds a key twice.
         StorageError: when it cannot be read.
     """

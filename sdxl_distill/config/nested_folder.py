@@ -1,4 +1,4 @@
-"""Folders that may not lie in a set's folder: who replaces or repairs the set takes all along."""
+"""Folders that may not lie in a set's folder: replacing or repairing it would take them along."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdxl_distill.config.section import BrokenRule
+from sdxl_distill.path_text import real_path
 
 Key = tuple[str | int, ...]
 
@@ -33,6 +34,6 @@ def require_beside_sets(sets: Mapping[str, str | Path], folders: Mapping[Key, st
 
 def _real(folder: str | Path) -> Path:
     try:
-        return Path(folder).resolve()
-    except ValueError:  # no path at all: said where it is used
+        return real_path(folder)
+    except ValueError:  # not a path at all: said where it is used
         return Path(folder)

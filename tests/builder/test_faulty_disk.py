@@ -94,6 +94,29 @@ def test_claims_and_heartbeats_that_are_stale_hold_no_build_up(
     assert num_stale > 0
 
 
+def test_claims_and_heartbeats_that_are_stale_at_the_end_are_left_to_the_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, num_stale = os.unlink, 0
+
+    def stale(name: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal num_stale
+        if not str(name).startswith(".tmp-"):
+            num_stale += 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        original(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "unlink", stale)
+    assert build(path, 1).summary.num_built == 1
+    assert num_stale > 0
+
+
+def test_a_set_in_place_of_which_a_link_leads_to_itself_is_refused(path: Path) -> None:
+    path.symlink_to(path.name)
+    with pytest.raises(StorageError, match="broken link stands"):
+        build(path, 1)
+
+
 class Claimed:
     """The claim of a dead worker on the first shard."""
 

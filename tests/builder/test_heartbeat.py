@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from patience import wait_until
 
 from sdxl_distill.builder.heartbeat import (
@@ -28,6 +31,14 @@ def test_heartbeats_have_one_length_so_that_a_rewrite_leaves_no_rest() -> None:
 
 
 def test_this_process_is_not_gone() -> None:
+    assert not HERE.is_gone(HERE)
+
+
+def test_a_process_that_proc_hides_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*_arguments: object, **_options: object) -> str:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "read_text", hidden)
     assert not HERE.is_gone(HERE)
 
 

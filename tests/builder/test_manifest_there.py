@@ -36,7 +36,7 @@ def put_folder(path: Path) -> None:
     [
         ("tar", remove, "is missing"),
         ("tar", cut, "has 20479 bytes instead of 20480"),
-        ("tar", put_folder, "is no regular file"),
+        ("tar", put_folder, "is not a regular file"),
         ("idx", cut, "bytes instead of"),
     ],
     ids=["tar missing", "tar cut", "tar a folder", "index cut"],

@@ -22,6 +22,7 @@ from sdxl_distill import publication
 from sdxl_distill.builder.repair import RepairSummary, repair_set
 from sdxl_distill.builder.withdrawal import folders_aside, withdraw_set
 from sdxl_distill.errors import ConfigError, StorageError
+from sdxl_distill.fsio import Directory, StagedFile
 from sdxl_distill.shards.shard_set import open_shard_set
 
 NAMES = [shard.name for shard in planned(3)]
@@ -163,3 +164,18 @@ def test_a_set_with_foreign_folders_in_it_is_neither_withdrawn_nor_repaired(
         repair(path)
     assert contents(path) == before
     assert folders_aside(path) == []
+
+
+def test_a_set_that_stays_where_it_is_has_nothing_staged_for_each_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "toy", 3)
+    num_staged, stage = [], Directory.stage
+
+    def staged(directory: Directory) -> StagedFile:
+        num_staged.append(directory.path.name)
+        return stage(directory)
+
+    monkeypatch.setattr(Directory, "stage", staged)
+    assert repair(tmp_path / "toy").num_kept == 3
+    assert num_staged.count("toy") <= 1  # the set record

@@ -53,7 +53,7 @@ def test_a_huge_caption_is_refused(tmp_path: Path) -> None:
 def test_a_fifo_in_place_of_a_caption_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     os.mkfifo(path)
-    with pytest.raises(CorruptError, match="no regular file"):
+    with pytest.raises(CorruptError, match="not a regular file"):
         read_caption(path)
 
 

@@ -142,7 +142,7 @@ def test_bad_images_are_listed_with_their_reasons(images: Path, write_photo: Wri
     assert reasons["gif.png"].startswith("begins with 47 49 46")
     assert reasons["cut.png"].startswith("cannot be decoded")
     assert reasons["large.png"] == "101 x 100 pixels"
-    assert reasons["pipe.png"] == "is no regular file"
+    assert reasons["pipe.png"] == "is not a regular file"
     assert "leads nowhere" in reasons["nowhere.png"]
     assert "leads nowhere" in reasons["itself.png"]
 

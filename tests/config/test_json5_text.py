@@ -59,12 +59,12 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_folder_is_refused(tmp_path):
-    assert "is no regular file" in _error(tmp_path).found
+    assert "is not a regular file" in _error(tmp_path).found
 
 
 def test_a_fifo_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    assert "is no regular file" in _error(tmp_path / "fifo").found
+    assert "is not a regular file" in _error(tmp_path / "fifo").found
 
 
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):

@@ -63,3 +63,9 @@ def test_runs_and_logs_lie_outside_the_sets(distill_file, key):
         place = "here" if "latent" in override else "inner/runs"
         with pytest.raises(ConfigError, match=f"{key}.* lies in the folder of"):
             load_config(distill_file, DistillConfig, [override, f"{key}={place}"])
+
+
+def test_a_link_onto_itself_is_refused_when_it_is_opened_only(builder_file, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    overrides = [f"data.latent_cache.cache_dir={tmp_path / 'loop'}"]
+    load_config(builder_file, BuilderConfig, overrides)

@@ -111,7 +111,7 @@ def test_a_fifo_in_place_of_a_file_does_not_hang(name: str, sets) -> None:
     small = sets.complete()
     (small.directory / name).unlink()
     os.mkfifo(small.directory / name)
-    with pytest.raises(CorruptError, match="no regular file"):
+    with pytest.raises(CorruptError, match="not a regular file"):
         read_first(open_shard_set(small.directory))
 
 
