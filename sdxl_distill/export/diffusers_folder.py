@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -76,15 +76,25 @@ def export_diffusers_folder(
             _write(temporary, base, text, weights, dtype)
             follow_umask(temporary)
             _flush(temporary)
-            if destination.exists():
-                replaced = temporary.with_name(f"{temporary.name}-replaced")
-                destination.rename(replaced)
-                temporary.rename(destination)
-                shutil.rmtree(replaced)
-            else:
-                temporary.rename(destination)
+            _replace(destination, temporary)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(destination: Path, temporary: Path) -> None:
+    """Give a folder its name; what had it goes, but never before it is replaced."""
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    try:
+        with suppress(FileNotFoundError):
+            destination.rename(replaced)
+        temporary.rename(destination)
+    except BaseException:  # Ctrl-C too
+        if not destination.exists() and replaced.exists():
+            replaced.rename(destination)
+        raise
+    finally:
+        if destination.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write(
