@@ -13,6 +13,7 @@ import pytest
 from webdataset.writer import TarWriter
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.shards import tar as tar_module
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
@@ -141,3 +142,12 @@ def test_a_seed_that_is_none_is_refused(seed: int, make, ids) -> None:
     content = packed([(tar.name.member_stem(ids(1)[0]), "safetensors", record)])
     with pytest.raises(CorruptError, match="32 bits"):
         Tar(content, tar.name, tar.header).index()
+
+
+@pytest.mark.parametrize("piece_bytes", range(7680, 9216, 64))
+def test_the_index_is_the_same_wherever_the_pieces_that_are_read_end(
+    piece_bytes: int, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_module, "_PIECE_BYTES", piece_bytes)
+    tar, _, index = make("latents", count=20)
+    assert tar.index().digest == index.digest
