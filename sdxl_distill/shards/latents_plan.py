@@ -12,12 +12,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.catalog import Catalog, CatalogShard
 from sdxl_distill.catalog.segment import RESTORE_CATALOG, CatalogRow
 from sdxl_distill.core.image_id import ids_digest, parse_record_key
 from sdxl_distill.errors import DistillError, IncompatibleError
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.safetensors_layout import byte_view
 from sdxl_distill.shards.shard_name import ShardName
 
 LATENTS_ID: Final = "latents"
@@ -42,9 +43,7 @@ class LatentsPlan:
         left_out: Iterable[str] = (),
     ) -> None:
         self.catalog = catalog
-        self._shards = {
-            ShardName(LATENTS_ID, *shard.bucket, shard.number): shard for shard in catalog.shards
-        }
+        self._shards = {_name_of(shard): shard for shard in catalog.shards}
         self._unbound = frozenset(unbound)
         self._left_out = _ids_of(left_out)
 
@@ -129,8 +128,7 @@ def plan_faults(catalog: Catalog, manifest: Manifest) -> Iterator[DistillError]:
         ):
             yield _other_images(name, entry.num_records)
     num_rows = sum(segment.header.num_rows for segment in catalog.segments[: manifest.catalog + 1])
-    shards = zip(plan.names, catalog.shards, strict=True)
-    planned = {name for name, shard in shards if shard.first_row < num_rows}
+    planned = {_name_of(shard) for shard in catalog.shards if shard.first_row < num_rows}
     for name in sorted(planned.difference(manifest.names())):
         yield IncompatibleError(
             "the catalog plans a shard that the manifest does not list",
@@ -149,6 +147,10 @@ def catalog_too_short(catalog: Catalog, n: int) -> IncompatibleError:
         where="catalog",
         action=RESTORE_CATALOG,
     )
+
+
+def _name_of(shard: CatalogShard) -> ShardName:
+    return ShardName(LATENTS_ID, *shard.bucket, shard.number)
 
 
 def _other_images(name: ShardName, num_records: int) -> IncompatibleError:
@@ -177,4 +179,5 @@ def _is_in(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
 
 
 def _as_rows(ids: Ids) -> npt.NDArray[np.bytes_]:
-    return np.frombuffer(ids.tobytes(), np.dtype("S16"))
+    """Return ids as comparable rows [n], without a copy: plans compare them shard by shard."""
+    return np.frombuffer(byte_view(ids), np.dtype("S16"))

@@ -10,7 +10,10 @@ from oracles.tars import read_set
 from photos import damage_pixels, write_image, write_images
 from workshop import Workshop, identities, published_files
 
+from sdxl_distill.catalog.catalog import Catalog
+from sdxl_distill.catalog.segment import SegmentHeader, encode_segment, segment_name
 from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.pack import pack_set
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.shards.unpack import unpack_set
@@ -207,6 +210,15 @@ def test_the_verifier_misses_a_catalog_that_is_not_there(built_workshop):
     shutil.rmtree(built_workshop.latents / "catalog")
     (fault,) = faults(built_workshop)
     assert "catalog: is missing" in fault and "back from a copy" in fault
+
+
+def test_the_verifier_names_a_shard_that_a_later_segment_plans_again(built_workshop):
+    with Directory(built_workshop.latents / "catalog") as folder:
+        catalog = Catalog.load(folder)
+        rows = catalog.rows(catalog.shards[0])
+        header = SegmentHeader(catalog.n + 1, catalog.sha256, 1, len(rows))
+        folder.publish_bytes(segment_name(header.n), encode_segment(header, rows))
+    assert any("shard 0 of" in fault and "comes twice" in fault for fault in faults(built_workshop))
 
 
 def test_the_verifier_names_what_does_not_belong_into_the_catalogs_folder(built_workshop):
