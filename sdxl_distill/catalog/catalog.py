@@ -35,6 +35,8 @@ from sdxl_distill.limits import MAX_SEGMENT_BYTES
 CATALOG_FOLDER: Final = "catalog"
 """Where a latents set keeps its segments."""
 
+_ROWS_AT_ONCE: Final = 4096
+
 
 class CatalogShard(NamedTuple):
     """The rows of one shard: `num_rows` of the catalog from `first_row`, sorted by image id."""
@@ -55,12 +57,41 @@ class KnownFile(NamedTuple):
     height: int
 
 
+_KNOWN_COLUMNS: Final = ("image_id", "bytes", "mtime_ns", "width", "height")
+
+
 class CataloguedImage(NamedTuple):
     """Identity, source and caption digest of an image that has its shard."""
 
     image_id: str
     source: str
     captions_sha256: str
+
+
+class KnownFiles:
+    """What is known of each source: 16 bytes a row, and no object for any of them.
+
+    Args:
+        table: the rows of a catalog; of two rows of one source the latter counts.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table.select(("source", *_KNOWN_COLUMNS))
+        sources = (source for (source,) in _cells(table, ("source",)))
+        hashes = np.fromiter(map(hash, sources), np.int64, table.num_rows)
+        self._rows = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._rows]
+
+    def find(self, source: str) -> KnownFile | None:
+        """Return what is known of a source; None for one that no row has."""
+        digest = np.int64(hash(source))
+        end = int(np.searchsorted(self._hashes, digest, "right"))
+        while end and self._hashes[end - 1] == digest:
+            row = int(self._rows[end - 1])
+            if self._table["source"][row].as_py() == source:
+                return KnownFile(*(self._table[name][row].as_py() for name in _KNOWN_COLUMNS))
+            end -= 1
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,18 +186,22 @@ class Catalog:
             counts[shard.bucket] = max(counts.get(shard.bucket, 0), shard.number + 1)
         return counts
 
-    def known_files(self) -> dict[str, KnownFile]:
+    def known_files(self) -> KnownFiles:
         """Return what is known of each source; the latest row counts."""
-        columns = ("source", "image_id", "bytes", "mtime_ns", "width", "height")
-        return {source: KnownFile(*known) for source, *known in self._cells(columns)}
+        return KnownFiles(self.table)
 
     def images(self) -> Iterator[CataloguedImage]:
         """Yield every image, in the order of the rows."""
-        for cells in self._cells(CataloguedImage._fields):
+        for cells in _cells(self.table, CataloguedImage._fields):
             yield CataloguedImage(*cells)
 
-    def _cells(self, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-        return zip(*(self.table[name].to_pylist() for name in columns), strict=True)
+
+def _cells(table: pa.Table, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    """Yield the cells of each row; no more than some rows are Python objects at once."""
+    selected = table.select(columns)
+    for start in range(0, table.num_rows, _ROWS_AT_ONCE):
+        part = selected.slice(start, _ROWS_AT_ONCE)
+        yield from zip(*(part[name].to_pylist() for name in columns), strict=True)
 
 
 def _read_segment(directory: Directory, number: int) -> Segment:

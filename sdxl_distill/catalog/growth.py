@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from sdxl_distill.catalog.captions import CAPTION_FIELDS, CAPTION_SUFFIXES, METADATA_NAME
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.row_check import require_legal_rows
@@ -175,17 +178,22 @@ def require_captions(catalog: Catalog, scan: Scan) -> None:
     Raises:
         ConfigError: with the count, some names, and what `metadata.jsonl` holds instead.
     """
-    known = {row.tobytes().hex() for row in catalog.ids} if catalog.num_images else set[str]()
-    new = {image.image_id: image for image in reversed(scan.images) if image.image_id not in known}
+    if sum(not image.caption for image in scan.images) < _MIN_EMPTY_CAPTIONS:
+        return  # most folders; nothing is kept of 10^7 images then
+    options = pc.SetLookupOptions(catalog.table["image_id"])
+    ids = pa.array((image.image_id for image in scan.images), pa.string(), size=len(scan.images))
+    is_known = pc.call_function("is_in", [ids], options).to_numpy(zero_copy_only=False)
+    files = zip(reversed(scan.images), is_known[::-1], strict=True)
+    new = {image.image_id: image for image, known in files if not known}
     empty = sorted(image.source for image in new.values() if not image.caption)
     if len(empty) < _MIN_EMPTY_CAPTIONS or 2 * len(empty) <= len(new):
         return
     fields = ", ".join(scan.metadata_fields[:_NUM_FIELDS_IN_ERRORS])
     instead = f"; {METADATA_NAME} has the fields {fields}" if fields else ""
-    files = " or ".join(f"{{stem}}{suffix}" for suffix in CAPTION_SUFFIXES)
+    names = " or ".join(f"{{stem}}{suffix}" for suffix in CAPTION_SUFFIXES)
     raise ConfigError(
         f"{len(empty)} of {len(new)} new images have no caption: {_some(empty)}{instead}",
-        expected=f"{files} next to an image, or {METADATA_NAME} with one of "
+        expected=f"{names} next to an image, or {METADATA_NAME} with one of "
         f"{', '.join(CAPTION_FIELDS)}",
         where=str(scan.image_dir),
         action="name captions so, or set data.allow_empty_captions: true to train without",
@@ -201,7 +209,7 @@ def _publish(
 ) -> int | None:
     """Publish rows as the next segments; return the last one's number, None when overtaken."""
     n, predecessor = catalog.n, catalog.sha256
-    for part in _parts(rows, max_text_bytes):
+    for part in list(_parts(rows, max_text_bytes)):  # a refusal comes before the first is there
         n += 1
         name = segment_name(n)
         content = encode_segment(SegmentHeader(n, predecessor, scan_started_ns, len(part)), part)
@@ -259,16 +267,16 @@ def _some(names: Sequence[str]) -> str:
 def _compare(
     catalog: Catalog, files_by_id: Mapping[str, Sequence[ScannedImage]]
 ) -> tuple[list[str], list[str], set[str]]:
-    """Return sources of changed captions, sources that are gone, and all committed ids."""
+    """Return sources of changed captions, sources that are gone, and the ids found again."""
     changed: list[str] = []
     deleted: list[str] = []
     committed: set[str] = set()
     for image in catalog.images():
-        committed.add(image.image_id)
         files = files_by_id.get(image.image_id)
         if files is None:
             deleted.append(image.source)
             continue
+        committed.add(files[0].image_id)  # the scan's own string: no second one for 10^7 images
         # A moved image is no longer at its source: then the first of its files speaks for it.
         file = next((file for file in files if file.source == image.source), files[0])
         if fingerprint([file.caption]) != image.captions_sha256:

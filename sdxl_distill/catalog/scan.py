@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from sdxl_distill.catalog.captions import (
     read_caption,
     read_metadata,
 )
-from sdxl_distill.catalog.catalog import Catalog, KnownFile
+from sdxl_distill.catalog.catalog import Catalog, KnownFile, KnownFiles
 from sdxl_distill.catalog.image import (
     BadImageError,
     GoneImageError,
@@ -89,9 +89,10 @@ class Scan:
 
 
 class _Candidate(NamedTuple):
-    path: Path
+    """An image file to look at; strings alone, since there may be millions."""
+
     source: str
-    caption_path: Path | None
+    caption_file: str | None
     metadata_caption: str
 
 
@@ -102,11 +103,11 @@ class _Found(NamedTuple):
 
 
 class _KnownFiles(NamedTuple):
-    by_source: Mapping[str, KnownFile]
+    by_source: KnownFiles
     changed_before_ns: int
 
     def find(self, source: str, status: os.stat_result) -> KnownFile | None:
-        known = self.by_source.get(source)
+        known = self.by_source.find(source)
         same = known is not None and (
             (known.num_bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns)
         )
@@ -149,10 +150,9 @@ def scan_folder(
     folder.watch(mounts)
     if max_images is not None:
         _require_at_most(max_images, candidates, image_dir)
-    known = _KnownFiles(
-        {} if rescan else catalog.known_files(), catalog.scan_started_ns - _COARSEST_MTIME_NS
-    )
-    look = partial(_look, known=known, max_pixels=max_pixels)
+    by_source = (Catalog() if rescan else catalog).known_files()
+    known = _KnownFiles(by_source, catalog.scan_started_ns - _COARSEST_MTIME_NS)
+    look = partial(_look, image_dir=image_dir, known=known, max_pixels=max_pixels)
     images, bad_images = list[ScannedImage](), list[BadImage]()
     for num_done, found in enumerate(_map(look, candidates, num_threads), start=1):
         if isinstance(found, ScannedImage):
@@ -190,7 +190,7 @@ def count_images(image_dir: str | Path) -> ImageCount:
         StorageError: when the disk refuses.
     """
     candidates = _find_candidates(Path(image_dir)).candidates
-    without = sum(not each.caption_path and not each.metadata_caption for each in candidates)
+    without = sum(not each.caption_file and not each.metadata_caption for each in candidates)
     return ImageCount(len(candidates), without)
 
 
@@ -236,15 +236,8 @@ def _find_candidates(image_dir: Path) -> _Found:
         for name in names:
             if Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 source = f"{folder}/{name}" if folder else name
-                beside = caption_name(name, names)
-                candidates.append(
-                    _Candidate(
-                        image_dir / source,
-                        source,
-                        image_dir / folder / beside if beside else None,
-                        metadata_caption(source, metadata) or "",
-                    )
-                )
+                caption = metadata_caption(source, metadata) or ""
+                candidates.append(_Candidate(source, caption_name(name, names), caption))
     if not candidates:
         raise ConfigError(
             "there is no image in this folder",
@@ -259,13 +252,13 @@ def _find_candidates(image_dir: Path) -> _Found:
 def _walk(image_dir: Path, mounts: list[str]) -> Iterator[tuple[str, set[str]]]:
     """Yield (folder relative to the top, names of its visible files), parents first.
 
-    Folders on another device than the top are added to `mounts`.
+    Folders on another device than the top are added to `mounts`, but for those inside of them.
     """
     top_device = None
     entered: set[tuple[int, int]] = set()
-    waiting = [""]
+    waiting: list[tuple[str, int | None]] = [("", None)]
     while waiting:
-        folder = waiting.pop()
+        folder, outer_device = waiting.pop()
         path = image_dir / folder
         with storage_errors(path):
             status = path.stat()
@@ -273,12 +266,12 @@ def _walk(image_dir: Path, mounts: list[str]) -> Iterator[tuple[str, set[str]]]:
                 continue
             entered.add((status.st_dev, status.st_ino))
         top_device = status.st_dev if top_device is None else top_device
-        if status.st_dev != top_device:
+        if status.st_dev not in (top_device, outer_device):
             mounts.append(folder)
         folders, files = retry_once(partial(_list, path))
         yield folder, files
         inner = (f"{folder}/{name}" if folder else name for name in folders)
-        waiting.extend(sorted(inner, reverse=True))
+        waiting.extend((name, status.st_dev) for name in sorted(inner, reverse=True))
 
 
 def _list(path: Path) -> tuple[set[str], set[str]]:
@@ -312,23 +305,23 @@ def _map(
 
 
 def _look(
-    candidate: _Candidate, known: _KnownFiles, max_pixels: int
+    candidate: _Candidate, image_dir: Path, known: _KnownFiles, max_pixels: int
 ) -> ScannedImage | BadImageError:
-    source = candidate.source
+    source, path = candidate.source, image_dir / candidate.source
     try:
         _require_utf8(source)
         # Before reading: a file that changes meanwhile shows another time at the next scan.
-        status = retry_once(partial(_status, candidate.path, source))
+        status = retry_once(partial(_status, path, source))
         found = known.find(source, status)
         if found is None:
-            content = read_image_file(candidate.path, source)
+            content = read_image_file(path, source)
             size = upright_size(content, source, max_pixels)
             found = KnownFile(image_id(content), len(content), status.st_mtime_ns, *size)
     except BadImageError as error:
         return error
     caption = candidate.metadata_caption
-    if candidate.caption_path is not None:
-        caption = retry_once(partial(read_caption, candidate.caption_path))
+    if candidate.caption_file is not None:
+        caption = retry_once(partial(read_caption, path.with_name(candidate.caption_file)))
     return ScannedImage(
         found.image_id,
         source,

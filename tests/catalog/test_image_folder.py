@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -54,6 +55,19 @@ def test_a_mount_below_concerns_its_own_images_only(folder: ImageFolder) -> None
     folder.require_there("b.png")
     with pytest.raises(StorageError, match="images/mounted"):
         folder.require_there("mounted/a.png")
+
+
+def test_a_mount_below_is_one_mount_however_many_folders_it_has(
+    folder: ImageFolder, write_photo
+) -> None:
+    with TemporaryDirectory(dir="/dev/shm") as other:
+        if Path(other).stat().st_dev == folder.path.stat().st_dev:
+            pytest.skip("no second file system here")
+        write_photo(Path(other) / "a" / "b" / "c.png", 1)
+        (folder.path / "mounted").symlink_to(other)
+        scan = scan_folder(folder.path, Catalog(), max_pixels=10**6)
+    assert scan.mounts == ("mounted",)
+    assert "mounted/a/b/c.png" in [image.source for image in scan.images]
 
 
 def catalog_of(tmp_path: Path, scan: Scan) -> Catalog:
