@@ -156,7 +156,7 @@ class LatentsContent:
         return LatentBatch(batch.rows, self._encode_images(batch.pixels).cpu())
 
     def encode(self, result: LatentBatch, header: RecordHeader) -> Iterator[EncodedRecord]:
-        """Yield each image's record, and beside it what no tensor says."""
+        """Yield each image's record, and next to it what no tensor says."""
         sizes = [time_ids(row.width, row.height, row.crop, row.bucket) for row in result.rows]
         tensors = {"latents": result.latents, "time_ids": np.stack(sizes)}
         for row, record in zip(result.rows, header.encode_batch(tensors), strict=True):
@@ -164,7 +164,7 @@ class LatentsContent:
 
 
 def sidecar_of(row: CatalogRow) -> bytes:
-    """Return the JSON beside an image's record: what no tensor says."""
+    """Return the JSON next to an image's record: what no tensor says."""
     fields: dict[str, Any] = {
         "captions": list(row.captions),
         "crop": row.crop._asdict(),

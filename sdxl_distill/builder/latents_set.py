@@ -66,12 +66,12 @@ def build_latents_set(
     rescan: bool = False,
     scan_progress: Progress | None = None,
 ) -> BuiltLatents:
-    """Build what is missing of the latents set, beside any other workers.
+    """Build what is missing of the latents set, next to any other workers.
 
     Args:
         config: of the builder.
         launch: this process among those started with it.
-        rebuild: set the present set aside and build anew.
+        rebuild: set the present set aside and build again.
         repair: keep the good shards of a damaged set and build the others.
         rescan: read every image again, known or not.
         scan_progress: shows the scan, on rank 0.
@@ -228,7 +228,7 @@ def _claim_scan(queue: WorkQueue) -> Claim:
 
 
 def _sweep_catalog(folder: Directory) -> None:
-    """Remove temporary files: whoever left one no longer holds the claim on the scan."""
+    """Remove temporary files: the process that left one no longer holds the claim on the scan."""
     for name in folder.names():
         if name.startswith(TEMPORARY_PREFIX):
             folder.remove(name)

@@ -57,7 +57,7 @@ class KnownFile(NamedTuple):
     height: int
 
 
-_KNOWN_COLUMNS: Final = ("image_id", "bytes", "mtime_ns", "width", "height")
+_KNOWN_NUMBERS: Final = ("bytes", "mtime_ns", "width", "height")
 
 
 class CataloguedImage(NamedTuple):
@@ -69,14 +69,15 @@ class CataloguedImage(NamedTuple):
 
 
 class KnownFiles:
-    """What is known of each source: 16 bytes a row, and no object for any of them.
+    """What is known of each source: 40 bytes a row, and no object for any of them.
 
     Args:
         table: the rows of a catalog; of two rows of one source the latter counts.
     """
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table.select(("source", *_KNOWN_COLUMNS))
+        self._sources, self._ids = table["source"], table["image_id"]
+        self._numbers = [table[name].to_numpy() for name in _KNOWN_NUMBERS]
         sources = (source for (source,) in _cells(table, ("source",)))
         hashes = np.fromiter(map(hash, sources), np.int64, table.num_rows)
         self._rows = np.argsort(hashes, kind="stable")
@@ -88,8 +89,9 @@ class KnownFiles:
         end = int(np.searchsorted(self._hashes, digest, "right"))
         while end and self._hashes[end - 1] == digest:
             row = int(self._rows[end - 1])
-            if self._table["source"][row].as_py() == source:
-                return KnownFile(*(self._table[name][row].as_py() for name in _KNOWN_COLUMNS))
+            if self._sources[row].as_py() == source:
+                numbers = (int(column[row]) for column in self._numbers)
+                return KnownFile(self._ids[row].as_py(), *numbers)
             end -= 1
         return None
 

@@ -1,7 +1,7 @@
 """One write-once catalog segment: rows ↔ bytes of `catalog-{n:06d}.parquet`.
 
 The header in the file's metadata names its number, its predecessor's sha256 and when its scan
-began; beside it stands a digest of every byte of the file. Equal header and rows give equal bytes.
+began; next to it stands a digest of every byte of the file. Equal header and rows give equal bytes.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ class ShardIndex:
         if (self.noise_digests is not None) != self.header.recreates_noise:
             raise _corrupt(
                 self.name,
-                "noise digests are missing, or stand beside stored noise",
+                "noise digests are missing, or stand next to stored noise",
                 "digests of the noise exactly where records hold a seed in its place",
             )
         if not is_strictly_ascending(self.ids):

@@ -1,7 +1,7 @@
 """Reads records of one shard by index: preadv into the caller's memory, digests checked there.
 
-Not mmap: a mapped file that somebody cuts kills the process. Nothing is parsed on the way, and
-both the read and the digest release the GIL, so threads scale.
+Not mmap: a mapped file that is cut kills the process. Nothing is parsed on the way, and both the
+read and the digest release the GIL, so threads scale.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class ShardSet:
         return self._readers(name)
 
     def open_reader(self, name: ShardName) -> ShardReader:
-        """Open a shard for who keeps it himself; otherwise as `reader`."""
+        """Open a shard for a caller that keeps it; otherwise as `reader`."""
         return self._with_tar(self._load_index(name))
 
     def read_empty_record(self) -> dict[str, torch.Tensor]:

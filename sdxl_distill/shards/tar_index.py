@@ -1,7 +1,7 @@
 """Makes the index of a shard: from its records while they are written, or from the tar itself.
 
-`index_of_tar` reads strictly and trusts nothing but the bytes: who finds a tar of somebody else
-publishes this index, never his own (docs/decisions/0002-create-only-publication.md).
+`index_of_tar` reads strictly and trusts nothing but the bytes: a process that finds a tar of
+another one publishes this index, never its own (docs/decisions/0002-create-only-publication.md).
 """
 
 from __future__ import annotations
