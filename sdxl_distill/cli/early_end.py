@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from types import TracebackType
 
+from sdxl_distill.cli.main import say
 from sdxl_distill.cli.typed_command import as_text, typed_command, with_resume
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.errors import Preempted
@@ -72,11 +72,9 @@ class EarlyEnd:
 
     def _announce(self) -> None:
         if self._is_main:
-            print(
+            say(
                 "\nasked to stop: this step is finished and saved first; Ctrl-C again ends the run "
-                f"at once, and then {self._kept()}",
-                file=sys.stderr,
-                flush=True,
+                f"at once, and then {self._kept()}"
             )
 
     def _abandon(self) -> int:
@@ -88,16 +86,12 @@ class EarlyEnd:
                 where=str(self._folder.path),
                 action=self._go_on(),
             )
-            print(f"Preempted: {stopped}", file=sys.stderr, flush=True)
+            say(f"Preempted: {stopped}")
         return Preempted.exit_code
 
     def _say_unsaved(self) -> int:
         if self._is_main:
-            print(
-                f"interrupted, and not saved; {self._kept()}\n  → {self._go_on()}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"interrupted, and not saved; {self._kept()}\n  → {self._go_on()}")
         return INTERRUPTED
 
     def _kept(self) -> str:

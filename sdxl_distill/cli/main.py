@@ -98,11 +98,26 @@ def run_command(name: str, argv: Sequence[str] | None = None, prog: str | None =
     try:
         return command.run(arguments) or 0
     except DistillError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{type(error).__name__}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"interrupted; {_INTERRUPTED.get(name, _INTERRUPTED_BUILDER)}", file=sys.stderr)
+        say(f"interrupted; {_INTERRUPTED.get(name, _INTERRUPTED_BUILDER)}")
         return 130
+
+
+def say(message: str) -> None:
+    """Print to stderr; when nobody reads it any more, since Ctrl-C ended `| tee` too, be silent.
+
+    What stdout still holds goes nowhere then, so that the exit code stays the command's.
+    """
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except BrokenPipeError:
+            descriptor = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            os.dup2(descriptor, stream.fileno())
+            os.close(descriptor)
 
 
 def _configure_output() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -76,7 +77,8 @@ class RunReport:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._progress.close()
+        with suppress(BrokenPipeError):
+            self._progress.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -85,7 +87,8 @@ class RunReport:
         self._loss_sums += loss_sums
         self._num_records += num_records
         self._waited_seconds += waited_seconds
-        self._progress.update()
+        with suppress(BrokenPipeError):  # Ctrl-C ends `| tee` too, and the run is still to be saved
+            self._progress.update()
 
     def log(
         self, global_step: int, epoch: int, learning_rate: float, grad_norm: torch.Tensor
@@ -107,9 +110,10 @@ class RunReport:
                 f"{PREFIX}/data_wait": waited_seconds / self._accelerator.num_processes / seconds,
             },
         )
-        self._progress.set_postfix_str(
-            f"loss {losses[0] / num_records:.4g}, {images_per_second:.1f} images/s"
-        )
+        with suppress(BrokenPipeError):
+            self._progress.set_postfix_str(
+                f"loss {losses[0] / num_records:.4g}, {images_per_second:.1f} images/s"
+            )
         self._restart()
 
     def write(self, global_step: int, scalars: Mapping[str, float]) -> None:

@@ -252,3 +252,24 @@ def test_two_nodes_are_two_processes(distill_cache: DistillCache, tmp_path: Path
         assert launcher.wait(PATIENCE_SECONDS) == 0, (tmp_path / f"log{number}").read_text()
     assert node.wait() == [0, 0]
     assert last_checkpoint(tmp_path / "nodes") == last_checkpoint(tmp_path / "node")
+
+
+@pytest.mark.multiprocess
+def test_ctrl_c_saves_also_when_it_ended_the_reader_of_the_log(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    config = str(distill_cache.config_file(tmp_path))
+    endless = ("training.num_steps=100000", "training.checkpoint_every=100000")
+    options = [word for each in (*endless, "training.log_every=1") for word in ("--set", each)]
+    process = psutil.Popen(
+        [*PLAIN, "--config", config, *options],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while b"images/s" not in os.read(process.stdout.fileno(), 65_536):
+        pass
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_SECONDS) == 75
+    assert len(checkpoints(tmp_path).steps()) == 1
