@@ -54,7 +54,8 @@ def until_not_swept(directory: Directory, work: Callable[[], T]) -> T:
         with suppress(LostDirectoryError):
             return work()
         require_in_place(_outermost(directory))
-        directory.make_again()
+        with suppress(LostDirectoryError):  # removed once more meanwhile: the next attempt sees it
+            directory.make_again()
     return work()
 
 

@@ -134,7 +134,7 @@ def test_a_rank_that_is_asked_to_stop_has_all_save_at_the_next_step(
     number: int,
 ) -> None:
     ranks = launch(tmp_path, world, "training.checkpoint_every=1000", "training.log_every=1")
-    wait_until(lambda: "loss" in ranks.log.read_text(), ranks)
+    wait_until(lambda: "images/s" in ranks.log.read_text(), ranks)
     ranks.signal(number, asked)
     assert ranks.wait() == [75] * world, ranks.log.read_text()
     (step,) = checkpoints(tmp_path).steps()

@@ -159,7 +159,7 @@ def test_a_second_train_touches_nothing_of_the_run(
     config = distill_cache.config_file(tmp_path)
     endless = ("--set=training.num_steps=100000", "--set=training.validation.fraction=0")
     first = Ranks(1, config, *endless, "--set=training.checkpoint_every=100000")
-    wait_for_ranks(lambda: "loss" in first.log.read_text(), first)
+    wait_for_ranks(lambda: "images/s" in first.log.read_text(), first)
     (tmp_path / "runs" / "run" / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "runs" / "run" / "checkpoints" / ".tmp-being-written").touch()
     before = {path for path in contents(tmp_path) if path != first.log}
