@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,11 +45,21 @@ def test_a_mount_point_below_that_is_not_mounted_here_is_named(folder: ImageFold
         folder.watch(["inner"])
 
 
-def test_a_mount_below_concerns_its_own_images_only(folder: ImageFolder) -> None:
-    other = Path("/dev/shm")
-    if other.stat().st_dev == folder.path.stat().st_dev:
-        pytest.skip("no second file system here")
-    (folder.path / "mounted").symlink_to(other)
+@pytest.fixture
+def other_volume(folder: ImageFolder) -> Iterator[Path]:
+    """An empty folder on another file system than the images', wherever there is one."""
+    places = (Path(place) for place in ("/dev/shm", "/run", "/var/tmp", Path.home(), Path.cwd()))
+    device = folder.path.stat().st_dev
+    others = [place for place in places if place.is_dir() and place.stat().st_dev != device]
+    assert others, "run with --basetemp on another file system than /dev/shm"
+    with TemporaryDirectory(dir=others[0]) as path:
+        yield Path(path)
+
+
+def test_a_mount_below_concerns_its_own_images_only(
+    folder: ImageFolder, other_volume: Path
+) -> None:
+    (folder.path / "mounted").symlink_to(other_volume)
     folder.watch(["mounted"])
     folder.require_there("mounted/a.png")
     (folder.path / "mounted").unlink()
@@ -58,14 +69,11 @@ def test_a_mount_below_concerns_its_own_images_only(folder: ImageFolder) -> None
 
 
 def test_a_mount_below_is_one_mount_however_many_folders_it_has(
-    folder: ImageFolder, write_photo
+    folder: ImageFolder, other_volume: Path, write_photo
 ) -> None:
-    with TemporaryDirectory(dir="/dev/shm") as other:
-        if Path(other).stat().st_dev == folder.path.stat().st_dev:
-            pytest.skip("no second file system here")
-        write_photo(Path(other) / "a" / "b" / "c.png", 1)
-        (folder.path / "mounted").symlink_to(other)
-        scan = scan_folder(folder.path, Catalog(), max_pixels=10**6)
+    write_photo(other_volume / "a" / "b" / "c.png", 1)
+    (folder.path / "mounted").symlink_to(other_volume)
+    scan = scan_folder(folder.path, Catalog(), max_pixels=10**6)
     assert scan.mounts == ("mounted",)
     assert "mounted/a/b/c.png" in [image.source for image in scan.images]
 

@@ -147,7 +147,8 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(
     (step,) = checkpoints(tmp_path).steps()
     command = log.read_text().partition(f"after step {step}; its checkpoint is saved\n  → ")[2]
     shorter = command.strip().replace("num_steps=100000", f"num_steps={step + 1}")
-    done = subprocess.run(shorter, shell=True, capture_output=True, text=True, check=False)
+    # Given to a shell as a user types it: it may begin with variables.
+    done = subprocess.run(["sh", "-c", shorter], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"run: {step + 1} steps" in done.stdout
 
