@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -179,3 +180,16 @@ def test_names_and_numbers_belong_together() -> None:
     assert segment_number(segment_name(123)) == 123
     for other in ("catalog-1.parquet", ".tmp-0-1", "catalog-000001.parquet.tmp"):
         assert segment_number(other) is None
+
+
+def test_rows_that_pyarrow_does_not_read_at_once_are_read_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        # What pyarrow raises where a column has more than 2 GiB of text.
+        raise pa.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    content = (Path(__file__).parent / "segment_of_version_1.parquet").read_bytes()
+    at_once = decode_segment(content, "segment").table
+    monkeypatch.setattr(pq.ParquetFile, "read", refuse)
+    assert decode_segment(content, "segment").table.equals(at_once)
