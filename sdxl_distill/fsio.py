@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdxl_distill.errors import ConfigError, StorageError
+from sdxl_distill.path_text import require_path
 from sdxl_distill.publication import Staged, Volume, exchange, is_refusal
 from sdxl_distill.regular_file import (
     LostDirectoryError,
@@ -99,7 +100,7 @@ class Directory:
         parent: the directory that it lies in, by whose handle it is opened.
 
     Raises:
-        ConfigError: when it does not exist.
+        ConfigError: when it does not exist, or cannot be a path.
         StorageError: when it cannot be made or opened.
     """
 
@@ -156,6 +157,7 @@ class Directory:
                 with suppress(FileExistsError):
                     os.mkdir(name, dir_fd=parent.descriptor)
                 return os.open(name, _FOLDER_FLAGS, dir_fd=parent.descriptor)
+        require_path(self.path)
         with storage_errors(self.path):
             if create:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sdxl_distill.errors import ConfigError
 from sdxl_distill.limits import MAX_NAME_BYTES, MAX_PATH_BYTES
 
 
@@ -27,6 +28,18 @@ def fault_of_path(text: str) -> str | None:
     if len(content) > MAX_PATH_BYTES:
         return f"it has {len(content)} bytes, where {MAX_PATH_BYTES} are possible"
     return None
+
+
+def require_path(path: str | Path) -> None:
+    """Check that a text can be a path, before the operating system is asked.
+
+    Raises:
+        ConfigError: saying what keeps it from being one.
+    """
+    fault = fault_of_path(str(path))
+    if fault is not None:
+        where = str(path).encode(errors="backslashreplace").decode().replace("\0", "\\x00")
+        raise ConfigError(f"this cannot be a path: {fault}", where=where, action="check the path")
 
 
 def real_path(path: str | Path) -> Path:

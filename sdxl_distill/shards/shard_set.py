@@ -25,6 +25,7 @@ from sdxl_distill.limits import (
     MAX_RECORD_BYTES,
     MAX_SET_RECORD_BYTES,
 )
+from sdxl_distill.path_text import require_path
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
@@ -50,11 +51,12 @@ def open_shard_set(path: str | Path, *, max_open_shards: int = 64) -> ShardSet:
         max_open_shards: how many shards are kept with their indices once they were asked for.
 
     Raises:
-        ConfigError: when there is no set, or it is not complete yet.
+        ConfigError: when there is no set, it is not complete yet, or this cannot be a path.
         CorruptError: when one of the two files is damaged.
         IncompatibleError: when they do not belong together or a newer version wrote them.
         StorageError: when the operating system refuses.
     """
+    require_path(path)
     directory = Path(path)
     record = SetRecord.from_bytes(
         _read_or_explain(directory, SET_RECORD_NAME, MAX_SET_RECORD_BYTES),
