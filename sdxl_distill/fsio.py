@@ -28,18 +28,6 @@ from sdxl_distill.regular_file import (
     storage_errors,
 )
 
-__all__ = [
-    "TEMPORARY_PREFIX",
-    "Directory",
-    "LostDirectoryError",
-    "StagedFile",
-    "new_token",
-    "open_regular",
-    "read_bytes",
-    "storage_errors",
-    "sync_folder",
-]
-
 TEMPORARY_PREFIX = ".tmp-"
 _BLOCK_BYTES = 1 << 20
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -17,13 +17,8 @@ from typing import Any
 import pytest
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
-from sdxl_distill.fsio import (
-    Directory,
-    LostDirectoryError,
-    open_regular,
-    read_bytes,
-    storage_errors,
-)
+from sdxl_distill.fsio import Directory
+from sdxl_distill.regular_file import LostDirectoryError, open_regular, read_bytes, storage_errors
 
 
 def names(folder: Path) -> list[str]:

@@ -14,8 +14,9 @@ from places import place_without_create_only_names, place_without_links
 
 from sdxl_distill import publication
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory, read_bytes
+from sdxl_distill.fsio import Directory
 from sdxl_distill.publication import Publication, Volume
+from sdxl_distill.regular_file import read_bytes
 
 
 def names(folder: Path) -> list[str]:

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory, LostDirectoryError, StagedFile, storage_errors
+from sdxl_distill.fsio import Directory, StagedFile
 from sdxl_distill.limits import MAX_SET_RECORD_BYTES
+from sdxl_distill.regular_file import LostDirectoryError, storage_errors
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord

@@ -14,8 +14,9 @@ from sdxl_distill.builder.withdrawal import folders_to_repair_from
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
 from sdxl_distill.catalog.segment import RESTORE_CATALOG
 from sdxl_distill.errors import CorruptError, DistillError, IncompatibleError
-from sdxl_distill.fsio import Directory, read_bytes
+from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
+from sdxl_distill.regular_file import read_bytes
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.latents_plan import LatentsPlan, catalog_too_short, plan_faults
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest

@@ -15,8 +15,9 @@ from typing import Final
 from sdxl_distill.builder.commit import REPAIR, naming_repair
 from sdxl_distill.builder.in_place import require_in_place
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory, storage_errors
+from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_MANIFEST_BYTES
+from sdxl_distill.regular_file import storage_errors
 from sdxl_distill.shards.index_layout import index_bytes
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.ordered_map import ordered_map

@@ -31,9 +31,10 @@ from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.catalog.segment import segment_number
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory, new_token, read_bytes, storage_errors
+from sdxl_distill.fsio import Directory, new_token
 from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_SET_RECORD_BYTES
 from sdxl_distill.path_text import real_path
+from sdxl_distill.regular_file import read_bytes, storage_errors
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 

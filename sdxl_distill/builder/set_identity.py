@@ -11,9 +11,9 @@ from pathlib import Path
 
 from sdxl_distill.builder.commit import naming_repair
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import read_bytes
 from sdxl_distill.limits import MAX_SET_RECORD_BYTES
 from sdxl_distill.models.component import Component
+from sdxl_distill.regular_file import read_bytes
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 
 

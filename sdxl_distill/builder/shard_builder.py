@@ -18,7 +18,8 @@ from sdxl_distill.builder.pipeline import run_pipeline
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.progress import shown_progress
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
-from sdxl_distill.fsio import Directory, LostDirectoryError
+from sdxl_distill.fsio import Directory
+from sdxl_distill.regular_file import LostDirectoryError
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord

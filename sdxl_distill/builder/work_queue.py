@@ -19,7 +19,8 @@ from functools import cache, partial
 from sdxl_distill.builder.heartbeat import Heartbeat, Observer, Timing
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, LostDirectoryError
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
+from sdxl_distill.regular_file import LostDirectoryError
 from sdxl_distill.world import World
 
 BUILD_FOLDER = ".build"

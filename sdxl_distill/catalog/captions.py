@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sdxl_distill import fsio
+from sdxl_distill import regular_file
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.limits import MAX_CAPTION_BYTES, MAX_METADATA_BYTES
 
@@ -109,7 +109,7 @@ def _metadata_line(line: str, where: str) -> tuple[str, str, set[str]]:
 
 def _read_utf8(path: Path, max_bytes: int) -> str:
     try:
-        return fsio.read_bytes(path, max_bytes).decode("utf-8-sig")
+        return regular_file.read_bytes(path, max_bytes).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise CorruptError("is gone, or a link that leads nowhere", where=str(path)) from error
     except UnicodeDecodeError as error:

@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from sdxl_distill import fsio
+from sdxl_distill import regular_file
 from sdxl_distill.core.bucket import Bucket, cover_crop
 from sdxl_distill.errors import CorruptError, StorageError
 
@@ -126,7 +126,7 @@ def read_image_file(path: Path, where: str) -> bytes:
         StorageError: when the disk refused twice; that says nothing about the image.
     """
     try:
-        return retry_once(lambda: fsio.read_bytes(path, MAX_FILE_BYTES))
+        return retry_once(lambda: regular_file.read_bytes(path, MAX_FILE_BYTES))
     except FileNotFoundError as error:
         raise GoneImageError("is gone, or a link that leads nowhere", where=where) from error
     except CorruptError as error:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import json5
 
 from sdxl_distill.errors import ConfigError, CorruptError
-from sdxl_distill.fsio import read_bytes
 from sdxl_distill.limits import MAX_CONFIG_BYTES
+from sdxl_distill.regular_file import read_bytes
 
 _PLACE = re.compile(r"<string>:(\d+) ")
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.fsio import Directory, storage_errors
+from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_RECORD_BYTES, MAX_SIDECAR_BYTES
+from sdxl_distill.regular_file import storage_errors
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
 from sdxl_distill.shards.loose import LooseFolder, LooseRecord, open_new_folder

@@ -18,7 +18,6 @@ from sdxl_distill.errors import (
     IncompatibleError,
     StorageError,
 )
-from sdxl_distill.fsio import open_regular, read_bytes
 from sdxl_distill.limits import (
     MAX_INDEX_BYTES,
     MAX_MANIFEST_BYTES,
@@ -26,6 +25,7 @@ from sdxl_distill.limits import (
     MAX_SET_RECORD_BYTES,
 )
 from sdxl_distill.path_text import require_path
+from sdxl_distill.regular_file import open_regular, read_bytes
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest

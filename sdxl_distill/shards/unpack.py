@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory, read_bytes
+from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
+from sdxl_distill.regular_file import read_bytes
 from sdxl_distill.shards.loose import LooseRecord, open_new_folder
 from sdxl_distill.shards.loose_catalog import copy_catalog, has_catalog
 from sdxl_distill.shards.ordered_map import ordered_map

@@ -26,15 +26,9 @@ from safetensors.torch import load_file, save_file
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fingerprint import canonical_json
-from sdxl_distill.fsio import (
-    TEMPORARY_PREFIX,
-    Directory,
-    new_token,
-    read_bytes,
-    storage_errors,
-    sync_folder,
-)
+from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, sync_folder
 from sdxl_distill.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_STEPS
+from sdxl_distill.regular_file import read_bytes, storage_errors
 
 FORMAT_VERSION = 1
 _FILES = "files.json"

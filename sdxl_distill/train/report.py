@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sdxl_distill.fsio import storage_errors
+from sdxl_distill.regular_file import storage_errors
 from sdxl_distill.train.reduction import sum_over_ranks
 
 PREFIX: Final = "distill"
