@@ -203,8 +203,7 @@ def _shard_table(latents: ShardSet, shards: Sequence[AlignedShard], fraction: fl
 
 def _report_room(room: Room, num_shards: int) -> None:
     _log.info(
-        "%d of %d shards, each draw counted, are kept open at once: %d files, of which this "
-        "process may have %d, and about %.1f MB of memory",
+        "the join keeps %d of %d shards (times draws) open: %d files of at most %d, %.1f MB",
         room.num_shards,
         num_shards,
         room.num_files,
