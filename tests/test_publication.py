@@ -10,7 +10,7 @@ from pathlib import Path
 
 import places
 import pytest
-from places import place_without_create_only_names, place_without_links
+from places import Linkless, place_without_create_only_names, place_without_links
 
 from sdxl_distill import publication
 from sdxl_distill.errors import StorageError
@@ -29,15 +29,20 @@ def keep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publication, "_renameat2", publication._renameat2)
 
 
+def folder_of(place: Linkless) -> Path:
+    """Make a folder in a place that has its limits from now on."""
+    place.limits()
+    folder = place.path / "folder"
+    folder.mkdir()
+    return folder
+
+
 @pytest.fixture
 def linkless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of a file system that does not link."""
     keep(monkeypatch)
     with place_without_links(tmp_path) as place:
-        place.limits()
-        folder = place.path / "folder"
-        folder.mkdir()
-        yield folder
+        yield folder_of(place)
 
 
 @pytest.fixture
@@ -45,10 +50,7 @@ def nameless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of a file system without create-only names."""
     keep(monkeypatch)
     with place_without_create_only_names(tmp_path) as place:
-        place.limits()
-        folder = place.path / "folder"
-        folder.mkdir()
-        yield folder
+        yield folder_of(place)
 
 
 def test_links_are_found_first_and_the_trial_leaves_nothing(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from sdxl_distill.demo.training import train_unet, train_vae
 from sdxl_distill.demo.weights import draw_weights, perturb_weights
 from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.component_kind import PIPELINE_PARTS
 from sdxl_distill.models.text_encoder import TextEncoders
 from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import load_vae
@@ -250,16 +251,9 @@ def write_scheduler_and_index(directory: Path, prediction_type: str = "epsilon")
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline",
         "_diffusers_version": diffusers_version,
-        "feature_extractor": [None, None],
         "force_zeros_for_empty_prompt": True,
-        "image_encoder": [None, None],
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        **PIPELINE_PARTS,
     }
     (directory / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

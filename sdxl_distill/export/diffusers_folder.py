@@ -24,6 +24,7 @@ from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.fsio import TEMPORARY_PREFIX, new_token
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
+from sdxl_distill.models.component_kind import PIPELINE_PARTS
 from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.tokenizer import copy_tokenizer
 from sdxl_distill.regular_file import storage_errors
@@ -155,18 +156,10 @@ def _model_index(base: Path) -> dict[str, Any]:
     scheduler = read_json(base / "scheduler" / "scheduler_config.json").get(
         "_class_name", "EulerDiscreteScheduler"
     )
-    absent = [None, None]
     return {
         **{name: entry for name, entry in index.items() if not isinstance(entry, list)},
-        "feature_extractor": absent,
-        "image_encoder": absent,
         "scheduler": index.get("scheduler") or ["diffusers", scheduler],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        **PIPELINE_PARTS,
     }
 
 

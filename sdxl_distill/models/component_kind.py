@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 """A parsed `config.json`."""
 
+PIPELINE_PARTS: Final[Config] = {
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+"""What `model_index.json` says of SDXL's parts, [library, class]; it names a scheduler besides."""
+
 
 @dataclass(frozen=True, eq=False)
 class ComponentKind:

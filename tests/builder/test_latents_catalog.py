@@ -12,6 +12,7 @@ from workshop import Workshop, identities, published_files
 
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.segment import SegmentHeader, encode_segment, segment_name
+from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.pack import pack_set
@@ -97,12 +98,18 @@ def test_every_shard_names_the_digest_of_its_planned_ids_also_of_those_left_out(
     assert len(differing) == len(whole.undecodable) == 1
 
 
-def test_a_tar_that_was_planned_for_other_images_is_not_adopted(workshop, tiny_family):
+@pytest.fixture
+def other(workshop: Workshop, tiny_family: Family) -> Workshop:
+    """A set of other images, next to one whose manifest is gone."""
     other = Workshop(workshop.root / "other", tiny_family)
     write_images(other.images, 6)
     other.build_latents()
     workshop.build_latents()
     (workshop.latents / "manifest.json").unlink()
+    return other
+
+
+def test_a_tar_that_was_planned_for_other_images_is_not_adopted(workshop, other):
     name = next(path.name for path in other.latents.glob("*.tar"))
     (workshop.latents / name).with_suffix(".idx").unlink()
     shutil.copy(other.latents / name, workshop.latents / name)
@@ -112,14 +119,7 @@ def test_a_tar_that_was_planned_for_other_images_is_not_adopted(workshop, tiny_f
     assert len(read_set(workshop.latents)) == 10
 
 
-def test_a_shard_that_was_planned_for_other_images_is_told_from_a_damaged_one(
-    workshop, tiny_family
-):
-    other = Workshop(workshop.root / "other", tiny_family)
-    write_images(other.images, 6)
-    other.build_latents()
-    workshop.build_latents()
-    (workshop.latents / "manifest.json").unlink()
+def test_a_shard_that_was_planned_for_other_images_is_told_from_a_damaged_one(workshop, other):
     name = next(path.stem for path in other.latents.glob("*.tar"))
     for suffix in (".tar", ".idx"):
         shutil.copy(other.latents / (name + suffix), workshop.latents / (name + suffix))

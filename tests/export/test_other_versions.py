@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from sdxl_distill.demo.family import Family
 from sdxl_distill.export.diffusers_folder import use_of
-from sdxl_distill.export.student import export_student
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.tensor_files import read_tensors
 from sdxl_distill.train.run_folder import RunFolder
@@ -29,14 +28,6 @@ PYTHON = ROOT / ".venv-lowest/bin/python"
 PINS = ROOT / "constraints-lowest.txt"
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def export(
-    distill_cache: DistillCache, trained_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    config = distill_cache.config(trained_run)
-    return export_student(config, destination=tmp_path_factory.mktemp("export") / "student")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from sdxl_distill.demo.family import Family
 from sdxl_distill.demo.weights import draw_weights
 from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.export.diffusers_folder import export_diffusers_folder, use_of
-from sdxl_distill.export.student import export_student
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.tensor_files import read_header
 from sdxl_distill.train.session import train
@@ -30,15 +29,6 @@ pytestmark = [
     # Newer diffusers ask for `dtype`, which older ones do not know.
     pytest.mark.filterwarnings("ignore:.*(torch_dtype|upcast_vae)` is deprecated:FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def export(
-    distill_cache: DistillCache, trained_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """What a run of an ordinary configuration writes."""
-    config = distill_cache.config(trained_run)
-    return export_student(config, destination=tmp_path_factory.mktemp("use") / "export")
 
 
 @pytest.fixture
