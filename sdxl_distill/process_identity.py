@@ -6,8 +6,14 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from sdxl_distill.fsio import new_token
+
+BEAT_SECONDS: Final = 15.0
+"""Between two signs of life that a process gives to others that cannot see it."""
+EXPIRY_SECONDS: Final = 120.0
+"""A process that gave none for so long, on the observer's own clock, is dead or hangs."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.errors import CorruptError, StorageError
 from sdxl_distill.fsio import Directory
-from sdxl_distill.process_identity import ProcessIdentity
+from sdxl_distill.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
 from sdxl_distill.regular_file import LostDirectoryError, in_use
 
 HEARTBEAT_BYTES = 512
@@ -31,9 +31,9 @@ _NUM_LOOK_INTERVALS = 2
 class Timing:
     """How often workers show life, and how long others wait before they act."""
 
-    heartbeat_seconds: float = 15.0
+    heartbeat_seconds: float = BEAT_SECONDS
     """Between two heartbeats of one worker."""
-    expiry_seconds: float = 120.0
+    expiry_seconds: float = EXPIRY_SECONDS
     """A heartbeat that did not change for so long belongs to a dead or hung worker."""
     straggler_factor: float = 3.0
     """An idle worker takes over what is held longer than this many median shards."""

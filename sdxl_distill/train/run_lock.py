@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.fsio import Directory
-from sdxl_distill.process_identity import ProcessIdentity
+from sdxl_distill.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
 
 _NAME: Final = re.compile(r"lock-([0-9]{6})\.json")
 _MAX_BYTES: Final = 4096
@@ -30,9 +30,9 @@ _MAX_BYTES: Final = 4096
 class LockTiming:
     """How often a holder shows life, and when others take it for dead."""
 
-    beat_seconds: float = 15.0
+    beat_seconds: float = BEAT_SECONDS
     """Between two beats of the holder."""
-    expiry_seconds: float = 120.0
+    expiry_seconds: float = EXPIRY_SECONDS
     """A lock of another host that did not change for so long is nobody's."""
     poll_seconds: float = 0.5
     """Between two looks at the lock of another host."""
