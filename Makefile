@@ -7,7 +7,7 @@ LOWEST := .venv-lowest
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What depends most on libraries: networks, files, text, a tiny build and a tiny training.
 LOWEST_TESTS := tests/config/test_loader.py tests/config/test_builder.py tests/config/test_distill.py \
-  tests/core tests/models tests/catalog tests/shards tests/builder/test_teacher.py \
+  tests/core tests/models tests/catalog tests/shards tests/sets/test_teacher.py \
   tests/stream/test_join.py tests/train/test_session.py tests/train/test_checkpoint.py \
   tests/export/test_student.py tests/export/test_use.py
 

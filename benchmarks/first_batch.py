@@ -15,8 +15,7 @@ from measuring.scratch import scratch_folder
 from measuring.script import run_alone
 from measuring.sets import write_sets
 
-from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.shard_entry import ShardEntry
+from sdxl_distill.shards.manifest import Manifest, ShardEntry
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
 

@@ -21,8 +21,8 @@ from measuring.tiny_job import TinyJob
 
 from sdxl_distill.core.noise import noise
 from sdxl_distill.demo.family import one_thread
-from sdxl_distill.shards.verify import verify_set
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
+from sdxl_distill.verify.whole_set import verify_set
 
 ROOT: Final = Path(__file__).parents[1]
 START_SECONDS: Final = 0.5

@@ -21,21 +21,21 @@ from measuring.sdxl import NUM_TOKENS, SDXL, SQUARE
 from measuring.sets import write_sets
 from measuring.tiny_job import quiet
 
-from sdxl_distill.builder.alignment import planned_after
-from sdxl_distill.builder.predictions import PredictionsContent, Teacher
 from sdxl_distill.builder.set_builder import build_set
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.device import allow_tf32
+from sdxl_distill.estimate.network_memory import UnetInput
+from sdxl_distill.estimate.training import batch_of_zeros, step_of
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
-from sdxl_distill.models.memory import UnetInput
 from sdxl_distill.models.unet import compile_unet, predict, unet_geometry
+from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
+from sdxl_distill.runtime.device import allow_tf32
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.alignment import planned_after
+from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.train.estimate import batch_of_zeros, step_of
-from sdxl_distill.train.optimizer import clip_factor, global_grad_norm
 from sdxl_distill.train.trainer import make_optimizer
-from sdxl_distill.world import World
 
 BUILD_BATCH: Final = 8
 TRAIN_BATCH: Final = 4

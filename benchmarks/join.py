@@ -20,10 +20,10 @@ from measuring.script import run_alone
 from measuring.sets import SetFolders, forget_cached_pages, write_sets
 
 from sdxl_distill.core.noise import noise
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.record import Layout
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.world import World
 
 NUM_TEACHERS: Final = (1, 2, 3, 5, 8)
 NUM_THREADS: Final = (0, 1, 2, 4)  # beside the caller, who reads when he would have to wait
@@ -37,7 +37,7 @@ FIGURE_THREADS: Final = "Joining three teachers, threads"
 READING: Final = """
 The raw read has two rates, and the target is judged against both. malloc puts large memory 16 bytes
 behind the begin of a page, where the kernel's copy was measured at half the speed or less on this
-processor; batches are laid out to avoid that (`stream/batch_memory.py`). The faster of the two is
+processor; batches are laid out to avoid that (`stream/batch.py`). The faster of the two is
 out of reach: it reads all bytes into 4 MiB that stay in the processor's cache, a join writes into
 two batches. Its bare read calls and digests, without order or checks, are rows of their own; what
 the join adds to them is some 50 µs of Python an image. From a hot cache reader threads add little,

@@ -22,8 +22,8 @@ from measuring.row import Curve, Row
 from measuring.script import run_alone
 
 from sdxl_distill.core.bucket import SDXL_BUCKETS
-from sdxl_distill.stream.schedule import Schedule
-from sdxl_distill.stream.shard_table import ShardTable
+from sdxl_distill.order.shard_table import ShardTable
+from sdxl_distill.order.stream_order import Schedule
 
 RANKS: Final = 1024
 RECORDS_PER_RANK: Final = 32

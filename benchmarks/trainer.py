@@ -25,12 +25,12 @@ from measuring.sdxl import NUM_TOKENS
 from measuring.tiny_job import TinyJob, quiet
 
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.core.ema import Ema
 from sdxl_distill.demo.family import one_thread
+from sdxl_distill.estimate.network_memory import UnetInput
 from sdxl_distill.models.checkpoint import Checkpoint
-from sdxl_distill.models.memory import UnetInput
 from sdxl_distill.models.unet import predict, unet_geometry
-from sdxl_distill.stop_request import StopRequest
+from sdxl_distill.runtime.stop_request import StopRequest
+from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.report import RunReport
 from sdxl_distill.train.session import load_student, make_accelerator, open_stream, open_teachers
 from sdxl_distill.train.trainer import Trainer

@@ -16,10 +16,10 @@ from measuring.script import run_alone
 from measuring.sets import random_record
 
 from sdxl_distill.core.image_id import image_id
-from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.record import Layout, RecordHeader, predictions_schema
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory
 
 WRITE_TARGET: Final = 0.5
 DISTINCT_RECORDS: Final = 16

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from sdxl_distill.builder.latents_set import build_latents_set
 from sdxl_distill.builder.launch import Launch
-from sdxl_distill.builder.predictions_set import build_predictions_set
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.latents_set import build_latents_set
+from sdxl_distill.sets.predictions_set import build_predictions_set
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
-from sdxl_distill.world import World
 
 if TYPE_CHECKING:
     from sdxl_distill.demo.family import Family

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory
 
 
 def without_sources(path: Path) -> Manifest:

@@ -24,8 +24,8 @@ _PRELOADED = (
     "pytest",
     "diffusers.models.autoencoders.autoencoder_kl",  # the package imports them when they are used
     "diffusers.models.unets.unet_2d_condition",
-    "sdxl_distill.builder.latents_set",
-    "sdxl_distill.builder.predictions_set",
+    "sdxl_distill.sets.latents_set",
+    "sdxl_distill.sets.predictions_set",
     "sdxl_distill.cli.build_latents",
     "sdxl_distill.cli.build_shards",
     "sdxl_distill.cli.build_summary",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdxl_distill.train.optimizer import AdamW
+from sdxl_distill.optimizer.adamw import AdamW
 
 # A matrix and a convolution with 8-bit states, and three tensors that keep float32 ones.
 SHAPES = [(16, 512), (12, 40, 3, 3), (10, 33), (5000,), ()]

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from sdxl_distill import publication
+from sdxl_distill.storage import publication
 
 _NOBODY = 65_534
 _IMAGE_BYTES = 64 << 20

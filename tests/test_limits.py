@@ -17,8 +17,7 @@ from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.shards.record import latents_schema
-from sdxl_distill.shards.set_record import SetRecord
-from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.set_record import SetRecord, SetReference
 from sdxl_distill.shards.shard_name import is_bucket_side
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl_distill.builder.latents_set import BuiltLatents, build_latents_set
 from sdxl_distill.builder.launch import Launch
-from sdxl_distill.builder.predictions_set import BuiltPredictions, build_predictions_set
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.loader import load_config
 from sdxl_distill.demo.family import Family
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.latents_set import BuiltLatents, build_latents_set
+from sdxl_distill.sets.predictions_set import BuiltPredictions, build_predictions_set
 
 BUCKETS = ((128, 128), (160, 96), (96, 160), (128, 96))
 TEACHER_ID = "teacher_a"

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sdxl_distill.cores import available_cores
+from sdxl_distill.runtime.cores import available_cores
 
 PACKAGES = ("sdxl_distill", "torch", "numpy", "webdataset", "safetensors", "xxhash", "pyarrow")
 

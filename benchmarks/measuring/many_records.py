@@ -16,16 +16,15 @@ import torch
 from measuring.tiny_job import TinyJob, quiet
 from torch import nn
 
-from sdxl_distill.builder.alignment import planned_after
-from sdxl_distill.builder.latents_set import latents_record
 from sdxl_distill.builder.plan import PlannedShard
-from sdxl_distill.builder.predictions import PredictionsContent, Teacher, TeacherInput
-from sdxl_distill.builder.predictions_set import open_latents, predictions_record
-from sdxl_distill.builder.set_builder import build_set
-from sdxl_distill.builder.shard_builder import EncodedRecord, ShardContent
-from sdxl_distill.builder.text_set import text_record
+from sdxl_distill.builder.set_builder import EncodedRecord, ShardContent, build_set
 from sdxl_distill.core.image_id import image_id
-from sdxl_distill.fsio import Directory
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.alignment import planned_after
+from sdxl_distill.sets.latents_set import latents_record
+from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher, TeacherInput
+from sdxl_distill.sets.predictions_set import open_latents, predictions_record
+from sdxl_distill.sets.text_set import text_record
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, RecordHeader, encode_record
@@ -33,7 +32,7 @@ from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
-from sdxl_distill.world import World
+from sdxl_distill.storage.fsio import Directory
 
 _BATCH = 64
 

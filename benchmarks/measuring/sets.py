@@ -19,7 +19,6 @@ from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
 from sdxl_distill.core.noise_schedule import NoiseSchedule
-from sdxl_distill.fsio import Directory, StagedFile
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
@@ -31,11 +30,11 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, NoiseRecipe, SetRecord
-from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, NoiseRecipe, SetRecord, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory, StagedFile
 
 CHANNELS, HIDDEN_SIZE, POOLED_SIZE = 4, 2048, 1280
 BASE_SEED, MAX_TIMESTEP = 42, 1000

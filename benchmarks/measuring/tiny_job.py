@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdxl_distill.builder.latents_set import BuiltLatents, build_latents_set
 from sdxl_distill.builder.launch import Launch
-from sdxl_distill.builder.predictions_set import (
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.demo.family import build_untrained_family
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.latents_set import BuiltLatents, build_latents_set
+from sdxl_distill.sets.predictions_set import (
     BuiltPredictions,
     build_predictions_set,
     open_latents,
 )
-from sdxl_distill.builder.text_set import build_text_set
-from sdxl_distill.config.builder import BuilderConfig
-from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.demo.family import build_untrained_family
-from sdxl_distill.world import World
+from sdxl_distill.sets.text_set import build_text_set
 
 _WIDTHS = (32, 64, 64)
 _TEACHERS = ("teacher_a", "teacher_b", "teacher_c")

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory, StagedFile
 from sdxl_distill.limits import MAX_SET_RECORD_BYTES
-from sdxl_distill.regular_file import LostDirectoryError, storage_errors
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar_index import index_of_tar
+from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.regular_file import LostDirectoryError, storage_errors
 
 REPAIR = "run the builder once with --repair: it keeps the good shards and rebuilds this one"
 

@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from sdxl_distill.builder.commit import REPAIR, naming_repair, shard_header
+from sdxl_distill.builder.existing_manifest import ManifestThere, parse_manifest
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
-from sdxl_distill.builder.manifest_there import ManifestThere, parse_manifest
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.withdrawal import discard_withdrawn
 from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
+from sdxl_distill.runtime.ordered_map import ordered_map
+from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.ordered_map import ordered_map
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.stop_request import StopRequest
+from sdxl_distill.storage.fsio import Directory
 
 FINISH = "finish"
 _NUM_THREADS = 8

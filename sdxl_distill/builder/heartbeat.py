@@ -19,9 +19,9 @@ from typing import Any
 
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.errors import CorruptError, StorageError
-from sdxl_distill.fsio import Directory
-from sdxl_distill.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
-from sdxl_distill.regular_file import LostDirectoryError, in_use
+from sdxl_distill.runtime.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.regular_file import LostDirectoryError, in_use
 
 HEARTBEAT_BYTES = 512
 _NUM_LOOK_INTERVALS = 2

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import TypeVar
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory
-from sdxl_distill.regular_file import LostDirectoryError, storage_errors
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.regular_file import LostDirectoryError, storage_errors
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ import torch.distributed
 
 from sdxl_distill import errors
 from sdxl_distill.errors import ConfigError, DistillError, StorageError
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
 
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _ARRAY_TASKS = ("SLURM_ARRAY_TASK_ID", "PBS_ARRAY_INDEX", "SGE_TASK_ID", "LSB_JOBINDEX")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sdxl_distill.builder.work_queue import INDEX_SUFFIX, WorkQueue
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 _TERMINAL_SECONDS = 1.0
 _LOG_SECONDS = 30.0

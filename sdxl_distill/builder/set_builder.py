@@ -1,31 +1,38 @@
-"""Builds a whole set: set record, shards, manifest, in the order that the protocol wants."""
+"""Builds the shards of any set: claim, read, compute, encode, commit, with everything overlapping.
+
+What a set holds is a `ShardContent`; this loop is shared by latents, text and predictions.
+While one shard is computed the next is claimed and read, and the one before is written, synced
+and committed. There is no barrier: a worker ends when every shard of the set is committed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from sdxl_distill.builder.commit import publish_set_record
+from sdxl_distill.builder.commit import adopt_shard, commit_shard, publish_set_record, shard_header
+from sdxl_distill.builder.existing_manifest import ManifestThere, require_files
 from sdxl_distill.builder.finish import Describe, finish_set
 from sdxl_distill.builder.heartbeat import Timing
 from sdxl_distill.builder.launch import require_one_worker
-from sdxl_distill.builder.manifest_there import ManifestThere, require_files
+from sdxl_distill.builder.pipeline import run_pipeline
 from sdxl_distill.builder.plan import PlannedShard
-from sdxl_distill.builder.shard_builder import (
-    Batch,
-    BuildSummary,
-    Result,
-    ShardContent,
-    build_shards,
-)
-from sdxl_distill.builder.work_queue import WorkQueue
-from sdxl_distill.fsio import Directory
-from sdxl_distill.path_text import real_path
+from sdxl_distill.builder.progress import shown_progress
+from sdxl_distill.builder.work_queue import Claim, WorkQueue
+from sdxl_distill.runtime.stop_request import StopRequest
+from sdxl_distill.runtime.world import World
+from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord
-from sdxl_distill.stop_request import StopRequest
-from sdxl_distill.world import World
+from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.path_text import real_path
+from sdxl_distill.storage.regular_file import LostDirectoryError
 
 
 class BuiltSet(NamedTuple):
@@ -92,3 +99,227 @@ def build_set(
             summary = build_shards(directory, queue, record, shards, content, world, stop)
         manifest = finish_set(directory, there, queue, record, shards, catalog, describe, stop)
     return BuiltSet(manifest, summary)
+
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+class EncodedRecord(NamedTuple):
+    """One record as `ShardWriter.write` takes it."""
+
+    key: str
+    record: bytes
+    sidecar: bytes | None = None
+    noise_digest: int | None = None
+
+
+class ShardContent(Protocol[Batch, Result]):
+    """What a builder knows of its set; each method runs in a thread of its own.
+
+    The batches of a shard, their order and the order of the keys depend on the shard alone,
+    never on who builds it or what was built before.
+    """
+
+    def accepts(self, index: ShardIndex) -> bool:
+        """Whether a tar found under the shard's name holds this shard's keys."""
+        ...
+
+    def read(self, shard: PlannedShard) -> Iterator[Batch]:
+        """Yield the batches of a shard; in the reading thread, one shard ahead."""
+        ...
+
+    def compute(self, batch: Batch) -> Result:
+        """Run the model on one batch; in the main thread."""
+        ...
+
+    def encode(self, result: Result, header: RecordHeader) -> Iterator[EncodedRecord]:
+        """Yield the records of one result, keys ascending; in the writing thread."""
+        ...
+
+
+@dataclass
+class BuildSummary:
+    """What one worker did for a set."""
+
+    num_shards: int = 0
+    """That the set has."""
+    num_present: int = 0
+    """That were committed before this worker started."""
+    num_built: int = 0
+    """That this worker built and committed."""
+    num_records: int = 0
+    """In the shards that this worker built, duplicates included."""
+    num_adopted: int = 0
+    """Tars that a dead worker left without index, committed as they were."""
+    num_taken_over: int = 0
+    """Claims taken over from dead or slow workers."""
+    num_duplicates: int = 0
+    """Shards that another worker had committed first."""
+    num_differing_duplicates: int = 0
+    """Those of them with other bytes: another kind of GPU, or other library versions."""
+    num_dropped: int = 0
+    """Shards given up because what was staged had been removed."""
+    seconds: float = 0.0
+
+    @property
+    def records_per_second(self) -> float:
+        """Rate of this worker."""
+        return self.num_records / self.seconds if self.seconds else 0.0
+
+
+def build_shards(
+    directory: Directory,
+    queue: WorkQueue,
+    record: SetRecord,
+    shards: Sequence[PlannedShard],
+    content: ShardContent[Batch, Result],
+    world: World,
+    stop: StopRequest,
+) -> BuildSummary:
+    """Build what is missing, together with all other workers; end when all is committed.
+
+    Args:
+        directory: of the set, opened before it was looked at.
+        queue: the claims on that set.
+        record: of the set; its `set.json` is there.
+        shards: all shards of the set, the same list for every worker.
+        content: what is in them.
+        world: this worker among those of its launch; rank 0 shows the progress of all.
+        stop: ends the build between two batches.
+
+    Raises:
+        Preempted: when asked to stop; own claims and temporary files are gone.
+        CorruptError: when a tar without index is damaged or of another set.
+        StorageError: when the disk is full or refuses, or the set was withdrawn.
+        BaseException: whatever `content` raises; nothing of the shard is committed then.
+    """
+    num_records = {str(shard.name): shard.num_records for shard in shards}
+    progress = shown_progress(directory, queue, num_records) if world.is_main else nullcontext()
+    with progress:
+        return _ShardWorker(directory, queue, record, shards, content, world, stop).run()
+
+
+class _Claimed(NamedTuple):
+    claim: Claim
+    shard: PlannedShard
+    header: RecordHeader
+
+
+class _End:
+    """Follows the last batch of a shard."""
+
+
+_END = _End()
+
+
+class _ShardWorker(Generic[Batch, Result]):
+    """The three stages of one worker."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        queue: WorkQueue,
+        record: SetRecord,
+        shards: Sequence[PlannedShard],
+        content: ShardContent[Batch, Result],
+        world: World,
+        stop: StopRequest,
+    ) -> None:
+        self._directory = directory
+        self._queue = queue
+        self._record = record
+        self._shards = {str(shard.name): shard for shard in shards}
+        self._content = content
+        self._world = world
+        self._stop = stop
+        self._where = str(directory.path)
+        self._summary = BuildSummary(num_shards=len(shards))
+
+    def run(self) -> BuildSummary:
+        started = time.monotonic()
+        names = self._directory.names()
+        self._summary.num_present = sum(shard.name.idx in names for shard in self._shards.values())
+        run_pipeline(self._read, self._compute, self._write, on_failure=self._stop.request)
+        self._summary.seconds = time.monotonic() - started
+        return self._summary
+
+    def _read(self) -> Iterator[tuple[_Claimed, Batch | _End]]:
+        units, stop = list(self._shards), self._stop
+        for claim in self._queue.claim_units(units, self._world, lambda: stop.requested):
+            self._summary.num_taken_over += claim.taken_over
+            claimed = self._claimed(claim)
+            if self._adopt(claimed):
+                continue
+            for batch in self._content.read(claimed.shard):
+                self._stop.check(self._where)
+                yield claimed, batch
+            yield claimed, _END
+        self._stop.check(self._where)
+
+    def _compute(self, step: tuple[_Claimed, Batch | _End]) -> tuple[_Claimed, Result | _End]:
+        self._stop.check(self._where)
+        claimed, batch = step
+        return claimed, batch if isinstance(batch, _End) else self._content.compute(batch)
+
+    def _write(self, steps: Iterable[tuple[_Claimed, Result | _End]]) -> None:
+        remaining = iter(steps)
+        for claimed, first in remaining:
+            self._write_shard(claimed, _until_end(first, remaining))
+
+    def _write_shard(self, claimed: _Claimed, results: Iterator[Result]) -> None:
+        name, heartbeat = claimed.shard.name, self._queue.heartbeat
+        num_records, committed = 0, False
+        try:
+            with self._directory.stage() as tar:
+                writer = ShardWriter(tar.file, name, claimed.header)
+                for result in results:
+                    num_before = num_records
+                    for encoded in self._content.encode(result, claimed.header):
+                        writer.write(*encoded)
+                        num_records += 1
+                    heartbeat.finish_records(num_records - num_before)
+                index = writer.close()
+                published = commit_shard(self._directory, tar, index, self._content.accepts)
+            committed = True
+            self._count(num_records, index, published)
+        except LostDirectoryError:
+            # Another worker took this one for dead while it slept, and cleaned up behind it. The
+            # queue offers the shard again, unless another worker has built it meanwhile.
+            self._summary.num_dropped += 1
+            for _ in results:
+                pass
+        finally:
+            heartbeat.settle_records(num_records)
+            self._queue.release(claimed.claim, committed=committed)
+
+    def _count(self, num_records: int, index: ShardIndex, published: ShardIndex) -> None:
+        self._summary.num_records += num_records
+        if published is index:
+            self._summary.num_built += 1
+        else:
+            self._summary.num_duplicates += 1
+            self._summary.num_differing_duplicates += published.tar_sha256 != index.tar_sha256
+
+    def _claimed(self, claim: Claim) -> _Claimed:
+        shard = self._shards[claim.unit]
+        return _Claimed(claim, shard, shard_header(self._record, shard))
+
+    def _adopt(self, claimed: _Claimed) -> bool:
+        """Commit the tar that a dead worker left without its index, if there is one."""
+        name, accepts = claimed.shard.name, self._content.accepts
+        if adopt_shard(self._directory, name, claimed.header, accepts) is None:
+            return False
+        self._summary.num_adopted += 1
+        self._queue.release(claimed.claim, committed=False)
+        return True
+
+
+def _until_end(
+    first: Result | _End, steps: Iterator[tuple[_Claimed, Result | _End]]
+) -> Iterator[Result]:
+    """Yield the results of one shard and take its end from the stream, but nothing more."""
+    result = first
+    while not isinstance(result, _End):
+        yield result
+        _, result = next(steps)

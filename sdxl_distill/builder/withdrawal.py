@@ -17,13 +17,13 @@ from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.builder.work_queue import BUILD_FOLDER
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.errors import ConfigError
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory, new_token, sync_folder
-from sdxl_distill.path_text import real_path
-from sdxl_distill.regular_file import storage_errors
 from sdxl_distill.shards.manifest import MANIFEST_NAME
 from sdxl_distill.shards.set_record import SET_RECORD_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory, new_token, sync_folder
+from sdxl_distill.storage.path_text import real_path
+from sdxl_distill.storage.regular_file import storage_errors
 
 _REPAIRING = "-repairing"
 _REPAIRED = "-repaired"

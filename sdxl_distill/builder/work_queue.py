@@ -19,9 +19,9 @@ from functools import cache, partial
 from sdxl_distill.builder.heartbeat import Heartbeat, Observer, Timing
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
-from sdxl_distill.regular_file import LostDirectoryError
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
+from sdxl_distill.storage.regular_file import LostDirectoryError
 
 BUILD_FOLDER = ".build"
 INDEX_SUFFIX = ".idx"

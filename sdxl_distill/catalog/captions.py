@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sdxl_distill import regular_file
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.limits import MAX_CAPTION_BYTES, MAX_METADATA_BYTES
+from sdxl_distill.storage import regular_file
 
 CAPTION_SUFFIXES: Final = (".txt", ".caption")
 METADATA_NAME: Final = "metadata.jsonl"

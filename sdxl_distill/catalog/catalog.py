@@ -29,8 +29,8 @@ from sdxl_distill.catalog.segment import (
 )
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_SEGMENT_BYTES
+from sdxl_distill.storage.fsio import Directory
 
 CATALOG_FOLDER: Final = "catalog"
 """Where a latents set keeps its segments."""

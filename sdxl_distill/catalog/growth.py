@@ -31,8 +31,8 @@ from sdxl_distill.catalog.segment import (
 from sdxl_distill.core.bucket import Bucket, cover_crop, nearest_bucket
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
 from sdxl_distill.fingerprint import fingerprint
-from sdxl_distill.fsio import Directory
 from sdxl_distill.limits import MAX_SEGMENT_TEXT_BYTES
+from sdxl_distill.storage.fsio import Directory
 
 OnChangedCaption = Literal["error", "keep"]
 Accept = Callable[[Mapping[Bucket, int], Sequence[CatalogRow]], None]

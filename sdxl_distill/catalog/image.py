@@ -27,9 +27,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from sdxl_distill import regular_file
 from sdxl_distill.core.bucket import Bucket, cover_crop
 from sdxl_distill.errors import CorruptError, StorageError
+from sdxl_distill.storage import regular_file
 
 MAX_FILE_BYTES: Final = 1 << 30
 MAX_SIDE_PX: Final = 65_535  # JPEG's limit; keeps sizes after the cover-resize within int32

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.regular_file import storage_errors
+from sdxl_distill.storage.regular_file import storage_errors
 
 _GONE: Final = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN}
 _ACTION: Final = "mount it again or put it back, then run again; committed work is kept"

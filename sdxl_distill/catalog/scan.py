@@ -35,7 +35,7 @@ from sdxl_distill.catalog.image import (
 from sdxl_distill.catalog.image_folder import ImageFolder
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.errors import ConfigError, StorageError
-from sdxl_distill.regular_file import storage_errors
+from sdxl_distill.storage.regular_file import storage_errors
 
 IMAGE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp"}

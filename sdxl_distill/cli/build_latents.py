@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.arguments import add_config_arguments, config_of
 
 if TYPE_CHECKING:
     from sdxl_distill.catalog.scan import Progress
@@ -40,10 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
     config = config_of(arguments, BuilderConfig)
     if config is None:
         return
-    from sdxl_distill.builder.latents_set import build_latents_set
     from sdxl_distill.builder.launch import Launch
     from sdxl_distill.cli.build_summary import print_build_summary, print_scan_report
-    from sdxl_distill.world import World
+    from sdxl_distill.runtime.world import World
+    from sdxl_distill.sets.latents_set import build_latents_set
 
     launch = Launch(World.from_environment())
     done = build_latents_set(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.arguments import add_config_arguments, config_of
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_build_estimate
 
 HELP = """Run one teacher over the latents set and write its predictions set.
@@ -48,9 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
         _withdraw(path)
         return
     from sdxl_distill.builder.launch import Launch
-    from sdxl_distill.builder.predictions_set import build_predictions_set
     from sdxl_distill.cli.build_summary import print_build_summary
-    from sdxl_distill.world import World
+    from sdxl_distill.runtime.world import World
+    from sdxl_distill.sets.predictions_set import build_predictions_set
 
     world = World.from_environment()
     done = build_predictions_set(config, Launch(world), repair=arguments.repair)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _withdraw(path: Path) -> None:
     from sdxl_distill.builder.withdrawal import is_withdrawn, withdraw_set
-    from sdxl_distill.world import World
+    from sdxl_distill.runtime.world import World
 
     if not World.from_environment().is_main:
         return

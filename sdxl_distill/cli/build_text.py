@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.arguments import add_config_arguments, config_of
 
 HELP = """Encode the captions of the latents set into a text set.
 
@@ -31,10 +31,10 @@ def run(arguments: argparse.Namespace) -> None:
     if config is None:
         return
     from sdxl_distill.builder.launch import Launch
-    from sdxl_distill.builder.predictions_set import open_latents
-    from sdxl_distill.builder.text_set import build_text_set
     from sdxl_distill.cli.build_summary import print_build_summary
-    from sdxl_distill.world import World
+    from sdxl_distill.runtime.world import World
+    from sdxl_distill.sets.predictions_set import open_latents
+    from sdxl_distill.sets.text_set import build_text_set
 
     world = World.from_environment()
     path, built = build_text_set(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdxl_distill.cli.path_argument import path_argument
+from sdxl_distill.cli.arguments import path_argument
 
 HELP = """Run the whole job on a laptop CPU: photos, a tiny SDXL family and three teachers
 fine-tuned from it, latents, predictions, verification, training on two processes, export, and

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sdxl_distill.config.builder import BuilderConfig
     from sdxl_distill.config.distill import DistillConfig
     from sdxl_distill.core.bucket import Bucket
-    from sdxl_distill.shards.set_size import SetSize
+    from sdxl_distill.estimate.set_size import SetSize
 
 _BESIDES = "the CUDA context and the allocator take 1 to 2 GB besides"
 
@@ -62,9 +62,9 @@ def print_build_estimate(config: BuilderConfig, arguments: argparse.Namespace) -
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `build.estimate.estimate_predictions`.
     """
-    from sdxl_distill.builder.estimate import estimate_predictions
-    from sdxl_distill.builder.rate import measure_build_rate
-    from sdxl_distill.world import World
+    from sdxl_distill.estimate.build import estimate_predictions
+    from sdxl_distill.estimate.rate import measure_build_rate
+    from sdxl_distill.runtime.world import World
 
     estimate = estimate_predictions(config)
     shards, draws = estimate.predictions.num_shards, config.cache.draws
@@ -100,11 +100,11 @@ def print_training_estimate(config: DistillConfig, arguments: argparse.Namespace
     """Print what `train` will take.
 
     Raises:
-        ConfigError, CorruptError, IncompatibleError: as `train.estimate.estimate_training`.
+        ConfigError, CorruptError, IncompatibleError: as `estimate.training.estimate_training`.
     """
-    from sdxl_distill.train.estimate import estimate_training
-    from sdxl_distill.train.rate import measure_training_rate
-    from sdxl_distill.world import World
+    from sdxl_distill.estimate.rate import measure_training_rate
+    from sdxl_distill.estimate.training import estimate_training
+    from sdxl_distill.runtime.world import World
 
     num_processes = World.from_environment().size
     estimate = estimate_training(config, num_processes)

@@ -9,9 +9,9 @@ from sdxl_distill.cli.main import say
 from sdxl_distill.cli.typed_command import as_text, typed_command, with_resume
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.errors import Preempted
+from sdxl_distill.runtime.world import World
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.stop_signals import StopSignals
-from sdxl_distill.world import World
 
 INTERRUPTED = 130
 """Exit code: ended at once, as a shell says of Ctrl-C."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
-from sdxl_distill.cli.path_argument import path_argument
+from sdxl_distill.cli.arguments import add_config_arguments, config_of, path_argument
 
 HELP = """Write a trained student as a complete diffusers folder.
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdxl_distill.cli.path_argument import path_argument
-from sdxl_distill.cli.threads_argument import positive_number
+from sdxl_distill.cli.arguments import path_argument, positive_number
 
 HELP = """Turn a loose folder of records into a shard set, byte for byte the one it came from.
 
@@ -41,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Pack the folder."""
     from sdxl_distill.cli.build_summary import format_bytes
     from sdxl_distill.cli.progress_bar import progress_bar
-    from sdxl_distill.shards.pack import pack_set
+    from sdxl_distill.loose.pack import pack_set
 
     with progress_bar("pack", "shard") as show:
         manifest = pack_set(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
+from sdxl_distill.cli.arguments import add_config_arguments, config_of, path_argument
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_training_estimate
-from sdxl_distill.cli.path_argument import path_argument
 
 if TYPE_CHECKING:
     from sdxl_distill.cli.early_end import EarlyEnd
@@ -52,9 +51,9 @@ def run(arguments: argparse.Namespace) -> int | None:
 
 
 def _train(config: DistillConfig, arguments: argparse.Namespace, end: EarlyEnd) -> None:
+    from sdxl_distill.runtime.world import World
     from sdxl_distill.train.run_folder import RunFolder
     from sdxl_distill.train.session import train
-    from sdxl_distill.world import World
 
     is_main = World.from_environment().is_main
     if is_main:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sdxl_distill.cli.path_argument import path_argument
-from sdxl_distill.cli.threads_argument import add_threads_argument
+from sdxl_distill.cli.arguments import add_threads_argument, path_argument
 
 HELP = """Turn a shard set into a loose folder: {hash}_{WxH}.safetensors, for later draws
 {hash}_{WxH}_d{k}.safetensors, as unpacking its tars gives, and a copy of set.json.
@@ -28,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Unpack the set."""
     from sdxl_distill.cli.build_summary import format_bytes
     from sdxl_distill.cli.progress_bar import progress_bar
-    from sdxl_distill.shards.unpack import unpack_set
+    from sdxl_distill.loose.unpack import unpack_set
 
     with progress_bar("unpack", "shard") as show:
         done = unpack_set(

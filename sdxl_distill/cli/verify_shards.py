@@ -10,11 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_distill.cli.config_arguments import add_config_arguments, config_of
-from sdxl_distill.cli.path_argument import path_argument
-from sdxl_distill.cli.threads_argument import (
+from sdxl_distill.cli.arguments import (
+    add_config_arguments,
     add_threads_argument,
+    config_of,
     number_from_zero,
+    path_argument,
     positive_number,
 )
 from sdxl_distill.errors import ConfigError
@@ -22,7 +23,7 @@ from sdxl_distill.errors import ConfigError
 if TYPE_CHECKING:
     from sdxl_distill.config.builder import BuilderConfig
     from sdxl_distill.shards.set_record import NoiseRecipe
-    from sdxl_distill.shards.verify import Verification
+    from sdxl_distill.verify.whole_set import Verification
 
 HELP = """Prove that a shard set is complete and valid, without a GPU.
 
@@ -100,11 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Verification:
     """Verify what lies in the folder, alone; that it cannot be opened is a finding too."""
     from sdxl_distill.cli.progress_bar import progress_bar
-    from sdxl_distill.fsio import Directory
-    from sdxl_distill.shards.finding import FindingList
-    from sdxl_distill.shards.loose import is_loose
-    from sdxl_distill.shards.verify import Verification, verify_set
-    from sdxl_distill.shards.verify_loose import verify_loose
+    from sdxl_distill.loose.folder import is_loose
+    from sdxl_distill.storage.fsio import Directory
+    from sdxl_distill.verify.finding import FindingList
+    from sdxl_distill.verify.loose_folder import verify_loose
+    from sdxl_distill.verify.whole_set import Verification, verify_set
 
     path, num_threads = Path(arguments.cache_dir), arguments.threads
     result = Verification(Path(os.path.realpath(path)).name)
@@ -146,9 +147,9 @@ def _compare(arguments: argparse.Namespace, result: Verification) -> None:
         return
     from braceexpand import braceexpand
 
-    from sdxl_distill.shards.finding import FindingList
     from sdxl_distill.shards.shard_set import open_shard_set
-    from sdxl_distill.stream.siblings import compare_sets
+    from sdxl_distill.verify.finding import FindingList
+    from sdxl_distill.verify.siblings import compare_sets
 
     findings = FindingList(result.set_id)
     with findings.collecting(), open_shard_set(arguments.cache_dir) as shard_set:
@@ -160,10 +161,10 @@ def _compare(arguments: argparse.Namespace, result: Verification) -> None:
 
 def _recompute(arguments: argparse.Namespace, config: BuilderConfig, result: Verification) -> None:
     """Add what the teacher says differently today."""
-    from sdxl_distill.builder.recompute import recompute_records
     from sdxl_distill.cli.progress_bar import progress_bar
-    from sdxl_distill.shards.finding import FindingList
     from sdxl_distill.shards.shard_set import open_shard_set
+    from sdxl_distill.verify.finding import FindingList
+    from sdxl_distill.verify.recompute import recompute_records
 
     seed = arguments.recompute_seed
     seed = secrets.randbits(32) if seed is None else seed

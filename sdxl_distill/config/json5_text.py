@@ -11,7 +11,7 @@ import json5
 
 from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.limits import MAX_CONFIG_BYTES
-from sdxl_distill.regular_file import read_bytes
+from sdxl_distill.storage.regular_file import read_bytes
 
 _PLACE = re.compile(r"<string>:(\d+) ")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdxl_distill.config.section import BrokenRule
-from sdxl_distill.path_text import real_path
+from sdxl_distill.storage.path_text import real_path
 
 Key = tuple[str | int, ...]
 

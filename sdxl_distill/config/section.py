@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sdxl_distill.limits import MAX_SIDE_PX
-from sdxl_distill.path_text import fault_of_path
+from sdxl_distill.storage.path_text import fault_of_path
 
 
 class Section(BaseModel):

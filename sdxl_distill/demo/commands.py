@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdxl_distill.cores import available_cores
 from sdxl_distill.errors import DistillError
+from sdxl_distill.runtime.cores import available_cores
 
 
 @dataclass

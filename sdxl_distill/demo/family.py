@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import EulerDiscreteScheduler, __version__ as diffusers_version
 
-from sdxl_distill.cores import available_cores
 from sdxl_distill.demo.encoded_photos import Photos, encode_photos, read_photos
 from sdxl_distill.demo.looks import LOOKS
 from sdxl_distill.demo.tiny_text import write_text_components
@@ -25,12 +24,13 @@ from sdxl_distill.demo.tiny_unet import new_unet
 from sdxl_distill.demo.tiny_vae import draw_pyramid, new_vae
 from sdxl_distill.demo.training import train_unet, train_vae
 from sdxl_distill.demo.weights import draw_weights, perturb_weights
-from sdxl_distill.file_mode import follow_umask
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component_kind import PIPELINE_PARTS
 from sdxl_distill.models.text_encoder import TextEncoders
 from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import load_vae
+from sdxl_distill.runtime.cores import available_cores
+from sdxl_distill.storage.file_mode import follow_umask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

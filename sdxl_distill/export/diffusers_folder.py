@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sdxl_distill.errors import ConfigError, StorageError
-from sdxl_distill.file_mode import follow_umask
-from sdxl_distill.fsio import TEMPORARY_PREFIX, new_token
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
 from sdxl_distill.models.component_kind import PIPELINE_PARTS
 from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.tokenizer import copy_tokenizer
-from sdxl_distill.regular_file import storage_errors
+from sdxl_distill.storage.file_mode import follow_umask
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, new_token
+from sdxl_distill.storage.regular_file import storage_errors
 
 _USE: Final = """\
 from diffusers import StableDiffusionXLPipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_distill.errors import ConfigError, CorruptError
-from sdxl_distill.regular_file import read_bytes
+from sdxl_distill.storage.regular_file import read_bytes
 
 MAX_JSON_BYTES = 16 << 20
 """The largest is the index of a sharded network, some hundred KiB."""

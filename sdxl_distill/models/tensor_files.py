@@ -21,7 +21,7 @@ import torch
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.models.json_files import parse_json, read_json
-from sdxl_distill.regular_file import open_regular, storage_errors
+from sdxl_distill.storage.regular_file import open_regular, storage_errors
 
 MAX_HEADER_BYTES = 16 << 20
 _READ_BYTES = 4 << 20

@@ -20,7 +20,7 @@ from transformers import (
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
 from sdxl_distill.models.json_files import read_json
-from sdxl_distill.regular_file import storage_errors
+from sdxl_distill.storage.regular_file import storage_errors
 
 _MAX_TOKENS = 4096
 """A tokenizer whose files name no limit says 10³⁰."""

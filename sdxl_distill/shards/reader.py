@@ -17,9 +17,9 @@ from sdxl_distill.errors import CorruptError, DistillError
 from sdxl_distill.shards.digest import bytes_digest, rest_digest
 from sdxl_distill.shards.index import Int64, ShardIndex, UInt64
 from sdxl_distill.shards.index_layout import ACTION
-from sdxl_distill.shards.open_file import OpenFile
 from sdxl_distill.shards.safetensors_layout import AnyTensor, TensorPlace, byte_view, dtype_of
 from sdxl_distill.shards.tar import BLOCK_BYTES, padded, read_fully
+from sdxl_distill.storage.open_file import OpenFile
 
 Buffer: TypeAlias = "AnyTensor | memoryview"
 

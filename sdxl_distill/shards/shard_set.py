@@ -24,18 +24,16 @@ from sdxl_distill.limits import (
     MAX_RECORD_BYTES,
     MAX_SET_RECORD_BYTES,
 )
-from sdxl_distill.path_text import require_path
-from sdxl_distill.regular_file import open_regular, read_bytes
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
-from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.open_file import OPEN_FILES, OpenFile
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
-from sdxl_distill.shards.set_reference import SetReference
-from sdxl_distill.shards.shard_entry import ShardEntry
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord, SetReference
 from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.storage.open_file import OPEN_FILES, OpenFile
+from sdxl_distill.storage.path_text import require_path
+from sdxl_distill.storage.regular_file import open_regular, read_bytes
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.regular_file import storage_errors
+from sdxl_distill.storage.regular_file import storage_errors
 
 OWNER: Final = "sdxl_distill"
 MODE: Final = 0o444

@@ -11,12 +11,12 @@ from webdataset.writer import TarWriter
 from sdxl_distill.core.image_id import parse_record_key
 from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.limits import MAX_RECORDS, MAX_SHARD_BYTES, MAX_SIDECAR_BYTES
-from sdxl_distill.regular_file import storage_errors
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import BLOCK_BYTES, MODE, OWNER, closed_bytes, padded, read_members
 from sdxl_distill.shards.tar_index import IndexRows
+from sdxl_distill.storage.regular_file import storage_errors
 
 _PIECE_BYTES: Final = 1 << 19
 

@@ -14,8 +14,8 @@ from typing import Final, Literal, NamedTuple
 
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.shards.manifest import ShardEntry
 from sdxl_distill.shards.set_record import Kind
-from sdxl_distill.shards.shard_entry import ShardEntry
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.joined_sets import JoinedSets

@@ -16,16 +16,15 @@ import torch
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import record_key
 from sdxl_distill.core.noise import noise
+from sdxl_distill.order.stream_order import Batch
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES, byte_view
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
-from sdxl_distill.stream.batch import JoinedBatch
-from sdxl_distill.stream.batch_memory import BatchMemory, Layout
-from sdxl_distill.stream.compatibility import holds_text, recipe_of, text_fingerprint_of
-from sdxl_distill.stream.joined_sets import JoinedSets
+from sdxl_distill.stream.batch import BatchMemory, JoinedBatch, Layout
+from sdxl_distill.stream.joined_sets import JoinedSets, holds_text, recipe_of, text_fingerprint_of
 from sdxl_distill.stream.open_shard import OpenShard, Run, open_shard, room_for
 from sdxl_distill.stream.question import (
     Question,
@@ -34,7 +33,6 @@ from sdxl_distill.stream.question import (
     require_noise,
     require_question,
 )
-from sdxl_distill.stream.schedule import Batch
 
 _MAX_LAYOUTS: Final = 128
 

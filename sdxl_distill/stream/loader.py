@@ -11,18 +11,16 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
-from sdxl_distill.shards.open_file import OPEN_FILES
+from sdxl_distill.order.shard_table import ShardTable
+from sdxl_distill.order.stream_order import Batch, Schedule
 from sdxl_distill.shards.shard_set import ShardSet
+from sdxl_distill.storage.open_file import OPEN_FILES
 from sdxl_distill.stream.alignment import AlignedShard, OnMissing, align
-from sdxl_distill.stream.batch import JoinedBatch
-from sdxl_distill.stream.batch_memory import BatchMemory
-from sdxl_distill.stream.compatibility import noise_schedule_of
+from sdxl_distill.stream.batch import BatchMemory, JoinedBatch
 from sdxl_distill.stream.join import Join
-from sdxl_distill.stream.joined_sets import JoinedSets
+from sdxl_distill.stream.joined_sets import JoinedSets, noise_schedule_of
 from sdxl_distill.stream.open_shard import Room
 from sdxl_distill.stream.read_ahead import ReadAhead
-from sdxl_distill.stream.schedule import Batch, Schedule
-from sdxl_distill.stream.shard_table import ShardTable
 from sdxl_distill.stream.validation_split import num_held_out, validation_reads
 
 _log = logging.getLogger(__name__)

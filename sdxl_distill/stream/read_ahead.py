@@ -11,9 +11,9 @@ from threading import Lock
 
 import numpy as np
 
+from sdxl_distill.order.stream_order import Batch
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.join import Join, UnfilledBatch
-from sdxl_distill.stream.schedule import Batch
 
 
 class ReadAhead:

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sdxl_distill.order.permutation import Int64s
+from sdxl_distill.order.shard_table import ShardTable
+from sdxl_distill.order.stream_order import Batch
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
-from sdxl_distill.stream.permutation import Int64s
-from sdxl_distill.stream.schedule import Batch
-from sdxl_distill.stream.shard_table import ShardTable
 
 
 def num_held_out(latents: ShardSet, shard: AlignedShard, fraction: float) -> int:

@@ -7,12 +7,17 @@ already queued, so that on a GPU nobody waits for more than the gradients.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 
-from sdxl_distill.device import HostCopy
-from sdxl_distill.train.reduction import sum_over_ranks
+from sdxl_distill.runtime.device import HostCopy
+
+
+def sum_over_ranks(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise sum of every rank's tensor, on every rank; starts it on a GPU."""
+    return cast("torch.Tensor", accelerator.reduce(tensor, reduction="sum"))
 
 
 @dataclass(frozen=True)

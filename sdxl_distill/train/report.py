@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sdxl_distill.regular_file import storage_errors
-from sdxl_distill.train.reduction import sum_over_ranks
+from sdxl_distill.storage.regular_file import storage_errors
+from sdxl_distill.train.agreement import sum_over_ranks
 
 PREFIX: Final = "distill"
 

@@ -10,7 +10,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import resolved_json
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, differing_fields
-from sdxl_distill.fsio import TEMPORARY_PREFIX, Directory
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.train.checkpoint import CheckpointFolder, step_of_checkpoint
 
 # What may change between a run and its continuation without changing what a step does.

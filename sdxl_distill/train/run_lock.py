@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
-from sdxl_distill.fsio import Directory
-from sdxl_distill.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
+from sdxl_distill.runtime.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
+from sdxl_distill.storage.fsio import Directory
 
 _NAME: Final = re.compile(r"lock-([0-9]{6})\.json")
 _MAX_BYTES: Final = 4096

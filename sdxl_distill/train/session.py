@@ -23,20 +23,19 @@ from accelerate import (
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.core.prediction import MIN_SIGNAL
-from sdxl_distill.device import allow_tf32, resolve_device
 from sdxl_distill.errors import ConfigError, DistillError, IncompatibleError
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import compile_unet, load_unet
+from sdxl_distill.runtime.device import allow_tf32, resolve_device
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
-from sdxl_distill.stream.compatibility import noise_schedule_of, recipe_of
+from sdxl_distill.stream.joined_sets import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.train.launcher import end_with_launcher
-from sdxl_distill.train.reduction import sum_over_ranks
+from sdxl_distill.train.agreement import sum_over_ranks
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.run_lock import RunLock
-from sdxl_distill.train.stop_signals import StopSignals
+from sdxl_distill.train.stop_signals import StopSignals, end_with_launcher
 from sdxl_distill.train.trainer import Trainer, TrainSummary
-from sdxl_distill.world import World
 
 # The ranks wait for one of them to write a checkpoint, which may be large and its disk slow.
 _COLLECTIVE_TIMEOUT: Final = timedelta(hours=2)

@@ -23,8 +23,8 @@ from sdxl_distill.core.loss import (
 )
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType, add_noise
 from sdxl_distill.core.prediction import convert_prediction
-from sdxl_distill.device import CopyStream
 from sdxl_distill.models.unet import predict
+from sdxl_distill.runtime.device import CopyStream
 from sdxl_distill.stream.batch import JoinedBatch
 
 

@@ -20,24 +20,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.core.ema import Ema
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import NumericalError, Preempted, StorageError
-from sdxl_distill.stop_request import StopRequest
+from sdxl_distill.optimizer.adamw import AdamW, clip_factor, global_grad_norm
+from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.train.agreement import Agreement
-from sdxl_distill.train.background_average import BackgroundAverage
-from sdxl_distill.train.checkpoint import Checkpoint, load_checkpoint
-from sdxl_distill.train.launcher import warn_of_short_shutdown
+from sdxl_distill.train.agreement import Agreement, sum_over_ranks
+from sdxl_distill.train.checkpoint import Checkpoint, Position, RunState, load_checkpoint
+from sdxl_distill.train.ema import BackgroundAverage, Ema
 from sdxl_distill.train.learning_rate import learning_rate_at
-from sdxl_distill.train.optimizer import AdamW, clip_factor, global_grad_norm
-from sdxl_distill.train.reduction import sum_over_ranks
 from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
 from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_equal
 from sdxl_distill.train.run_lock import RunLock
-from sdxl_distill.train.run_state import Position, RunState
 from sdxl_distill.train.step import DistillationStep
+from sdxl_distill.train.stop_signals import warn_of_short_shutdown
 from sdxl_distill.train.validation import averaged_weights, validation_losses
 
 _RESUME_WITH_THE_SAME_DATA: Final = (

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from sdxl_distill.core.ema import Ema
-from sdxl_distill.stop_request import StopRequest
+from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
-from sdxl_distill.train.reduction import sum_over_ranks
+from sdxl_distill.train.agreement import sum_over_ranks
+from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.step import DistillationStep
 
 

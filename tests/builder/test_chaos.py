@@ -25,10 +25,10 @@ from toy_set import ToyContent, build, planned, toy_record, work
 from sdxl_distill.builder.commit import shard_header
 from sdxl_distill.builder.withdrawal import withdraw_set
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.shards.tar_index import index_of_tar
+from sdxl_distill.storage.fsio import Directory
 
 NUM_SHARDS = 3
 NUM_WORKERS = 4

@@ -14,14 +14,14 @@ from toy_set import ToyContent, build, describe, keys_of, planned, toy_record
 from sdxl_distill.builder.commit import adopt_shard, commit_shard, publish_set_record, shard_header
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.fsio import Directory, StagedFile
-from sdxl_distill.regular_file import LostDirectoryError
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.shards.writer import ShardWriter
-from sdxl_distill.world import World
+from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.regular_file import LostDirectoryError
 
 SHARD = planned(1)[0]
 NAME = SHARD.name

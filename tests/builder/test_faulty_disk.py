@@ -15,8 +15,8 @@ from places import another_user
 from toy_set import ToyContent, build
 
 from sdxl_distill.errors import ConfigError, StorageError
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.world import World
 
 
 class Disturbed(ToyContent):

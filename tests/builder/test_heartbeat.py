@@ -18,8 +18,8 @@ from sdxl_distill.builder.heartbeat import (
     Observer,
     Timing,
 )
-from sdxl_distill.fsio import Directory
-from sdxl_distill.process_identity import ProcessIdentity
+from sdxl_distill.runtime.process_identity import ProcessIdentity
+from sdxl_distill.storage.fsio import Directory
 
 HERE = ProcessIdentity.current()
 

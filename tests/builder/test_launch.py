@@ -14,7 +14,7 @@ from ranks import free_port
 
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.errors import ConfigError
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
 
 SCRIPT = """
 import json, sys, time
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch.distributed
 from sdxl_distill.builder.launch import Launch
 from sdxl_distill.errors import ConfigError, DistillError
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
 world = World.from_environment()
 launch = Launch(world, timeout=timedelta(seconds=120))
 def refuse():

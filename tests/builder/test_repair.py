@@ -18,12 +18,12 @@ from places import (
 )
 from toy_set import ToyContent, build, planned, toy_record
 
-from sdxl_distill import publication
 from sdxl_distill.builder.repair import RepairSummary, repair_set
 from sdxl_distill.builder.withdrawal import folders_aside, withdraw_set
 from sdxl_distill.errors import ConfigError, StorageError
-from sdxl_distill.fsio import Directory, StagedFile
 from sdxl_distill.shards.shard_set import open_shard_set
+from sdxl_distill.storage import publication
+from sdxl_distill.storage.fsio import Directory, StagedFile
 
 NAMES = [shard.name for shard in planned(3)]
 

@@ -19,9 +19,9 @@ from sdxl_distill.builder.heartbeat import Timing
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.set_builder import build_set
 from sdxl_distill.errors import CorruptError, NumericalError, Preempted, StorageError
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.world import World
 
 LONG = ("--expiry", "600")
 

@@ -23,9 +23,9 @@ from sdxl_distill.builder.withdrawal import (
     withdraw_set,
 )
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.world import World
+from sdxl_distill.storage.fsio import Directory
 
 NAMES = [shard.name for shard in planned(3)]
 

@@ -18,15 +18,15 @@ from patience import wait_until
 from sdxl_distill.builder.heartbeat import HEARTBEAT_BYTES, Beat, Timing
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
 from sdxl_distill.errors import StorageError
-from sdxl_distill.fsio import Directory, new_token
-from sdxl_distill.world import World
+from sdxl_distill.runtime.world import World
+from sdxl_distill.storage.fsio import Directory, new_token
 
 TIMING = Timing(heartbeat_seconds=15, expiry_seconds=120, straggler_factor=3, poll_seconds=0.01)
 UNITS = [f"set-64x64-{number:06d}" for number in range(6)]
 CHILD = """
 import sys, time
 from sdxl_distill.builder.work_queue import WorkQueue
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 with Directory(sys.argv[1]) as directory, WorkQueue(directory) as queue:
     directory.stage()
     print(queue.claim(sys.argv[2]).name, directory.token, flush=True)

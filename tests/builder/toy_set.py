@@ -20,16 +20,15 @@ import numpy as np
 
 from sdxl_distill.builder.heartbeat import Timing
 from sdxl_distill.builder.plan import PlannedShard
-from sdxl_distill.builder.set_builder import BuiltSet, build_set
-from sdxl_distill.builder.shard_builder import EncodedRecord
+from sdxl_distill.builder.set_builder import BuiltSet, EncodedRecord, build_set
 from sdxl_distill.errors import DistillError
-from sdxl_distill.fsio import Directory, StagedFile
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader, latents_schema
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.world import World
+from sdxl_distill.storage.fsio import Directory, StagedFile
 
 BATCH_SIZE = 3
 NUM_RECORDS = 7

@@ -11,7 +11,7 @@ from sdxl_distill.catalog.catalog import Catalog, CataloguedImage, KnownFile
 from sdxl_distill.catalog.segment import CatalogRow, SegmentHeader, encode_segment, segment_name
 from sdxl_distill.core.bucket import Bucket, CoverCrop
 from sdxl_distill.errors import CorruptError, DistillError, IncompatibleError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 SQUARE, WIDE = Bucket(64, 64), Bucket(96, 64)
 

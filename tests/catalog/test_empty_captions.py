@@ -11,7 +11,7 @@ from sdxl_distill.catalog.growth import extend_catalog, require_captions
 from sdxl_distill.catalog.scan import Scan, ScannedImage, scan_folder
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 
 def scan_of(num_empty: int, num_captioned: int, first: int = 0) -> Scan:

@@ -21,7 +21,7 @@ from sdxl_distill.catalog.segment import (
 )
 from sdxl_distill.core.bucket import Bucket, cover_crop, nearest_bucket
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 BUCKETS = (Bucket(64, 64), Bucket(96, 64), Bucket(64, 96))
 

@@ -13,7 +13,7 @@ from sdxl_distill.catalog.image_folder import ImageFolder
 from sdxl_distill.catalog.scan import Scan, scan_folder
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError, StorageError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from sdxl_distill.catalog.segment import (
 )
 from sdxl_distill.core.bucket import Bucket, CoverCrop, cover_crop
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 BUCKET = Bucket(64, 64)
 

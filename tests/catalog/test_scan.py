@@ -17,7 +17,7 @@ from sdxl_distill.catalog.scan import Scan, scan_folder
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
-from sdxl_distill.fsio import Directory
+from sdxl_distill.storage.fsio import Directory
 
 if TYPE_CHECKING:
     from tests.catalog.conftest import WritePhoto

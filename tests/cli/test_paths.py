@@ -16,7 +16,7 @@ from sdxl_distill.config.problem import leaves
 from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.limits import MAX_NAME_BYTES, MAX_PATH_BYTES
-from sdxl_distill.path_text import fault_of_path
+from sdxl_distill.storage.path_text import fault_of_path
 
 NO_PATHS = ["\0", "a\0b", "\ud800", "x" * 256, "é" * 128, "x/" * 1800]
 PATHS = ["x" * MAX_NAME_BYTES, "x/" * (MAX_PATH_BYTES // 2), "caf\udce9", "a b", "水/é", "-"]

@@ -12,16 +12,16 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPi
 from distill_cache import DistillCache
 
 from sdxl_distill.builder.launch import Launch
-from sdxl_distill.builder.predictions_set import build_predictions_set
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, StorageError
 from sdxl_distill.export.student import DTYPES, export_student
 from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.predictions_set import build_predictions_set
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.session import train
-from sdxl_distill.world import World
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 

@@ -14,8 +14,7 @@ from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader, latents_schema, predictions_schema
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord
-from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 

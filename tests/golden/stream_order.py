@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from sdxl_distill.stream.schedule import Schedule, ShardTable
+from sdxl_distill.order.stream_order import Schedule, ShardTable
 
 ROWS = [
     (1024, 1024, 0, 2, 60),

@@ -15,7 +15,6 @@ from verified_sets import VerifiedSets
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
 from sdxl_distill.core.noise_schedule import NoiseSchedule
-from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
@@ -26,10 +25,10 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord
-from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory
 
 Tensors = Mapping[str, np.ndarray]
 Layouts = tuple[tuple[int, int, int], ...]

@@ -10,11 +10,12 @@ from hypothesis import given, strategies as st
 
 from sdxl_distill import limits
 from sdxl_distill.errors import ConfigError
+from sdxl_distill.estimate.set_size import planned_size
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.shards import legal_set, manifest as manifest_module, writer as writer_module
 from sdxl_distill.shards.index import tar_layout
 from sdxl_distill.shards.legal_set import Remedy, ShardLoad, most_records, require_legal_shards
-from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.manifest import Manifest, ShardEntry, entries_to_columns
 from sdxl_distill.shards.record import (
     RecordHeader,
     encode_record,
@@ -23,8 +24,6 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 from sdxl_distill.shards.set_record import SetRecord
-from sdxl_distill.shards.set_size import planned_size
-from sdxl_distill.shards.shard_entry import ShardEntry, entries_to_columns
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 

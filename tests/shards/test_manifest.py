@@ -11,8 +11,8 @@ import pytest
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.shards import bounded_json
+from sdxl_distill.shards.bounded_json import seal
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.sealed_json import seal
 from sdxl_distill.shards.shard_name import ShardName
 
 KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predictions", "compact")]

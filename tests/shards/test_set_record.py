@@ -11,15 +11,14 @@ import pytest
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
+from sdxl_distill.shards.bounded_json import seal
 from sdxl_distill.shards.record import (
     RecordSchema,
     TensorSpec,
     latents_schema,
     predictions_schema,
 )
-from sdxl_distill.shards.sealed_json import seal
-from sdxl_distill.shards.set_record import SetRecord
-from sdxl_distill.shards.set_reference import SetReference, is_safe_place
+from sdxl_distill.shards.set_record import SetRecord, SetReference, is_safe_place
 
 KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predictions", "compact")]
 

@@ -18,7 +18,7 @@ from sdxl_distill.errors import (
     StorageError,
 )
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.set_reference import SetReference
+from sdxl_distill.shards.set_record import SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 

@@ -14,11 +14,11 @@ import safetensors.torch
 import webdataset
 
 from sdxl_distill.errors import CorruptError, StorageError
-from sdxl_distill.fsio import Directory
 from sdxl_distill.shards.record import RecordHeader, latents_schema
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory
 
 KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predictions", "compact")]
 FINGERPRINT = "a" * 64

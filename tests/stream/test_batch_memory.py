@@ -7,7 +7,7 @@ import tracemalloc
 
 import torch
 
-from sdxl_distill.stream.batch_memory import BatchMemory, Layout
+from sdxl_distill.stream.batch import BatchMemory, Layout
 
 LAYOUT = Layout.of(
     [

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from shard_sets import ShardSets
 
+from sdxl_distill.order.stream_order import Schedule, ShardTable
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.stream.schedule import Schedule, ShardTable
 
 SIZES = {(64, 64 + 8 * bucket, number): 2 for bucket in range(3) for number in range(8)}
 NUM_TEACHERS = 8

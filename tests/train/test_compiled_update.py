@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from sdxl_distill.train.optimizer import AdamW
+from sdxl_distill.optimizer.adamw import AdamW
 
 pytestmark = pytest.mark.processors
 

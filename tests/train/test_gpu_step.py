@@ -7,12 +7,11 @@ import torch
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
-from sdxl_distill.core.ema import Ema
+from sdxl_distill.estimate.training import batch_of_zeros, step_of
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.unet import unet_geometry
-from sdxl_distill.train.background_average import BackgroundAverage
-from sdxl_distill.train.estimate import batch_of_zeros, step_of
-from sdxl_distill.train.optimizer import clip_factor, global_grad_norm
+from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
+from sdxl_distill.train.ema import BackgroundAverage, Ema
 from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
 

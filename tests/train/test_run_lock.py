@@ -18,7 +18,7 @@ from patience import PATIENCE_SECONDS, wait_until
 from ranks import Ranks, wait_until as wait_for_ranks
 
 from sdxl_distill.errors import ConfigError, StorageError
-from sdxl_distill.process_identity import ProcessIdentity
+from sdxl_distill.runtime.process_identity import ProcessIdentity
 from sdxl_distill.train.run_lock import Holder, LockTiming, RunLock
 
 QUICK = LockTiming(beat_seconds=0.02, expiry_seconds=0.3, poll_seconds=0.01)

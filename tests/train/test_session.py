@@ -13,10 +13,7 @@ from diffusers import UNet2DConditionModel
 from distill_cache import DistillCache, build_all, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sdxl_distill.builder.latents_set import build_latents_set
 from sdxl_distill.builder.launch import Launch
-from sdxl_distill.builder.predictions_set import build_predictions_set, open_latents
-from sdxl_distill.builder.text_set import build_text_set
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family, build_untrained_family
 from sdxl_distill.errors import (
@@ -26,10 +23,13 @@ from sdxl_distill.errors import (
     NumericalError,
     StorageError,
 )
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.latents_set import build_latents_set
+from sdxl_distill.sets.predictions_set import build_predictions_set, open_latents
+from sdxl_distill.sets.text_set import build_text_set
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.session import train, usual_reader_threads
-from sdxl_distill.world import World
 
 
 def checkpoint_path(config: DistillConfig, step: int) -> Path:
@@ -64,7 +64,7 @@ def resumable(trained_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (8, 1), (16, 3), (96, 4)])
 def test_readers_leave_a_core_to_the_training(monkeypatch, num_cores, num_threads) -> None:
-    monkeypatch.setattr("sdxl_distill.world.available_cores", lambda: num_cores)
+    monkeypatch.setattr("sdxl_distill.runtime.world.available_cores", lambda: num_cores)
     assert usual_reader_threads(World(local_size=4, size=4)) == num_threads
 
 

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from distill_cache import WEIGHTS, DistillCache
 
-from sdxl_distill.core.ema import Ema
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.demo.family import Family
-from sdxl_distill.stop_request import StopRequest
+from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
+from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.validation import averaged_weights, validation_losses
 

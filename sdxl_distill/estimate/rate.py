@@ -1,0 +1,113 @@
+"""How many records per second this machine's device trains on: the student, inputs of zeros."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Final
+
+import torch
+
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.core.bucket import Bucket
+from sdxl_distill.estimate.network_memory import UnetInput
+from sdxl_distill.estimate.training import batch_of_zeros, step_of
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.text_encoder import text_geometry
+from sdxl_distill.models.unet import compile_unet, unet_geometry
+from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
+from sdxl_distill.runtime.device import allow_tf32, resolve_device
+from sdxl_distill.runtime.world import World
+from sdxl_distill.sets.predictions_content import TeacherAnswer, TeacherInput
+from sdxl_distill.sets.predictions_set import load_teacher
+from sdxl_distill.train.session import load_student
+from sdxl_distill.train.trainer import make_optimizer
+
+_MIN_SECONDS: Final = 5.0
+_MIN_BATCHES: Final = 3
+_BATCHES_IN_FLIGHT: Final = 2
+
+
+def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
+    """Return records per second of one process, without reading and writing.
+
+    Args:
+        config: of the builder.
+        bucket: the resolution.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when the teacher cannot be loaded.
+    """
+    device = resolve_device(config.device, World.from_environment().local_rank)
+    allow_tf32(config.tf32)
+    checkpoint = Checkpoint.resolve(config.teacher.checkpoint_path)
+    noise_schedule = checkpoint.noise_schedule(
+        config.teacher.prediction_type, config.teacher.zero_terminal_snr
+    )
+    teacher = load_teacher(config, noise_schedule, device)
+    num_tokens = text_geometry(Checkpoint.resolve(config.text_source)).num_tokens
+    batch_size = config.cache.batch_size
+    asked = UnetInput.zeros(unet_geometry(checkpoint), batch_size, bucket, num_tokens)
+    question = TeacherInput(
+        keys=[""] * batch_size,
+        seeds=torch.zeros(batch_size, dtype=torch.int64),
+        noise=torch.zeros_like(asked.latents),
+        **asked._asdict(),
+    )
+
+    teacher.predict(question)  # the first call allocates, and compiles if asked to
+    answers = deque[TeacherAnswer]()
+    started = time.perf_counter()
+    num_done = 0
+    while num_done < _MIN_BATCHES or time.perf_counter() - started < _MIN_SECONDS:
+        answers.append(teacher.ask(question))
+        if len(answers) > _BATCHES_IN_FLIGHT:
+            answers.popleft().prediction()
+        num_done += 1
+    for answer in answers:
+        answer.prediction()
+    return num_done * batch_size / (time.perf_counter() - started)
+
+
+_MIN_SECONDS: Final = 5.0
+_MIN_STEPS: Final = 3
+
+
+def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
+    """Return records per second of one process: forward, backward, clipping and optimizer.
+
+    Args:
+        config: of the run.
+        bucket: the resolution.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when the student cannot be loaded.
+    """
+    device = resolve_device(config.device, World.from_environment().local_rank)
+    allow_tf32(config.tf32)
+    checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+    student = load_student(config, checkpoint, device)
+    if config.training.compile:
+        compile_unet(student, 1)
+    optimizer = make_optimizer(config, student, device.type)
+    step = step_of(config, student, checkpoint.noise_schedule(), device)
+    num_tokens = text_geometry(Checkpoint.resolve(config.text_source)).num_tokens
+    num_records = config.training.batch_size * config.training.gradient_accumulation_steps
+    batch = batch_of_zeros(config, unet_geometry(checkpoint), bucket, num_tokens, num_records)
+
+    def run_step() -> None:
+        step.backward(batch, config.training.batch_size)
+        grad_norm = global_grad_norm(student.parameters())
+        optimizer.step(clip_factor(grad_norm, config.training.max_grad_norm or 1.0))
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run_step()  # the first step allocates, and compiles if asked to
+    started = time.perf_counter()
+    num_done = 0
+    while num_done < _MIN_STEPS or time.perf_counter() - started < _MIN_SECONDS:
+        run_step()
+        num_done += 1
+    return num_done * len(batch) / (time.perf_counter() - started)

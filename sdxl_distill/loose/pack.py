@@ -1,0 +1,347 @@
+"""Packs a loose folder into a shard set: the tars, indices and manifest that a builder writes.
+
+Which record belongs into which shard is read off the latents set, so shard i holds the same keys
+in every set. All names and headers are checked before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_RECORD_BYTES, MAX_SIDECAR_BYTES
+from sdxl_distill.loose.folder import LooseFolder, LooseRecord, open_new_folder
+from sdxl_distill.loose.segments import (
+    LooseCatalog,
+    copy_catalog,
+    has_catalog,
+    read_loose_catalog,
+)
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord, SetReference
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
+from sdxl_distill.shards.tar_index import recreated_noise_digest
+from sdxl_distill.shards.writer import ShardWriter
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.regular_file import storage_errors
+
+Progress = Callable[[int, int], None]
+
+_RECORDS_PER_SHARD: Final = 512
+_UNPACK_ANEW: Final = "unpack the set anew, or remove what does not belong to it"
+
+
+class _Plan(NamedTuple):
+    """One shard: its name, the header that its records share, and the records in order."""
+
+    name: ShardName
+    header: RecordHeader
+    records: list[LooseRecord]
+
+
+def pack_set(
+    path: str | Path,
+    output: str | Path,
+    latents_path: str | Path | None = None,
+    *,
+    records_per_shard: int | None = None,
+    on_progress: Progress = lambda _done, _all: None,
+) -> Manifest:
+    """Write the shard set that a loose folder holds, and return its manifest.
+
+    Tars are byte for byte those that the folder was unpacked from.
+
+    Args:
+        path: a folder that `unpack_set` wrote; it is only read.
+        output: new or empty folder.
+        latents_path: the latents set that the records follow. For latents themselves None: the
+            catalog in the folder; without one, sorted keys are cut, and the set cannot grow.
+        records_per_shard: of latents that are cut again; None takes that of `set.json`.
+        on_progress: called with how many shards are done and how many there are.
+
+    Raises:
+        ConfigError: when `set.json` or the latents set is missing, files lie there that are no
+            records, the output folder is not empty, or no reader would accept the shards.
+        IncompatibleError: when records are missing, too many, or of other sets or latents.
+        CorruptError: when a file is damaged.
+        StorageError: when the disk is full or refuses.
+    """
+    with Directory(path) as source:
+        record = _read_set_record(source)
+        folder, before, origin = LooseFolder.of(source.names()), None, None
+        _require_no_strangers(folder, record, source)
+        latents = None if latents_path is None else open_shard_set(latents_path)
+        if latents is not None:
+            before, origin = latents.manifest, latents.directory
+            record = _follow(record, latents, Path(output))
+            plans = _plan_after(latents, record, folder)
+        elif record.kind == "latents" and has_catalog(source.path):
+            loose, origin = read_loose_catalog(source.path, record), source.path
+            before, plans = loose.manifest, _plan_by_catalog(loose, record)
+        else:
+            plans = _plan_anew(record, folder, records_per_shard, source)
+        if before is not None:
+            _require_same_records(folder, plans, source)
+        _require_headers(source, plans)
+        _require_legal(source, record, plans)
+        with open_new_folder(output) as target:
+            target.publish_bytes(SET_RECORD_NAME, record.to_bytes())
+            indices: list[ShardIndex] = []
+            for num_done, plan in enumerate(plans, 1):
+                indices.append(_write_shard(source, target, plan))
+                on_progress(num_done, len(plans))
+            is_latents = record.kind == "latents"
+            if is_latents and origin is not None and has_catalog(origin):
+                copy_catalog(origin, target.path)
+            catalog = 0 if before is None else before.catalog
+            left_out = before.undecodable if before and is_latents else ()
+            empty = _copy_empty_record(source, target, record)
+            manifest = Manifest.build(record, catalog, indices, left_out, empty)
+            target.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
+    return manifest
+
+
+def _read_set_record(source: Directory) -> SetRecord:
+    where = str(source.path / SET_RECORD_NAME)
+    try:
+        content = source.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no {SET_RECORD_NAME} beside the loose files",
+            expected="a folder that unpack-shards wrote",
+            where=str(source.path),
+            action="files made elsewhere do not say which teacher, text encoders and latents "
+            "they came from, and cannot be packed: build the set with build_shards",
+        ) from error
+    return SetRecord.from_bytes(content, where)
+
+
+def _require_no_strangers(folder: LooseFolder, record: SetRecord, source: Directory) -> None:
+    strangers = list(folder.strangers)
+    if record.kind != "latents":
+        strangers += sorted(folder.sidecars)
+    if strangers:
+        raise ConfigError(
+            f"{len(strangers)} files are no records, the first is {strangers[0]!r}",
+            expected="{image_id}_{W}x{H}.safetensors, or …_d{k}.safetensors",
+            where=str(source.path),
+            action="move them elsewhere",
+        )
+
+
+def _follow(record: SetRecord, latents: ShardSet, output: Path) -> SetRecord:
+    """Check that the set was made from these latents, and refer to where they lie now."""
+    found = latents.manifest.record.fingerprint
+    reference = record.latents
+    expected = record.fingerprint if reference is None else reference.fingerprint
+    if found != expected:
+        raise IncompatibleError(
+            f"set {latents.id} has fingerprint {found[:12]}…",
+            expected=f"{expected[:12]}…, the latents of set {record.id}",
+            where=str(latents.directory),
+            action="name the latents set that the records were made from",
+        )
+    if reference is None:
+        return record
+    return replace(record, latents=SetReference.between(found, output, latents.directory))
+
+
+def _plan_after(latents: ShardSet, record: SetRecord, folder: LooseFolder) -> list[_Plan]:
+    plans: list[_Plan] = []
+    for entry in latents.manifest.shards:
+        index = latents.index(entry.name(latents.id))
+        source_sha256 = entry.source_sha256 if record.kind == "latents" else entry.tar_sha256
+        for draw in range(folder.num_draws):
+            name = ShardName(record.id, entry.width, entry.height, entry.number, draw)
+            records = [
+                LooseRecord(entry.width, entry.height, draw, index.image_id(number))
+                for number in range(index.num_records)
+            ]
+            plans.append(_Plan(name, _header(record, name, source_sha256), records))
+    return plans
+
+
+def _plan_by_catalog(loose: LooseCatalog, record: SetRecord) -> list[_Plan]:
+    plans: list[_Plan] = []
+    for name, entry in zip(loose.manifest.names(), loose.manifest.shards, strict=True):
+        records = [
+            LooseRecord(name.width, name.height, 0, image_id)
+            for image_id in loose.plan.held_ids(name)
+        ]
+        plans.append(_Plan(name, _header(record, name, entry.source_sha256), records))
+    return plans
+
+
+def _plan_anew(
+    record: SetRecord, folder: LooseFolder, records_per_shard: int | None, source: Directory
+) -> list[_Plan]:
+    if record.kind != "latents":
+        raise ConfigError(
+            f"a {record.kind} set is packed along its latents set, and none is named",
+            expected="the folder of the latents set",
+            where=str(source.path),
+            action="add --latents DIR",
+        )
+    configured = record.content.get("records_per_shard")
+    records_per_shard = records_per_shard or (
+        configured if isinstance(configured, int) and configured > 0 else _RECORDS_PER_SHARD
+    )
+    plans: list[_Plan] = []
+    for (width, height), group in groupby(folder.records, key=lambda entry: entry[:2]):
+        records = list(group)
+        for number, start in enumerate(range(0, len(records), records_per_shard)):
+            name = ShardName(record.id, width, height, number)
+            part = records[start : start + records_per_shard]
+            plans.append(_Plan(name, _header(record, name, None), part))
+    return plans
+
+
+def _header(record: SetRecord, name: ShardName, source_sha256: str | None) -> RecordHeader:
+    return RecordHeader.build(
+        record.schema, name.width, name.height, record.fingerprint, source_sha256
+    )
+
+
+def _require_same_records(folder: LooseFolder, plans: list[_Plan], source: Directory) -> None:
+    planned = {record for plan in plans for record in plan.records}
+    missing, extra = planned.difference(folder.records), set(folder.records) - planned
+    if missing or extra:
+        parts = [
+            f"{len(records)} records are {what}, the first is {min(records).file_name}"
+            for what, records in (("missing", missing), ("too many", extra))
+            if records
+        ]
+        raise IncompatibleError(
+            "; ".join(parts),
+            expected=f"the {len(planned)} records of the latents set, in {folder.num_draws} draws",
+            where=str(source.path),
+            action=_UNPACK_ANEW,
+        )
+
+
+def _require_headers(source: Directory, plans: list[_Plan]) -> None:
+    """Look at every file's header and size before anything is written."""
+    foreign: Counter[str] = Counter()
+    for plan in plans:
+        for record in plan.records:
+            fault = _foreign_header(source, record, plan.header)
+            if fault is not None:
+                foreign[fault] += 1
+    if foreign:
+        found = ", ".join(f"{count} records {fault}" for fault, count in sorted(foreign.items()))
+        raise IncompatibleError(
+            found,
+            expected="records of one set, made from the latents shards there today",
+            where=str(source.path),
+            action=_UNPACK_ANEW,
+        )
+
+
+def _require_legal(source: Directory, record: SetRecord, plans: list[_Plan]) -> None:
+    def load(plan: _Plan) -> ShardLoad:
+        sizes: tuple[int, ...] = ()
+        if record.kind == "latents":
+            sizes = tuple(_size(source, each.sidecar_name) for each in plan.records)
+        return ShardLoad(plan.name.width, plan.name.height, len(plan.records), sizes)
+
+    remedy = Remedy("--records-per-shard", ", and leave --latents out, for the latents")
+    require_legal_shards(record.id, record.schema, map(load, plans), remedy)
+
+
+def _size(source: Directory, name: str) -> int:
+    """Return the bytes of a file; 0 where there is none, which is reported when it is read."""
+    try:
+        with os.fdopen(source.open(name), "rb") as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader) -> str | None:
+    """Return whose a record is, when it is not this set's.
+
+    Raises:
+        CorruptError: when its header is damaged, or the file is cut.
+        IncompatibleError: when it is of latents whose catalog is missing.
+    """
+    where = str(source.path / record.file_name)
+    with os.fdopen(source.open(record.file_name), "rb") as file, storage_errors(where):
+        num_bytes = os.fstat(file.fileno()).st_size
+        content = file.read(len(header.content))
+        if content == header.content and num_bytes == header.record_bytes:
+            return None
+        content += file.read(MAX_HEADER_BYTES)
+    found = RecordHeader.parse(content, where)
+    if found.fingerprint != header.fingerprint:
+        return f"are of set {found.fingerprint[:12]}…"
+    if header.source_sha256 is None:  # latents that are cut again, of a set that has a catalog
+        raise IncompatibleError(
+            "the records are of shards that a catalog planned, and the catalog is missing",
+            expected="the folder catalog next to them, as unpack-shards writes it",
+            where=str(source.path),
+            action="put it back, or unpack the set again",
+        )
+    if found.source_sha256 != header.source_sha256:
+        return "were made from other latents"
+    raise CorruptError(
+        f"{num_bytes} bytes, or other tensors than the set's schema says",
+        expected=f"{header.record_bytes} bytes",
+        where=where,
+        action=_UNPACK_ANEW,
+    )
+
+
+def _write_shard(source: Directory, target: Directory, plan: _Plan) -> ShardIndex:
+    name = plan.name
+    with target.stage() as staged:
+        writer = ShardWriter(staged.file, name, plan.header)
+        for record in plan.records:
+            content = source.read(record.file_name, plan.header.record_bytes)
+            digest = recreated_noise_digest(plan.header, name, content)
+            writer.write(name.key(record.image_id), content, _sidecar(source, plan, record), digest)
+        index = writer.close()
+        target.publish(staged, name.tar)
+    target.publish_bytes(name.idx, index.to_bytes())
+    return index
+
+
+def _sidecar(source: Directory, plan: _Plan, record: LooseRecord) -> bytes | None:
+    if "latents" not in {place.name for place in plan.header.places}:  # no others have captions
+        return None
+    where = str(source.path / record.sidecar_name)
+    try:
+        content = source.read(record.sidecar_name, MAX_SIDECAR_BYTES)
+    except FileNotFoundError:
+        content = b""
+    if not content:
+        raise CorruptError(
+            "is missing or empty", expected="captions", where=where, action=_UNPACK_ANEW
+        )
+    return content
+
+
+def _copy_empty_record(source: Directory, target: Directory, record: SetRecord) -> str | None:
+    """Copy the empty caption's record of a text set; return its SHA-256."""
+    if record.kind != "text":
+        return None
+    where = str(source.path / EMPTY_RECORD_NAME)
+    header = RecordHeader.build(record.schema, 8, 8, record.fingerprint)
+    try:
+        content = source.read(EMPTY_RECORD_NAME, header.record_bytes)
+    except FileNotFoundError:
+        content = b""
+    if not content.startswith(header.content) or len(content) != header.record_bytes:
+        raise CorruptError("is missing, cut or of another set", where=where, action=_UNPACK_ANEW)
+    target.publish_bytes(EMPTY_RECORD_NAME, content)
+    return hashlib.sha256(content).hexdigest()

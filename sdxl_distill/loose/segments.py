@@ -1,0 +1,76 @@
+"""The catalog of a latents set next to its loose files, so that packing gives the same set again.
+
+`catalog/` in a loose folder holds the segments, and in `manifest.json` what the set was: which
+shards, and which images did not decode. Without it nothing says in which shard an image was.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
+from sdxl_distill.catalog.segment import segment_name
+from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_SEGMENT_BYTES
+from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.storage.fsio import Directory
+
+
+class LooseCatalog(NamedTuple):
+    """What a latents set was before it was unpacked."""
+
+    manifest: Manifest
+    plan: LatentsPlan
+
+
+def has_catalog(path: Path) -> bool:
+    """Whether a folder, of a set or of loose files, holds a catalog."""
+    return (path / CATALOG_FOLDER).is_dir()
+
+
+def copy_catalog(source: Path, target: Path, manifest: Manifest | None = None) -> None:
+    """Copy the segments of a catalog, checked, and the manifest next to them if one is given.
+
+    Raises:
+        CorruptError, IncompatibleError: when the catalog is damaged or not whole.
+        StorageError: when the disk refuses.
+    """
+    with (
+        Directory(source / CATALOG_FOLDER) as there,
+        Directory(target / CATALOG_FOLDER, create=True) as here,
+    ):
+        for n in range(Catalog.load(there).n + 1):
+            name = segment_name(n)
+            here.publish_bytes(name, there.read(name, MAX_SEGMENT_BYTES))
+        if manifest is not None:
+            here.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
+
+
+def read_loose_catalog(path: Path, record: SetRecord) -> LooseCatalog:
+    """Read the catalog of a loose folder.
+
+    Raises:
+        CorruptError: when it is damaged, or its manifest is missing.
+        IncompatibleError: when catalog and manifest do not belong to this set, or together.
+    """
+    where = str(path / CATALOG_FOLDER / MANIFEST_NAME)
+    action = "unpack the set again, or remove the folder catalog: images cannot be added then"
+    with Directory(path / CATALOG_FOLDER) as folder:
+        catalog = Catalog.load(folder)
+        try:
+            manifest = Manifest.from_bytes(folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES), where)
+        except FileNotFoundError as error:
+            raise CorruptError("is missing", where=where, action=action) from error
+    if manifest.record.fingerprint != record.fingerprint:
+        raise IncompatibleError(
+            f"the manifest of set {manifest.record.fingerprint[:12]}…",
+            expected=f"{record.fingerprint[:12]}…, as set.json says",
+            where=where,
+            action=action,
+        )
+    for error in plan_faults(catalog, manifest):
+        raise error
+    return LooseCatalog(manifest, LatentsPlan.after(catalog, manifest))

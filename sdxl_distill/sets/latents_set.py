@@ -1,0 +1,273 @@
+"""From a configuration to the latents set: scan, catalog, VAE, shards, manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+
+from sdxl_distill.builder.commit import publish_set_record
+from sdxl_distill.builder.launch import Launch, refuse_in_job_array, require_one_worker
+from sdxl_distill.builder.repair import repair_set, restore_catalog
+from sdxl_distill.builder.set_builder import BuiltSet, build_set
+from sdxl_distill.builder.withdrawal import withdraw_for_rebuild
+from sdxl_distill.builder.work_queue import Claim, WorkQueue
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
+from sdxl_distill.catalog.growth import ScanReport, extend_catalog, require_captions
+from sdxl_distill.catalog.image_folder import ImageFolder
+from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
+from sdxl_distill.runtime.device import allow_tf32, resolve_device
+from sdxl_distill.sets.latents_catalog import latents_plan, load_bound_catalog
+from sdxl_distill.sets.latents_content import (
+    IMAGE_PIPELINE,
+    ImageReader,
+    LatentsContent,
+    planned_shards,
+)
+from sdxl_distill.sets.legal_plan import (
+    most_images,
+    require_legal_config,
+    require_legal_rows,
+)
+from sdxl_distill.sets.preflight import require_complete, require_same_set
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.latents_plan import LATENTS_ID, LatentsPlan
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import latents_schema
+from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
+from sdxl_distill.storage.path_text import real_path
+
+_COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MAX_DECODERS: Final = 8
+_SCAN: Final = "scan"
+
+
+class BuiltLatents(NamedTuple):
+    """The complete set, and on rank 0 what the scan found."""
+
+    built: BuiltSet
+    report: ScanReport | None
+
+
+def build_latents_set(
+    config: BuilderConfig,
+    launch: Launch,
+    *,
+    rebuild: bool = False,
+    repair: bool = False,
+    rescan: bool = False,
+    scan_progress: Progress | None = None,
+) -> BuiltLatents:
+    """Build what is missing of the latents set, next to any other workers.
+
+    Args:
+        config: of the builder.
+        launch: this process among those started with it.
+        rebuild: set the present set aside and build again.
+        repair: keep the good shards of a damaged set and build the others.
+        rescan: read every image again, known or not.
+        scan_progress: shows the scan, on rank 0.
+
+    Raises:
+        ConfigError: for a missing or empty image folder, or no VAE.
+        IncompatibleError: for a VAE that is not SDXL's kind, a folder of another
+            configuration, or changed captions.
+        CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
+    """
+    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
+    path = Path(config.data.latent_cache.cache_dir)
+    require_one_worker(launch.world, config.cache.exclusive, str(path))
+    images = ImageFolder(Path(config.data.image_dir))  # as it is before the scan
+    report: list[ScanReport] = []
+
+    def decide() -> dict[str, object]:
+        record, catalog, found = _prepare(
+            config, launch, path, rebuild, repair, rescan, scan_progress
+        )
+        report.append(found)
+        return {"record": record.to_json(), "catalog": catalog.n, "mounts": list(found.mounts)}
+
+    decision = launch.decide("latents", decide)
+    record = SetRecord.from_json(decision["record"], "launch")
+    with Directory(path / CATALOG_FOLDER) as directory:
+        catalog = Catalog.load(directory, decision["catalog"])
+    plan = latents_plan(path, record, catalog)
+    built = build_set(
+        path,
+        record,
+        planned_shards(plan),
+        partial(_content, config, plan, launch, images, decision["mounts"]),
+        partial(_describe, plan, catalog.n),
+        launch.world,
+        catalog=catalog.n,
+        exclusive=config.cache.exclusive,
+    )
+    return BuiltLatents(built, report[0] if report else None)
+
+
+def latents_record(config: BuilderConfig) -> SetRecord:
+    """Return the identity of the latents set that a configuration describes.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when its VAE is missing, damaged or of
+            another kind.
+    """
+    checkpoint = Checkpoint.resolve(config.vae_source)
+    return SetRecord(
+        kind="latents",
+        id=LATENTS_ID,
+        schema=latents_schema(latent_channels(checkpoint)),
+        content={
+            "buckets": sorted(list(bucket) for bucket in config.buckets),
+            "image_pipeline": IMAGE_PIPELINE,
+            "records_per_shard": config.data.records_per_shard,
+            "vae": checkpoint.vae_fingerprint(),
+            "vae_dtype": config.data.latent_cache.dtype,
+        },
+    )
+
+
+def _prepare(
+    config: BuilderConfig,
+    launch: Launch,
+    path: Path,
+    rebuild: bool,
+    repair: bool,
+    rescan: bool,
+    progress: Progress | None,
+) -> tuple[SetRecord, Catalog, ScanReport]:
+    """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
+    record, seen = latents_record(config), None
+    require_legal_config(config, record.schema)
+    require_complete(path, record, [Checkpoint.resolve(config.vae_source).vae])
+    if rebuild:
+        # Before the withdrawal: a wrong image folder must not cost the set that is there.
+        seen = _scan(config, Catalog(), rescan, progress)
+        withdraw_for_rebuild(launch, path)
+    if repair:
+        refuse_in_job_array(launch, str(path))
+        _repair(path, record, config.cache.exclusive)
+    catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
+    return record, catalog, report
+
+
+def _repair(path: Path, record: SetRecord, exclusive: bool) -> None:
+    """Keep the good ones of the shards that the catalog there knows."""
+    restore_catalog(path, exclusive=exclusive)
+    plan = latents_plan(path, record, load_bound_catalog(path, record, repair=True))
+    repair_set(path, record, planned_shards(plan), plan.accepts, exclusive=exclusive)
+
+
+def _update_catalog(
+    config: BuilderConfig,
+    path: Path,
+    record: SetRecord,
+    rescan: bool,
+    seen: Scan | None,
+    progress: Progress | None,
+) -> tuple[Catalog, ScanReport]:
+    """Add what is new in the image folder to the catalog, while no other launch does so."""
+    # Another configuration must be refused before it adds to this one's catalog, and a set
+    # begins only when there are images for it.
+    require_same_set(path, record)
+    with (
+        Directory(real_path(path), create=True, exclusive=config.cache.exclusive) as directory,
+        WorkQueue(directory) as queue,
+        directory.folder(CATALOG_FOLDER) as folder,
+    ):
+        claim = _claim_scan(queue)
+        _sweep_catalog(folder)
+
+        def show(num_done: int, num_files: int) -> None:
+            queue.heartbeat.show_progress()
+            if progress is not None:
+                progress(num_done, num_files)
+
+        known = load_bound_catalog(path, record)
+        scan = seen or _scan(config, known, rescan, show)
+        publish_set_record(directory, record)
+        catalog, report = extend_catalog(
+            folder,
+            scan,
+            buckets=config.buckets,
+            records_per_shard=config.data.records_per_shard,
+            on_changed_caption=config.data.on_changed_caption,
+            accept=partial(require_legal_rows, record.schema, config.cache.draws),
+        )
+        queue.release(claim, committed=False)
+        return catalog, report
+
+
+def _scan(config: BuilderConfig, catalog: Catalog, rescan: bool, progress: Progress | None) -> Scan:
+    scan = scan_folder(
+        config.data.image_dir,
+        catalog,
+        max_pixels=config.data.max_image_pixels,
+        max_images=most_images(config),
+        on_bad_image=config.data.on_bad_image,
+        rescan=rescan,
+        progress=progress,
+    )
+    if not config.data.allow_empty_captions:
+        require_captions(catalog, scan)
+    return scan
+
+
+def _claim_scan(queue: WorkQueue) -> Claim:
+    while (claim := queue.claim(_SCAN)) is None:
+        time.sleep(queue.timing.poll_seconds)
+    return claim
+
+
+def _sweep_catalog(folder: Directory) -> None:
+    """Remove temporary files: the process that left one no longer holds the claim on the scan."""
+    for name in folder.names():
+        if name.startswith(TEMPORARY_PREFIX):
+            folder.remove(name)
+
+
+def _content(
+    config: BuilderConfig,
+    plan: LatentsPlan,
+    launch: Launch,
+    images: ImageFolder,
+    mounts: Sequence[str],
+) -> LatentsContent:
+    images.watch(mounts)
+    settings = config.data.latent_cache
+    device = resolve_device(config.device, launch.world.local_rank)
+    allow_tf32(config.tf32)
+    vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
+    return LatentsContent(
+        plan,
+        ImageReader(images, config.data.max_image_pixels, config.data.on_bad_image),
+        partial(encode_images, vae),
+        settings.batch_size,
+        num_threads=min(launch.world.num_cores, _MAX_DECODERS),
+    )
+
+
+def _describe(
+    plan: LatentsPlan,
+    catalog: int,
+    _directory: Directory,
+    record: SetRecord,
+    indices: Iterable[ShardIndex],
+) -> Manifest:
+    undecodable: list[str] = []
+
+    def looked_at() -> Iterator[ShardIndex]:
+        for index in indices:
+            undecodable.extend(plan.missing(index))
+            yield index
+
+    # One index at a time: those of 10^7 images take gigabytes.
+    return Manifest.build(record, catalog, looked_at(), undecodable)

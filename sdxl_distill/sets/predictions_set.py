@@ -1,0 +1,258 @@
+"""From a configuration to one teacher's predictions set: text first, then the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+
+from sdxl_distill.builder.launch import Launch, refuse_in_job_array, require_one_worker
+from sdxl_distill.builder.repair import num_draws_there, repair_set
+from sdxl_distill.builder.set_builder import BuiltSet, build_set
+from sdxl_distill.builder.withdrawal import withdraw_for_rebuild
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.core.noise import NOISE_ALGORITHM
+from sdxl_distill.core.noise_schedule import NoiseSchedule
+from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.text_encoder import require_fit, text_geometry
+from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
+from sdxl_distill.runtime.device import allow_tf32, resolve_device
+from sdxl_distill.sets.alignment import holds_same_keys, planned_after
+from sdxl_distill.sets.legal_plan import require_legal_plan
+from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher
+from sdxl_distill.sets.preflight import require_complete, require_same_set
+from sdxl_distill.sets.text_set import build_text_set, text_record
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import STORED_DTYPES, predictions_schema
+from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
+from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
+from sdxl_distill.storage.fsio import Directory
+
+_TORCH_DTYPES: Final = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+
+
+class BuiltPredictions(NamedTuple):
+    """The complete predictions set, and the text set that was needed for it."""
+
+    predictions: BuiltSet
+    text: BuiltSet
+    text_path: Path
+
+
+def build_predictions_set(
+    config: BuilderConfig, launch: Launch, *, repair: bool = False
+) -> BuiltPredictions:
+    """Build what is missing of a teacher's predictions set, beside any other workers.
+
+    Args:
+        config: of the builder.
+        launch: this process among those started with it.
+        repair: keep the good shards of a damaged set and build the others.
+
+    Raises:
+        ConfigError: when there is no latents set, or a timestep the teacher does not have.
+        IncompatibleError: when teacher, text encoders and latents do not fit, or the folder
+            belongs to another configuration.
+        CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
+    """
+    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
+    output_dir = Path(config.cache.output_dir)
+    path = output_dir / config.teacher.teacher_id
+    require_one_worker(launch.world, config.cache.exclusive, str(path))
+    launch.decide("teacher", partial(check_teacher, config))
+    latents = _open_latents(config, launch)
+    shards = planned_after(latents, config.teacher.teacher_id, config.cache.draws)
+
+    def decide() -> dict[str, Any]:
+        text = text_record(config, latents, output_dir)
+        record = predictions_record(config, latents, text, output_dir)
+        require_legal_plan(record.id, record.schema, shards)
+        teacher = Checkpoint.resolve(config.teacher.checkpoint_path)
+        require_complete(path, record, [teacher.unet])
+        if not config.cache.skip_existing:
+            # After the checkpoints were looked at: a broken one must not cost the set there.
+            withdraw_for_rebuild(launch, path)
+        # Before the captions are encoded: that may take an hour.
+        require_same_set(path, record, repair=repair)
+        if repair:
+            refuse_in_job_array(launch, str(path))
+            num_draws = max(config.cache.draws, num_draws_there(path, record.id))
+            there = planned_after(latents, record.id, num_draws)
+            accepts = partial(holds_same_keys, latents=latents)
+            repair_set(path, record, there, accepts, exclusive=config.cache.exclusive)
+        return record.to_json()
+
+    record = SetRecord.from_json(launch.decide("predictions", decide), "launch")
+    text_path, built_text = build_text_set(config, latents, launch, repair=repair)
+    text = open_shard_set(text_path)
+    built = build_set(
+        path,
+        record,
+        shards,
+        partial(_content, config, latents, text, record, launch),
+        partial(_describe, latents.manifest.catalog),
+        launch.world,
+        catalog=latents.manifest.catalog,
+        exclusive=config.cache.exclusive,
+    )
+    return BuiltPredictions(built, built_text, text_path)
+
+
+def check_teacher(config: BuilderConfig) -> None:
+    """Check that teacher and text encoders fit each other, without reading any weights.
+
+    Raises:
+        ConfigError: when the range of timesteps goes beyond the teacher's.
+        IncompatibleError: when the checkpoint is not SDXL's kind or the encoders do not fit.
+    """
+    checkpoint = Checkpoint.resolve(config.teacher.checkpoint_path)
+    text = Checkpoint.resolve(config.text_source)
+    require_fit(
+        text_geometry(text),
+        unet_geometry(checkpoint),
+        f"{config.text_source} beside {config.teacher.checkpoint_path}",
+    )
+    num_steps = checkpoint.noise_schedule().num_train_timesteps
+    if config.cache.max_timestep > num_steps:
+        raise ConfigError(
+            f"{config.cache.max_timestep}",
+            expected=f"at most {num_steps}, the teacher's number of training timesteps",
+            where="cache.max_timestep",
+            action="lower it; it is exclusive",
+        )
+
+
+def predictions_record(
+    config: BuilderConfig, latents: ShardSet, text: SetRecord, output_dir: Path
+) -> SetRecord:
+    """Return the identity of the predictions set that a configuration describes.
+
+    Args:
+        config: of the builder.
+        latents: the set that the teacher follows.
+        text: record of the text set beside it, which need not be built yet.
+        output_dir: holds one folder for each set.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when the teacher is missing, damaged or
+            of another kind than the latents.
+    """
+    cache, teacher = config.cache, config.teacher
+    checkpoint = Checkpoint.resolve(teacher.checkpoint_path)
+    geometry = unet_geometry(checkpoint)
+    latents_record, path = latents.manifest.record, output_dir / teacher.teacher_id
+    num_channels = cast("int", latents_record.schema.tensors[0].shape[0])
+    if num_channels != geometry.channels:
+        raise IncompatibleError(
+            f"latents of {num_channels} channels",
+            expected=f"{geometry.channels}, as the UNet takes them",
+            where=str(latents.directory),
+            action="use the teacher with latents of its own family's VAE",
+        )
+    num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
+    is_compact = cache.layout == "compact"
+    return SetRecord(
+        kind="predictions",
+        id=teacher.teacher_id,
+        schema=predictions_schema(
+            cache.layout,
+            STORED_DTYPES[cache.dtype],
+            num_channels,
+            num_tokens,
+            hidden_size,
+            geometry.pooled_size,
+        ),
+        content={
+            "teacher": checkpoint.unet_fingerprint(),
+            "text": text.content["text"],
+            "use_bf16": teacher.use_bf16,
+            "version": cache.version,
+        },
+        layout=cache.layout,
+        noise=NoiseRecipe(NOISE_ALGORITHM, cache.base_seed, cache.min_timestep, cache.max_timestep),
+        noise_schedule=checkpoint.noise_schedule(
+            teacher.prediction_type, teacher.zero_terminal_snr
+        ),
+        latents=SetReference.between(latents_record.fingerprint, path, latents.directory),
+        text=SetReference.between(text.fingerprint, path, output_dir / text.id)
+        if is_compact
+        else None,
+    )
+
+
+def load_teacher(
+    config: BuilderConfig, noise_schedule: NoiseSchedule, device: torch.device
+) -> Teacher:
+    """Load the UNet of a configuration.
+
+    Args:
+        config: of the builder.
+        noise_schedule: of the predictions set.
+        device: where it runs.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: as `models.unet.load_unet`.
+    """
+    dtype = torch.bfloat16 if config.teacher.use_bf16 else torch.float32
+    unet = load_unet(Checkpoint.resolve(config.teacher.checkpoint_path), dtype, device)
+    full_batch = None
+    if config.cache.compile:
+        compile_unet(unet, len(config.buckets))
+        full_batch = config.cache.batch_size
+    stored_dtype = _TORCH_DTYPES[config.cache.dtype]
+    return Teacher(unet, noise_schedule, device, stored_dtype, full_batch)
+
+
+def open_latents(config: BuilderConfig) -> ShardSet:
+    """Open the latents set that the configuration names.
+
+    Raises:
+        ConfigError: when there is none or it is not complete; names the command.
+    """
+    try:
+        return open_shard_set(config.data.latent_cache.cache_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            error.found,
+            where=error.where,
+            expected="a complete latents set",
+            action="build it first: accelerate launch tools/build_latents.py --config …",
+        ) from error
+
+
+def _open_latents(config: BuilderConfig, launch: Launch) -> ShardSet:
+    """Open the latents set, the same state of it on every rank."""
+    latents = open_latents(config)
+    digest = launch.decide("latents", lambda: latents.manifest.digest)
+    if latents.manifest.digest != digest:
+        raise StorageError(
+            "the latents set grew while this launch started",
+            where=str(latents.directory),
+            action="run again",
+        )
+    return latents
+
+
+def _content(
+    config: BuilderConfig, latents: ShardSet, text: ShardSet, record: SetRecord, launch: Launch
+) -> PredictionsContent:
+    device = resolve_device(config.device, launch.world.local_rank)
+    allow_tf32(config.tf32)
+    assert record.noise_schedule is not None and record.noise is not None
+    teacher = load_teacher(config, record.noise_schedule, device)
+    return PredictionsContent(teacher, latents, text, record.noise, config.cache.batch_size)
+
+
+def _describe(
+    catalog: int, _directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+) -> Manifest:
+    return Manifest.build(record, catalog, indices)

@@ -1,0 +1,144 @@
+"""From a configuration to the text set of a latents set and one pair of text encoders."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final, cast
+
+from sdxl_distill.builder.in_place import until_not_swept
+from sdxl_distill.builder.launch import Launch, refuse_in_job_array
+from sdxl_distill.builder.repair import repair_set
+from sdxl_distill.builder.set_builder import BuiltSet, build_set
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.limits import MAX_RECORD_BYTES
+from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.text_encoder import TextEncoders, text_geometry
+from sdxl_distill.runtime.device import resolve_device
+from sdxl_distill.sets.alignment import holds_same_keys, planned_after
+from sdxl_distill.sets.legal_plan import require_legal_plan
+from sdxl_distill.sets.preflight import require_complete
+from sdxl_distill.sets.text_content import CaptionEncoder, TextContent, text_tensors
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.record import FINGERPRINT, encode_record, text_schema
+from sdxl_distill.shards.set_record import SetRecord, SetReference
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
+from sdxl_distill.storage.fsio import Directory
+
+_ID_DIGITS: Final = 12
+
+_log = logging.getLogger(__name__)
+
+
+def build_text_set(
+    config: BuilderConfig, latents: ShardSet, launch: Launch, *, repair: bool = False
+) -> tuple[Path, BuiltSet]:
+    """Build what is missing of the text set, beside any other workers.
+
+    Args:
+        config: its `text_source` names the encoders, `cache.output_dir` the parent folder.
+        latents: the set whose captions are encoded.
+        launch: this process among those started with it.
+        repair: keep the good shards of a damaged set and build the others.
+
+    Returns:
+        The folder of the set, and what was built.
+
+    Raises:
+        ConfigError, IncompatibleError: when the encoders are missing or of another kind.
+        CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
+    """
+    device = resolve_device(config.device, launch.world.local_rank)
+    output_dir = Path(config.cache.output_dir)
+
+    def decide() -> dict[str, object]:
+        record = text_record(config, latents, output_dir)
+        require_legal_plan(record.id, record.schema, planned_after(latents, record.id))
+        encoders = Checkpoint.resolve(config.text_source).text_encoders
+        require_complete(output_dir / record.id, record, encoders)
+        if repair:
+            refuse_in_job_array(launch, str(output_dir / record.id))
+            repair_set(
+                output_dir / record.id,
+                record,
+                planned_after(latents, record.id),
+                partial(holds_same_keys, latents=latents),
+                exclusive=config.cache.exclusive,
+            )
+        return record.to_json()
+
+    record = SetRecord.from_json(launch.decide("text", decide), "launch")
+    path, shards = output_dir / record.id, planned_after(latents, record.id)
+    loaded: list[CaptionEncoder] = []
+
+    def encoder() -> CaptionEncoder:
+        if not loaded:
+            checkpoint = Checkpoint.resolve(config.text_source)
+            loaded.append(CaptionEncoder(TextEncoders.load(checkpoint, device)))
+        return loaded[0]
+
+    built = build_set(
+        path,
+        record,
+        shards,
+        lambda: TextContent(latents, encoder()),
+        partial(_describe, latents.manifest.catalog, encoder),
+        launch.world,
+        catalog=latents.manifest.catalog,
+        exclusive=config.cache.exclusive,
+    )
+    if loaded:
+        _report_cut_captions(loaded[0].num_truncated, record)
+    return path, built
+
+
+def _report_cut_captions(num_truncated: int, record: SetRecord) -> None:
+    if num_truncated:
+        _log.warning(
+            "%d distinct captions are longer than %d tokens: their ends are not seen",
+            num_truncated,
+            cast("int", record.schema.tensors[0].shape[0]),
+        )
+
+
+def text_record(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> SetRecord:
+    """Return the identity of the text set; its id is made of its fingerprint.
+
+    Raises:
+        ConfigError, CorruptError, IncompatibleError: when the encoders are missing or damaged.
+    """
+    checkpoint = Checkpoint.resolve(config.text_source)
+    geometry = text_geometry(checkpoint)
+    record = SetRecord(
+        kind="text",
+        id="text",
+        schema=text_schema(geometry.num_tokens, geometry.hidden_size, geometry.pooled_size),
+        content={"text": checkpoint.text_fingerprint()},
+        latents=SetReference(latents.manifest.record.fingerprint),
+    )
+    record = replace(record, id=f"text-{record.fingerprint[:_ID_DIGITS]}")
+    reference = SetReference.between(
+        latents.manifest.record.fingerprint, output_dir / record.id, latents.directory
+    )
+    return replace(record, latents=reference)
+
+
+def _describe(
+    catalog: int,
+    encoder: Callable[[], CaptionEncoder],
+    directory: Directory,
+    record: SetRecord,
+    indices: Iterable[ShardIndex],
+) -> Manifest:
+    if not directory.exists(EMPTY_RECORD_NAME):
+        metadata = {FINGERPRINT: record.fingerprint}
+        content = encode_record(text_tensors(encoder()("")), metadata)
+        until_not_swept(directory, partial(directory.publish_bytes, EMPTY_RECORD_NAME, content))
+    empty = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
+    digest = hashlib.sha256(empty).hexdigest()
+    return Manifest.build(record, catalog, indices, empty_sha256=digest)

@@ -1,0 +1,344 @@
+"""The only writer of durable bytes: a directory held by handle, files that appear whole.
+
+A name is published create-only: temporary file → fsync → link, or what else the volume offers →
+fsync directory. Who comes second changes nothing (docs/decisions/0002-create-only-publication.md).
+The handle is opened before the directory is looked at, so a writer that slept through the
+directory's withdrawal writes into the withdrawn one, never into its successor.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+from sdxl_distill.errors import ConfigError, StorageError
+from sdxl_distill.storage.path_text import require_path
+from sdxl_distill.storage.publication import Staged, Volume, exchange, is_refusal
+from sdxl_distill.storage.regular_file import (
+    LostDirectoryError,
+    in_use,
+    open_regular,
+    read_bytes,
+    storage_errors,
+)
+
+TEMPORARY_PREFIX = ".tmp-"
+_BLOCK_BYTES = 1 << 20
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+def new_token() -> str:
+    """Return 32 random hex digits: the name of one worker or one temporary file's owner."""
+    return secrets.token_hex(16)
+
+
+def sync_folder(descriptor: int) -> None:
+    """Have the disk hold a folder's names, as far as the file system can be asked to."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+class StagedFile:
+    """A temporary file that becomes a name when published, and vanishes otherwise."""
+
+    def __init__(self, directory: Directory, temporary_name: str) -> None:
+        self.directory = directory
+        self.temporary_name = temporary_name
+        descriptor = os.open(
+            temporary_name,
+            os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
+            0o666,  # less what the umask takes
+            dir_fd=directory.descriptor,
+        )
+        self.file: BinaryIO = os.fdopen(descriptor, "w+b")
+
+    def seal(self) -> None:
+        """Flush every byte to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with suppress(OSError):
+            self.file.close()
+        with suppress(OSError):
+            os.unlink(self.temporary_name, dir_fd=self.directory.descriptor)
+
+
+class Directory:
+    """A directory held open by handle; every operation goes through the handle.
+
+    Args:
+        path: the directory; must exist unless `create`.
+        create: make it and its parents first.
+        token: owner of the temporary files staged here; 32 hex digits.
+        exclusive: the promise of a single worker that `Volume` takes.
+        parent: the directory that it lies in, by whose handle it is opened.
+
+    Raises:
+        ConfigError: when it does not exist, or cannot be a path.
+        StorageError: when it cannot be made or opened.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        create: bool = False,
+        token: str | None = None,
+        exclusive: bool = False,
+        parent: Directory | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.token = token or new_token()
+        self.parent = parent
+        self._numbers = count(1)  # safe to draw from in many threads
+        self.descriptor = self._opened(create)
+        is_same_volume = parent is not None and self._device() == parent._device()
+        self.volume = parent.volume if parent and is_same_volume else Volume(exclusive=exclusive)
+
+    def folder(self, name: str) -> Directory:
+        """Open a folder in this one, by its handle; make it when it is missing.
+
+        It has the same owner and, on the same file system, the same volume.
+
+        Raises:
+            StorageError: when it cannot be made or opened.
+        """
+        _check_name(name)
+        exclusive = self.volume.exclusive
+        return Directory(
+            self.path / name, create=True, token=self.token, exclusive=exclusive, parent=self
+        )
+
+    def make_again(self) -> None:
+        """Make a folder that `folder` opened again, where it was removed since.
+
+        In the folder that it was opened in, wherever that is now; never the outermost one, since
+        work on a set that was withdrawn must not go into its successor.
+
+        Raises:
+            StorageError: when that one is gone too, or refuses.
+        """
+        if self.parent is not None:
+            self.parent.make_again()
+            descriptor = self._opened(create=True)
+            os.dup2(descriptor, self.descriptor, inheritable=False)  # for all threads at once
+            os.close(descriptor)
+
+    def _opened(self, create: bool) -> int:
+        if self.parent is not None:
+            name, parent = self.path.name, self.parent
+            with in_use(self.path):
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=parent.descriptor)
+                return os.open(name, _FOLDER_FLAGS, dir_fd=parent.descriptor)
+        require_path(self.path)
+        with storage_errors(self.path):
+            if create:
+                self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                return os.open(self.path, _FOLDER_FLAGS)
+            except FileNotFoundError as error:
+                raise ConfigError(
+                    "there is no such folder", where=str(self.path), action="check the path"
+                ) from error
+
+    def _device(self) -> int:
+        with in_use(self.path):
+            return os.fstat(self.descriptor).st_dev
+
+    def close(self) -> None:
+        """Give the handle back; the object is of no use afterwards."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def stage(self) -> StagedFile:
+        """Open a new temporary file of this owner, to be filled and published."""
+        with in_use(self.path):
+            return StagedFile(self, f"{TEMPORARY_PREFIX}{self.token}-{next(self._numbers)}")
+
+    def publish(self, staged: StagedFile, name: str) -> bool:
+        """Give a staged file its name, create-only. True: made; False: the name existed.
+
+        Raises:
+            LostDirectoryError: when the temporary file or the directory is gone.
+            StorageError: when the disk is full or refuses.
+        """
+        _check_name(name)
+        with in_use(self.path):
+            staged.seal()
+            made = self.volume.publish(
+                Staged(self.descriptor, staged.temporary_name, staged.file.fileno()),
+                name,
+                str(self.path),
+            )
+            sync_folder(self.descriptor)
+        return made
+
+    def publish_bytes(self, name: str, content: bytes) -> bool:
+        """Publish `content` under `name`, create-only. True: made; False: the name existed."""
+        with self.stage() as staged:
+            with in_use(self.path):
+                staged.file.write(content)
+            return self.publish(staged, name)
+
+    def replace_bytes(self, name: str, content: bytes) -> None:
+        """Give `name` new content in one step; readers see the old or the new, never a mix."""
+        _check_name(name)
+        with self.stage() as staged, in_use(self.path):
+            staged.file.write(content)
+            staged.seal()
+            self._rename_over(staged.temporary_name, name)
+            sync_folder(self.descriptor)
+
+    def swap_bytes(self, name: str, content: bytes, max_bytes: int) -> bytes | None:
+        """Give `name` new content in one step and return what it had; None: it was not there.
+
+        What many writers swap is lost by none of them: each content is returned to one of them
+        or stays. Where the file system cannot exchange names, as NFS, this is a look and a
+        rename, and what comes between the two is lost.
+
+        Raises:
+            CorruptError: when `name` is not a regular file, or larger than `max_bytes`.
+            StorageError: as `publish`.
+        """
+        with self.stage() as staged:
+            with in_use(self.path):
+                staged.file.write(content)
+            if self.publish(staged, name):
+                return None
+            with in_use(self.path):
+                before = self.read(name, max_bytes)
+                if exchange(self.descriptor, staged.temporary_name, name):
+                    before = self.read(staged.temporary_name, max_bytes)
+                else:
+                    self._rename_over(staged.temporary_name, name)
+                sync_folder(self.descriptor)
+        return before
+
+    def link_from(self, source: Directory, name: str) -> bool:
+        """Give a file of another folder its name here too, create-only.
+
+        Returns:
+            True: the name is that file's now, or was before. False: another file has it, or this
+            file cannot be linked: there are no links here, or another user owns it.
+
+        Raises:
+            StorageError: when there is no such file.
+        """
+        _check_name(name)
+        with in_use(self.path):
+            try:
+                os.link(name, name, src_dir_fd=source.descriptor, dst_dir_fd=self.descriptor)
+            except FileExistsError:
+                return os.path.samestat(source._status(name), self._status(name))
+            except OSError as error:
+                if is_refusal(error):
+                    return False
+                raise
+            sync_folder(self.descriptor)
+        return True
+
+    def copy_from(self, source: Directory, name: str) -> bool:
+        """Publish a copy of another folder's file under its name, compared before it counts.
+
+        Returns:
+            True: the name has these bytes now, or had them before. False: it has others.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            StorageError: when the disk is full or refuses, or gives back other bytes.
+        """
+        with os.fdopen(source.open(name), "rb") as original:
+            if not self.exists(name) and self._copy(original, name):
+                return True
+            with os.fdopen(self.open(name), "rb") as there, in_use(self.path):
+                return _same_content(original, there)
+
+    def _copy(self, original: BinaryIO, name: str) -> bool:
+        with self.stage() as staged:
+            with in_use(self.path):
+                shutil.copyfileobj(original, staged.file, _BLOCK_BYTES)
+                staged.seal()
+                if not _same_content(original, staged.file):
+                    raise StorageError(
+                        "the disk gives back other bytes than were written",
+                        where=str(self.path / name),
+                        action="check the disk",
+                    )
+            return self.publish(staged, name)
+
+    def exists(self, name: str) -> bool:
+        """Whether `name` is there, whatever it is."""
+        with in_use(self.path):
+            try:
+                self._status(name)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def names(self) -> set[str]:
+        """Return every name in the directory, temporary ones included."""
+        with in_use(self.path):
+            # A descriptor of its own: one shares its place in the list with all its copies, and of
+            # two threads that list at once each would miss what the other saw.
+            descriptor = os.open(".", _FOLDER_FLAGS, dir_fd=self.descriptor)
+            try:
+                return set(os.listdir(descriptor))
+            finally:
+                os.close(descriptor)
+
+    def open(self, name: str) -> int:
+        """Open a regular file as `open_regular`; `FileNotFoundError` when it is not there."""
+        _check_name(name)
+        return open_regular(name, self.descriptor)
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """Read a whole regular file as `read_bytes`; `FileNotFoundError` when not there."""
+        _check_name(name)
+        return read_bytes(name, max_bytes, self.descriptor)
+
+    def remove(self, name: str) -> None:
+        """Remove `name`; nothing happens when another process already did, or took the folder."""
+        _check_name(name)
+        with suppress(LostDirectoryError), in_use(self.path):
+            os.unlink(name, dir_fd=self.descriptor)
+
+    def _rename_over(self, temporary_name: str, name: str) -> None:
+        os.rename(temporary_name, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def _status(self, name: str) -> os.stat_result:
+        return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+
+
+def _check_name(name: str) -> None:
+    assert Path(name).name == name, name
+
+
+def _same_content(left: BinaryIO, right: BinaryIO) -> bool:
+    left.seek(0)
+    right.seek(0)
+    while block := left.read(_BLOCK_BYTES):
+        if right.read(len(block)) != block:
+            return False
+    return not right.read(1)

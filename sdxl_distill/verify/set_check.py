@@ -1,0 +1,175 @@
+"""Verifies what no shard alone shows: the files of a set that are no shards, and all ids together.
+
+Each function returns findings and raises nothing of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from itertools import chain, groupby
+from typing import Final
+
+from sdxl_distill.catalog.catalog import CATALOG_FOLDER
+from sdxl_distill.core.noise import NOISE_ALGORITHM
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
+from sdxl_distill.shards.index_layout import ACTION
+from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.verify.finding import Finding, FindingList
+from sdxl_distill.verify.record_values import RecordPlace, wrong_values
+
+_FINISH: Final = "run its builder until it reports the set complete"
+
+
+def read_set_record(directory: Directory) -> tuple[SetRecord | None, list[Finding]]:
+    """Read `set.json`; None when it is missing or damaged."""
+    findings = FindingList(_folder_name(directory), SET_RECORD_NAME)
+    with findings.collecting():
+        try:
+            content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"there is no {SET_RECORD_NAME}",
+                expected="the folder of a shard set, {output_dir}/{teacher_id}",
+                action="check the path; if the set lost the file, copy it anew",
+            ) from error
+        return SetRecord.from_bytes(content, SET_RECORD_NAME), []
+    return None, findings.all()
+
+
+def read_manifest(directory: Directory) -> tuple[Manifest | None, list[Finding]]:
+    """Read `manifest.json`; None without a finding when there is none yet."""
+    findings = FindingList(_folder_name(directory), MANIFEST_NAME)
+    with findings.collecting():
+        try:
+            content = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        except FileNotFoundError:
+            return None, []
+        return Manifest.from_bytes(content, MANIFEST_NAME), []
+    return None, findings.all()
+
+
+def incomplete(record: SetRecord, names: Collection[str]) -> tuple[list[ShardName], Finding]:
+    """Return the committed shards of a set without a manifest, and the finding that says so."""
+    shards = sorted(filter(None, (ShardName.parse(name, record.id) for name in names)))
+    committed = [name for name in dict.fromkeys(shards) if name.idx in names]
+    num_open = len(set(shards)) - len(committed)
+    error = ConfigError(
+        f"the set is not complete: {len(committed)} shards are committed, {num_open} tars have "
+        "no index yet",
+        expected=f"a file {MANIFEST_NAME}",
+        action=_FINISH,
+    )
+    return committed, Finding(error, record.id)
+
+
+def check_identity(record: SetRecord, manifest: Manifest) -> list[Finding]:
+    """Check that manifest and set record belong together, and what the manifest says itself."""
+    findings = FindingList(record.id, MANIFEST_NAME)
+    if manifest.record != record:
+        found = manifest.record
+        findings.add(
+            IncompatibleError(
+                f"a manifest of generation {found.generation} of set {found.fingerprint[:12]}…",
+                expected=f"generation {record.generation} of {record.fingerprint[:12]}…",
+                action="finish building this set, or copy it anew",
+            )
+        )
+    for place, entries in groupby(manifest.shards, key=lambda entry: entry[:3]):
+        if len({entry.source_sha256 for entry in entries}) > 1:
+            width, height, number = place
+            findings.add(
+                IncompatibleError(
+                    f"the draws of shard {number} of {width}x{height} were made from different "
+                    "latents shards",
+                    expected="one source",
+                    action=ACTION,
+                )
+            )
+    return findings.all()
+
+
+def check_recipe(record: SetRecord) -> list[Finding]:
+    """Check that noise and timesteps of a predictions set can be computed again here."""
+    findings = FindingList(record.id, SET_RECORD_NAME)
+    recipe, schedule = record.noise, record.noise_schedule
+    if recipe is None or schedule is None:
+        return []
+    if recipe.algorithm != NOISE_ALGORITHM:
+        findings.add(
+            IncompatibleError(
+                f"noise algorithm {recipe.algorithm!r}",
+                expected=f"{NOISE_ALGORITHM!r}, the one this version knows",
+                action="verify with the version of sdxl_distill that built the set",
+            )
+        )
+    if recipe.max_timestep > schedule.num_train_timesteps:
+        findings.add(
+            IncompatibleError(
+                f"max_timestep {recipe.max_timestep}",
+                expected=f"at most {schedule.num_train_timesteps}, the training timesteps",
+                action="rebuild the set with a lower cache.max_timestep",
+            )
+        )
+    return findings.all()
+
+
+def check_strangers(
+    record: SetRecord, names: Iterable[str], shards: Collection[ShardName], *, complete: bool
+) -> list[Finding]:
+    """Report files that do not belong to the set; names with a leading dot are the builders'."""
+    known = {SET_RECORD_NAME, MANIFEST_NAME, *chain.from_iterable((s.tar, s.idx) for s in shards)}
+    known |= {"latents": {CATALOG_FOLDER}, "text": {EMPTY_RECORD_NAME}}.get(record.kind, set())
+    findings = FindingList(record.id)
+    for name in sorted(set(names) - known):
+        is_own = ShardName.parse(name, record.id) is not None
+        if name.startswith(".") or (is_own and not complete):
+            continue
+        findings.add(
+            ConfigError(
+                f"the folder holds {name!r}, which "
+                + ("the manifest does not list" if is_own else "does not belong to the set"),
+                action=_FINISH if is_own else "move it elsewhere",
+            )
+        )
+    return findings.all()
+
+
+def check_empty_record(
+    directory: Directory, record: SetRecord, manifest: Manifest | None
+) -> list[Finding]:
+    """Check the embeddings of the empty caption, which a text set holds beside its shards."""
+    findings = FindingList(record.id, EMPTY_RECORD_NAME)
+    with findings.collecting():
+        try:
+            content = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
+        except FileNotFoundError as error:
+            raise CorruptError("is missing", expected="a file", action=ACTION) from error
+        digest = hashlib.sha256(content).hexdigest()
+        if manifest is not None and digest != manifest.empty_sha256:
+            raise CorruptError(
+                f"SHA-256 {digest[:12]}…",
+                expected=f"{str(manifest.empty_sha256)[:12]}…, as the manifest says",
+                action=ACTION,
+            )
+        header = RecordHeader.build(record.schema, 8, 8, record.fingerprint)
+        if not content.startswith(header.content) or len(content) != header.record_bytes:
+            raise CorruptError(
+                "another header or size than a record of this set has",
+                expected=f"{header.record_bytes} bytes, fingerprint {record.fingerprint[:12]}…",
+                action=ACTION,
+            )
+        place = RecordPlace("", 8, 8, 0)
+        for error in wrong_values(header.decode(bytearray(content)), place, None, ACTION):
+            findings.add(error)
+    return findings.all()
+
+
+def _folder_name(directory: Directory) -> str:
+    return directory.path.resolve().name

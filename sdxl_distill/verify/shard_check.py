@@ -1,0 +1,221 @@
+"""Verifies one shard: its index against the manifest, its tar against both, every value.
+
+What is wrong is collected, not raised, and the check goes on as far as the damage lets it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from sdxl_distill.errors import CorruptError, DistillError
+from sdxl_distill.limits import MAX_INDEX_BYTES
+from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.index_layout import ACTION
+from sdxl_distill.shards.manifest import ShardEntry
+from sdxl_distill.shards.reader import ShardReader
+from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.shards.sidecar import parse_captions
+from sdxl_distill.shards.tar_index import header_of_tar, index_of_tar
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.open_file import OpenFile
+from sdxl_distill.verify.finding import Finding, FindingList
+from sdxl_distill.verify.record_values import RecordPlace, wrong_values
+
+
+@dataclass(frozen=True)
+class CheckedShard:
+    """What became of one shard.
+
+    Attributes:
+        name: of the shard.
+        index: stored, or where that is damaged the tar's; None when neither can be read.
+        findings: what is wrong; empty for a good shard.
+    """
+
+    name: ShardName
+    index: ShardIndex | None
+    findings: list[Finding]
+
+
+def check_shard(
+    directory: Directory,
+    record: SetRecord,
+    name: ShardName,
+    entry: ShardEntry | None,
+    *,
+    quick: bool,
+) -> CheckedShard:
+    """Verify one shard of a set.
+
+    Args:
+        directory: of the set.
+        record: of the set.
+        name: of the shard.
+        entry: what the manifest says of it; None where there is no manifest.
+        quick: look at the index and at the size of the tar only.
+    """
+    findings = FindingList(record.id, name.tar)
+    stored: ShardIndex | None = None
+    with findings.collecting():
+        stored = _stored_index(directory, record, name, entry)
+    index = stored
+    with findings.collecting(), os.fdopen(_open_tar(directory, name), "rb") as tar:
+        _require_size(tar.fileno(), entry, stored)
+        if not quick:
+            index = _check_content(tar.fileno(), record, name, entry, stored, findings)
+    return CheckedShard(name, index, findings.all())
+
+
+def index_there(directory: Directory, record: SetRecord, name: ShardName) -> ShardIndex | None:
+    """Return the index of a shard again, the tar's where it is damaged; None without either."""
+    try:
+        return _stored_index(directory, record, name, None)
+    except DistillError:
+        pass
+    try:
+        with os.fdopen(_open_tar(directory, name), "rb") as tar:
+            source = _source_sha256(tar.fileno(), name, None, None)
+            return index_of_tar(tar.fileno(), name, _header(record, name, source))
+    except DistillError:
+        return None
+
+
+def _stored_index(
+    directory: Directory, record: SetRecord, name: ShardName, entry: ShardEntry | None
+) -> ShardIndex:
+    try:
+        content = directory.read(name.idx, MAX_INDEX_BYTES)
+    except FileNotFoundError as error:
+        raise CorruptError("the index is missing", expected=name.idx, action=ACTION) from error
+    index = ShardIndex.from_bytes(content, name)
+    if index.header.content != _header(record, name, index.header.source_sha256).content:
+        raise CorruptError(
+            f"the index is one of records of set {index.header.fingerprint[:12]}…",
+            expected=f"records of set {record.fingerprint[:12]}… with its schema",
+            action=ACTION,
+        )
+    found = ShardEntry.of(index)
+    if entry is not None and found != entry:
+        pairs = zip(found._fields, found, entry, strict=True)
+        fields = ", ".join(field for field, left, right in pairs if left != right)
+        raise CorruptError(
+            f"the index differs from the manifest in {fields}",
+            expected="the shard that the manifest lists",
+            action=ACTION,
+        )
+    return index
+
+
+def _open_tar(directory: Directory, name: ShardName) -> int:
+    try:
+        return directory.open(name.tar)
+    except FileNotFoundError as error:
+        raise CorruptError("the tar is missing", expected=name.tar, action=ACTION) from error
+
+
+def _require_size(descriptor: int, entry: ShardEntry | None, stored: ShardIndex | None) -> None:
+    """Compare sizes first: of a tar that was cut, nothing needs to be read."""
+    known = entry or stored
+    num_bytes = os.fstat(descriptor).st_size
+    if known is not None and num_bytes != known.tar_bytes:
+        raise CorruptError(
+            f"the tar has {num_bytes} bytes", expected=f"{known.tar_bytes}", action=ACTION
+        )
+
+
+def _check_content(
+    descriptor: int,
+    record: SetRecord,
+    name: ShardName,
+    entry: ShardEntry | None,
+    stored: ShardIndex | None,
+    findings: FindingList,
+) -> ShardIndex | None:
+    """Read the tar strictly, and by index where it is not what it should be.
+
+    Returns:
+        The index that counts; None when there is none.
+    """
+    computed: ShardIndex | None = None
+    wrong: list[tuple[str, CorruptError]] = []
+    with findings.collecting():
+        source = _source_sha256(descriptor, name, entry, stored)
+        header = _header(record, name, source)
+
+        def look(image_id: str, content: memoryview, sidecar: bytes) -> None:
+            errors = _wrong_content(record, name, image_id, header.decode(content), sidecar)
+            wrong.extend((name.key(image_id), error) for error in errors)
+
+        computed = index_of_tar(descriptor, name, header, look)
+    index = stored or computed
+    if index is None:
+        return None
+    if computed is not None and computed.digest == index.digest:
+        for key, error in wrong:
+            findings.add(error, key)
+        return index
+    # Something is damaged: the index tells which records are.
+    num_before = len(findings)
+    _check_records(descriptor, record, index, findings)
+    is_explained = len(findings) > num_before
+    if computed is not None and not is_explained:
+        findings.add(
+            CorruptError(
+                f"the index is not that of the tar, whose SHA-256 is {computed.tar_sha256[:12]}…",
+                expected=f"{index.tar_sha256[:12]}…",
+                action=ACTION,
+            )
+        )
+    return index
+
+
+def _check_records(
+    descriptor: int, record: SetRecord, index: ShardIndex, findings: FindingList
+) -> None:
+    tar = OpenFile(partial(os.dup, descriptor), index.name.tar)
+    reader = ShardReader(tar, index, diagnose=lambda error: error)
+    for number in range(index.num_records):
+        key, image_id = index.key(number), index.image_id(number)
+        with findings.collecting(key):
+            tensors, sidecar = reader.read_record(number), reader.read_sidecar(number)
+            for error in _wrong_content(record, index.name, image_id, tensors, sidecar):
+                findings.add(error, key)
+
+
+def _wrong_content(
+    record: SetRecord,
+    name: ShardName,
+    image_id: str,
+    tensors: Mapping[str, torch.Tensor],
+    sidecar: bytes,
+) -> Iterator[CorruptError]:
+    """Yield what is wrong with a record whose bytes are those of its digests."""
+    place = RecordPlace(image_id, name.width, name.height, name.draw)
+    yield from wrong_values(tensors, place, record.noise, ACTION)
+    if record.kind == "latents":
+        try:
+            parse_captions(sidecar, ACTION)
+        except CorruptError as error:
+            yield error
+
+
+def _source_sha256(
+    descriptor: int, name: ShardName, entry: ShardEntry | None, stored: ShardIndex | None
+) -> str | None:
+    if entry is not None:
+        return entry.source_sha256
+    header = stored.header if stored is not None else header_of_tar(descriptor, name)
+    return None if header is None else header.source_sha256
+
+
+def _header(record: SetRecord, name: ShardName, source_sha256: str | None) -> RecordHeader:
+    return RecordHeader.build(
+        record.schema, name.width, name.height, record.fingerprint, source_sha256
+    )

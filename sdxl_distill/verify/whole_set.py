@@ -1,0 +1,145 @@
+"""Verifies one shard set alone, without a GPU: complete, undamaged, and saying what it must.
+
+Set record, manifest and every shard are checked as far as damage elsewhere allows, and findings
+are collected. A set that is still being built is checked too, and reported as incomplete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from sdxl_distill.runtime.ordered_map import ordered_map
+from sdxl_distill.shards.manifest import ShardEntry
+from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.verify.catalog_check import NO_CATALOG, check_catalog, is_without_catalog
+from sdxl_distill.verify.finding import Finding, exit_code_of
+from sdxl_distill.verify.id_check import IdCheck
+from sdxl_distill.verify.set_check import (
+    check_empty_record,
+    check_identity,
+    check_recipe,
+    check_strangers,
+    incomplete,
+    read_manifest,
+    read_set_record,
+)
+from sdxl_distill.verify.shard_check import CheckedShard, check_shard, index_there
+
+Progress = Callable[[int, int], None]
+"""Called with how many shards (or files) are done, and how many there are."""
+
+
+@dataclass
+class Verification:
+    """What a verification found.
+
+    Attributes:
+        set_id: of the set; the folder's name where it cannot be read.
+        kind: latents, text or predictions; None where it cannot be read.
+        num_records: in all shards and draws.
+        num_shards: in all draws; 0 for loose files.
+        num_draws: of each image.
+        num_bytes: of all tars, or of all loose files.
+        findings: empty for a set that is complete and valid.
+        notes: what else the user should know: what could not be checked, what was drawn.
+    """
+
+    set_id: str
+    kind: str | None = None
+    num_records: int = 0
+    num_shards: int = 0
+    num_draws: int = 1
+    num_bytes: int = 0
+    findings: list[Finding] = field(default_factory=list[Finding])
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the worst finding; 0 when there is none."""
+        return exit_code_of(self.findings)
+
+
+def show_nothing(num_done: int, num_all: int) -> None:
+    """Be the `Progress` of who wants none."""
+    del num_done, num_all
+
+
+def verify_set(
+    path: str | Path,
+    *,
+    quick: bool = False,
+    num_threads: int = 1,
+    on_progress: Progress = show_nothing,
+) -> Verification:
+    """Verify a shard set.
+
+    Args:
+        path: folder of the set.
+        quick: read set record, manifest and indices, and compare the sizes of the tars, which
+            stay closed.
+        num_threads: shards that are read at once.
+        on_progress: called after each shard.
+
+    Raises:
+        ConfigError: when there is no such folder.
+        StorageError: when it cannot be listed.
+    """
+    with Directory(path) as directory:
+        names = directory.names()
+        record, findings = read_set_record(directory)
+        manifest, more = read_manifest(directory)
+        result = Verification(directory.path.resolve().name, findings=findings + more)
+        if manifest is not None:
+            result.findings += check_identity(record or manifest.record, manifest)
+            record = manifest.record
+            entries = dict(zip(manifest.names(), manifest.shards, strict=True))
+        elif record is not None:
+            committed, finding = incomplete(record, names)
+            result.findings += [] if more else [finding]
+            entries = dict.fromkeys(committed)
+        else:
+            return result
+        result.set_id, result.kind = record.id, record.kind
+        result.findings += check_strangers(record, names, entries, complete=manifest is not None)
+        if record.kind == "text":
+            result.findings += check_empty_record(directory, record, manifest)
+        unknown_noise = check_recipe(record)
+        result.findings += unknown_noise
+        check = partial(check_shard, directory, record, quick=quick or bool(unknown_noise))
+        ids = IdCheck(record, () if manifest is None else manifest.undecodable)
+        _check_all(result, ids, check, entries, num_threads, on_progress)
+        result.findings += ids.findings(partial(index_there, directory, record))
+        if record.kind == "latents":
+            if is_without_catalog(directory, manifest):
+                result.notes.append(NO_CATALOG)
+            else:
+                result.findings += check_catalog(directory, record, manifest, entries, quick=quick)
+    return result
+
+
+def _check_all(
+    result: Verification,
+    ids: IdCheck,
+    check: Callable[[ShardName, ShardEntry | None], CheckedShard],
+    entries: Mapping[ShardName, ShardEntry | None],
+    num_threads: int,
+    on_progress: Progress,
+) -> None:
+    """Check every shard and add it up; no more is kept of one than the end needs."""
+
+    def check_one(pair: tuple[ShardName, ShardEntry | None]) -> CheckedShard:
+        return check(*pair)
+
+    for shard in ordered_map(check_one, entries.items(), num_threads, "verify"):
+        result.findings += shard.findings
+        result.num_shards += 1
+        result.num_draws = max(result.num_draws, 1 + shard.name.draw)
+        if shard.index is not None:
+            result.num_records += shard.index.num_records
+            result.num_bytes += shard.index.tar_bytes
+            ids.add(shard.index)
+        on_progress(result.num_shards, len(entries))
