@@ -25,7 +25,7 @@ SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benc
 SOURCES = [*MODULES, *SCRIPTS, *sorted(ROOT.glob("tests/**/*.py"))]
 
 # What computes and never looks: no files, ranks, clocks, processes or global random state.
-PURE_ROOTS = [*sorted(PACKAGE.glob("core/*.py")), PACKAGE / "order/stream_order.py"]
+PURE_ROOTS = sorted([*PACKAGE.glob("core/*.py"), *PACKAGE.glob("order/*.py")])
 PURE_IMPORTS = {
     *("__future__", "bisect", "collections", "dataclasses", "enum", "functools", "hashlib"),
     *("itertools", "json", "math", "numpy", "re", "struct", "torch", "typing"),

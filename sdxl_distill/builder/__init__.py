@@ -1,1 +1,1 @@
-"""Building shard sets: who builds what, how a shard is committed, and each kind of set."""
+"""Building shard sets: who builds what, and how a shard and a set are committed."""

@@ -51,6 +51,9 @@ from sdxl_distill.storage.regular_file import read_bytes, storage_errors
 _NUM_THREADS: Final = 8
 _NUM_NAMED: Final = 5
 
+Accepts = Callable[[ShardIndex], bool]
+"""Whether a tar holds the keys of its shard."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -238,12 +241,6 @@ def _report(path: Path, summary: RepairSummary) -> None:
         summary.num_missing,
         ", ".join(kept_after_repair(folder).name for folder in summary.folders),
     )
-
-
-Accepts = Callable[[ShardIndex], bool]
-"""Whether a tar holds the keys of its shard."""
-
-_NUM_THREADS: Final = 8
 
 
 @dataclass(frozen=True)

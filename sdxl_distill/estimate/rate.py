@@ -1,4 +1,4 @@
-"""How many records per second this machine's device trains on: the student, inputs of zeros."""
+"""Records per second of this machine, asking a teacher or training, with inputs of zeros."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
 
 _MIN_SECONDS: Final = 5.0
-_MIN_BATCHES: Final = 3
+_MIN_REPEATS: Final = 3
 _BATCHES_IN_FLIGHT: Final = 2
 
 
@@ -60,7 +60,7 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     answers = deque[TeacherAnswer]()
     started = time.perf_counter()
     num_done = 0
-    while num_done < _MIN_BATCHES or time.perf_counter() - started < _MIN_SECONDS:
+    while num_done < _MIN_REPEATS or time.perf_counter() - started < _MIN_SECONDS:
         answers.append(teacher.ask(question))
         if len(answers) > _BATCHES_IN_FLIGHT:
             answers.popleft().prediction()
@@ -68,10 +68,6 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     for answer in answers:
         answer.prediction()
     return num_done * batch_size / (time.perf_counter() - started)
-
-
-_MIN_SECONDS: Final = 5.0
-_MIN_STEPS: Final = 3
 
 
 def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
@@ -107,7 +103,7 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     run_step()  # the first step allocates, and compiles if asked to
     started = time.perf_counter()
     num_done = 0
-    while num_done < _MIN_STEPS or time.perf_counter() - started < _MIN_SECONDS:
+    while num_done < _MIN_REPEATS or time.perf_counter() - started < _MIN_SECONDS:
         run_step()
         num_done += 1
     return num_done * len(batch) / (time.perf_counter() - started)

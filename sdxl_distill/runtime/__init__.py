@@ -1,1 +1,1 @@
-"""."""
+"""The process that runs: its rank, cores, device, and how it is asked to stop."""

@@ -1,1 +1,1 @@
-"""Streaming: in which order records are read, by which rank, and how the sets are joined."""
+"""Streaming: the sets of one training joined record by record, and batches read ahead."""

@@ -1,1 +1,1 @@
-"""The student's training: optimizer, step, loop, checkpoints and what is logged."""
+"""The student's training: step, loop, average, checkpoints and what is logged."""

@@ -23,7 +23,7 @@ MAX_FUNCTION_LINES = 60
 QUESTIONS = {
     "where is the loss?": "core.loss",
     "what bytes are in a shard?": "shards.record",
-    "what decides the order?": "stream.schedule",
+    "what decides the order?": "order.stream_order",
 }
 """Each question that a stranger asks first, and the module that answers it."""
 
