@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from toy_set import ToyContent, build, describe, keys_of, planned, toy_record
 
 from sdxl_distill.builder.commit import adopt_shard, commit_shard, publish_set_record, shard_header
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
-from sdxl_distill.errors import CorruptError, IncompatibleError
+from sdxl_distill.errors import CorruptError, IncompatibleError, StorageError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
@@ -21,6 +23,7 @@ from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.publication import Publication, Volume
 from sdxl_distill.storage.regular_file import LostDirectoryError
 
 SHARD = planned(1)[0]
@@ -65,6 +68,52 @@ def test_a_commit_leaves_exactly_tar_and_index(directory: Directory) -> None:
     assert published is own
     assert directory.names() == {NAME.tar, NAME.idx}
     assert index_on_disk(directory).to_bytes() == index_of_disk_tar(directory).to_bytes()
+
+
+def test_an_index_is_on_the_disk_before_its_tar_has_a_name(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for the index must not leave a tar without one."""
+    synced: list[bytes] = []
+    named: list[tuple[str, list[bytes]]] = []
+    fsync, link = os.fsync, os.link
+
+    def record_sync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}")
+        synced.append(path.read_bytes() if path.is_file() else b"")
+
+    def record_name(source: str, target: str, **options: Any) -> None:
+        link(source, target, **options)
+        named.append((target, list(synced)))
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "link", record_name)
+    directory.volume = Volume(publication=Publication.LINK)
+    own, _ = commit(directory, ToyContent())
+    (first, before_tar), (second, before_index) = named
+    assert (first, second) == (NAME.tar, NAME.idx)
+    assert own.to_bytes() in before_tar
+    assert directory.read(NAME.tar, 1 << 20) in before_tar
+    assert before_index[-1] == own.to_bytes()
+    assert b"" in before_index  # the folder, with the tar's name in it
+
+
+def test_a_disk_that_is_full_for_the_index_gets_no_tar_either(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = StagedFile.seal
+
+    def seal_tars_only(staged: StagedFile) -> None:
+        staged.file.flush()
+        if staged.file.tell() < 10_000:  # the index
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seal(staged)
+
+    monkeypatch.setattr(StagedFile, "seal", seal_tars_only)
+    with pytest.raises(StorageError, match="free some space"):
+        commit(directory, ToyContent())
+    assert directory.names() == set()
 
 
 def test_the_second_builder_changes_nothing_and_learns_what_is_there(directory: Directory) -> None:
@@ -251,6 +300,42 @@ def test_a_finisher_that_slept_does_not_replace_the_manifest_of_a_later_catalog(
     assert later[0].catalog == 1
     assert finished.manifest == later[0]
     assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == later[0]
+
+
+def other_record(indices: list[ShardIndex]) -> Manifest:
+    return Manifest.build(replace(toy_record(), generation=2), 1, indices)
+
+
+def other_sources(indices: list[ShardIndex]) -> Manifest:
+    manifest = Manifest.build(toy_record(), 1, indices)
+    shards = tuple(entry._replace(source_sha256="b" * 64) for entry in manifest.shards)
+    return replace(manifest, shards=shards)
+
+
+def fewer_shards(indices: list[ShardIndex]) -> Manifest:
+    return Manifest.build(toy_record(), 1, indices[:2])
+
+
+@pytest.mark.parametrize("make", [other_record, other_sources, fewer_shards])
+def test_a_manifest_of_a_greater_catalog_that_lacks_what_was_built_does_not_come_back(
+    tmp_path: Path, make: Callable[[list[ShardIndex]], Manifest]
+) -> None:
+    path = tmp_path / "toy"
+    num_calls = 0
+
+    def describe_beside_another(
+        directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+    ) -> Manifest:
+        nonlocal num_calls
+        num_calls += 1
+        assert num_calls == 1, "what was written did not stay"
+        all_indices = list(indices)
+        directory.replace_bytes("manifest.json", make(all_indices).to_bytes())
+        return describe(directory, record, all_indices)
+
+    built = build_set(path, toy_record(), planned(3), ToyContent, describe_beside_another, World())
+    assert built.manifest.catalog == 0
+    assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == built.manifest
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx"])

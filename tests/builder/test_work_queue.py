@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from patience import wait_until
+from queue_worker import UNITS, Clock, claims, commit, worker
 
 from sdxl_distill.builder.heartbeat import HEARTBEAT_BYTES, Beat, Timing
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
@@ -21,8 +22,6 @@ from sdxl_distill.errors import StorageError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.storage.fsio import Directory, new_token
 
-TIMING = Timing(heartbeat_seconds=15, expiry_seconds=120, straggler_factor=3, poll_seconds=0.01)
-UNITS = [f"set-64x64-{number:06d}" for number in range(6)]
 CHILD = """
 import sys, time
 from sdxl_distill.builder.work_queue import WorkQueue
@@ -32,27 +31,6 @@ with Directory(sys.argv[1]) as directory, WorkQueue(directory) as queue:
     print(queue.claim(sys.argv[2]).name, directory.token, flush=True)
     time.sleep(600)
 """
-
-
-class Clock:
-    """A clock that goes when told."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-@contextmanager
-def worker(
-    path: Path, clock: Clock | None = None, timing: Timing = TIMING
-) -> Iterator[tuple[Directory, WorkQueue]]:
-    with (
-        Directory(path, create=True) as directory,
-        WorkQueue(directory, timing, clock=clock or time.monotonic) as queue,
-    ):
-        yield directory, queue
 
 
 @contextmanager
@@ -83,14 +61,6 @@ def claim_when_free(queue: WorkQueue) -> Claim:
 def num_records_in(heartbeat: Path) -> int:
     beat = Beat.from_bytes(heartbeat.read_bytes())
     return -1 if beat is None else beat.num_records
-
-
-def commit(directory: Directory, unit: str) -> None:
-    directory.publish_bytes(f"{unit}.idx", b"")
-
-
-def claims(path: Path) -> set[str]:
-    return {place.name for place in (path / ".build" / "claims").iterdir()}
 
 
 def drain(directory: Directory, queue: WorkQueue, world: World | None = None) -> list[Claim]:

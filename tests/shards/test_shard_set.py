@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +71,44 @@ def test_a_missing_file_is_named(suffix: str, sets) -> None:
     with open_shard_set(small.directory) as shard_set, pytest.raises(CorruptError) as caught:
         read_first(shard_set)
     assert caught.value.where == str(path)
+
+
+class RememberedAbsence:
+    """Answers as NFS does for a file that came after it was looked for: gone until listed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.is_remembered = True
+        self.num_refusals = 0
+        open_it = os.open
+
+        def look(name: str | Path, *arguments: Any, **options: Any) -> int:
+            if self.is_remembered and Path(name) == path:
+                self.num_refusals += 1
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(name))
+            return open_it(name, *arguments, **options)
+
+        def forgetting(list_folder: Callable[..., Any]) -> Callable[..., Any]:
+            def forget(folder: str | Path) -> Any:
+                self.is_remembered &= Path(folder) != path.parent
+                return list_folder(folder)
+
+            return forget
+
+        monkeypatch.setattr(os, "open", look)
+        for call in ("listdir", "scandir"):  # one of them is what `Path.iterdir` calls
+            monkeypatch.setattr(os, call, forgetting(getattr(os, call)))
+
+
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_a_file_whose_absence_is_remembered_is_looked_for_again_after_listing(
+    suffix: str, sets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = sets.complete()
+    with open_shard_set(small.directory) as shard_set:
+        path = small.directory / f"teacher.v1-64x64-000000.{suffix}"
+        absence = RememberedAbsence(monkeypatch, path)
+        read_first(shard_set)
+    assert absence.num_refusals == 1
 
 
 @pytest.mark.parametrize("suffix", ["tar", "idx"])

@@ -111,6 +111,24 @@ def test_a_link_that_replaces_is_found_out(tmp_path: Path, monkeypatch: pytest.M
         assert directory.volume.publication is Publication.RENAME_NOREPLACE
 
 
+def test_a_rename_that_ignores_its_flag_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems take the flag and replace all the same."""
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    def replacing(directory: int, source: str, target: str, _flag: int) -> None:
+        os.rename(source, target, src_dir_fd=directory, dst_dir_fd=directory)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(publication, "_renameat2", replacing)
+    with Directory(tmp_path) as directory, pytest.raises(StorageError, match=r"cache\.exclusive"):
+        directory.publish_bytes("name", b"content")
+    assert names(tmp_path) == []
+
+
 def test_without_create_only_names_the_promise_of_one_worker_is_asked_for(nameless: Path) -> None:
     with Directory(nameless) as directory, pytest.raises(StorageError, match=r"cache\.exclusive"):
         directory.publish_bytes("name", b"content")

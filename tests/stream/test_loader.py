@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +147,27 @@ def test_a_forgotten_stream_leaves_no_thread_behind(pair: list[ShardSet]) -> Non
     for thread in threads:
         thread.join(PATIENCE_SECONDS)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_closing_lets_go_of_the_sets_that_the_stream_opened_and_of_no_other(
+    teachers: Teachers,
+) -> None:
+    def num_open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    pair = teachers("compact", "compact")
+    before = num_open_files()
+    stream = JoinedStream(pair, global_batch=GLOBAL_BATCH)
+    opened = [each for each in stream._sets.all if each not in pair]
+    assert [each.manifest.record.kind for each in opened] == ["latents", "text"]
+    for shard_set in (*opened, *pair):
+        shard_set.reader(shard_set.manifest.names()[0]).read_record(0)
+    assert num_open_files() == before + len(opened) + len(pair)
+    stream.close()
+    assert num_open_files() == before + len(pair)
+    for shard_set in pair:
+        shard_set.close()
+    assert num_open_files() == before
 
 
 def test_two_epochs_may_be_read_at_once(pair: list[ShardSet]) -> None:
