@@ -108,11 +108,11 @@ def _run(
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(environment)
-    from sdxl_distill.cli.main import run_command
+    from sdxl_distill.cli.main import main
 
     if limits is not None:
         limits()
-    sys.exit(run_command(arguments[0], arguments[1:]))
+    sys.exit(main(arguments))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ PURE_IMPORTS = {
 }
 # Drawings do not count: errors.py opens with its tree.
 DRAWN = re.compile("[├└│]")
+HEAVY = {"torch", "numpy", "diffusers", "transformers", "pydantic", "tqdm"}
 BANNED_WORDS = {
     *("common", "handle", "helper", "helpers", "info", "item", "items"),
     *("manager", "misc", "util", "utils"),
@@ -122,10 +123,11 @@ def test_pure_modules_import_only_arithmetic(path):
     assert foreign <= PURE_IMPORTS
 
 
-def test_importing_the_package_imports_nothing_heavy():
-    program = "import sys, sdxl_distill; print(*sys.modules)"
+@pytest.mark.parametrize("module", ["sdxl_distill", "sdxl_distill.cli.main"])
+def test_importing_the_package_or_its_commands_imports_nothing_heavy(module):
+    program = f"import sys, {module}; print(*sys.modules)"
     output = subprocess.check_output([sys.executable, "-c", program], text=True)
-    assert not {"torch", "numpy", "diffusers", "pydantic"} & set(output.split())
+    assert not HEAVY & set(output.split())
 
 
 def test_tests_are_no_packages():

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from sdxl_distill import limits
-from sdxl_distill.cli.main import run_command
+from sdxl_distill.cli.main import main
 from sdxl_distill.config.builder import BucketSection
 from sdxl_distill.config.loader import load_config, resolved_json
 from sdxl_distill.config.schema import BuilderConfig, DistillConfig
@@ -95,7 +95,7 @@ def test_a_configuration_that_a_run_could_not_keep_is_refused(tmp_path, monkeypa
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "x"])
 def test_a_seed_that_is_none_is_refused_by_the_command_line(capsys, seed) -> None:
-    arguments = ["--cache-dir", "x", "--recompute", "1", "--recompute-seed", seed]
+    arguments = ["verify-shards", "--cache-dir", "x", "--recompute", "1", "--recompute-seed", seed]
     with pytest.raises(SystemExit):
-        run_command("verify-shards", arguments)
+        main(arguments)
     assert "--recompute-seed" in capsys.readouterr().err

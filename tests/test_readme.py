@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import re
 import runpy
 import shlex
@@ -93,7 +92,7 @@ def test_pages_show_our_commands():
 def test_every_command_of_the_pages_is_one(name, arguments):
     assert name in COMMANDS
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"sdxl_distill.cli.{name.replace('-', '_')}").add_arguments(parser)
+    COMMANDS[name].add_arguments(parser)
     parser.parse_args(arguments)
 
 

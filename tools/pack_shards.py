@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from sdxl_distill.cli.main import run_command
+from sdxl_distill.cli import pack_shards
+from sdxl_distill.cli.command import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command("pack-shards"))
+    sys.exit(run_command(pack_shards))

@@ -10,10 +10,12 @@ from sdxl_distill.cli.arguments import add_config_arguments, config_of
 if TYPE_CHECKING:
     from sdxl_distill.catalog.scan import Progress
 
+SUMMARY = "encode a folder of images into the latents set"
 HELP = """Encode a folder of images into the latents set that all teachers and the trainer read.
 
 Run it again when images were added: new ones go to new shards, the others stay as they are.
 Any number of processes share the work: accelerate launch tools/build_latents.py --config C"""
+INTERRUPTED = "committed work is kept, run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

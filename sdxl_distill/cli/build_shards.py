@@ -8,11 +8,13 @@ from pathlib import Path
 from sdxl_distill.cli.arguments import add_config_arguments, config_of
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_build_estimate
 
+SUMMARY = "run one teacher over the latents set and write its predictions set"
 HELP = """Run one teacher over the latents set and write its predictions set.
 
 Run it once for every teacher, on as many GPUs and nodes as there are:
   accelerate launch tools/build_shards.py --config C
 Kill it whenever you like: the same command goes on where it was."""
+INTERRUPTED = "committed work is kept, run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

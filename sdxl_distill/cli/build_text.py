@@ -6,11 +6,13 @@ import argparse
 
 from sdxl_distill.cli.arguments import add_config_arguments, config_of
 
+SUMMARY = "encode the captions of a latents set with one pair of text encoders"
 HELP = """Encode the captions of the latents set into a text set.
 
 build-shards does this by itself for the encoders of its configuration. Use this command for a
 student with other text encoders:
   sdxl-distill build-text --config C --set model.text_encoder_id=STUDENT"""
+INTERRUPTED = "committed work is kept, run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
-from sdxl_distill.cli.main import say
+from sdxl_distill.cli.command import say
 from sdxl_distill.cli.typed_command import as_text, typed_command, with_resume
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.errors import Preempted

@@ -6,10 +6,12 @@ import argparse
 
 from sdxl_distill.cli.arguments import add_config_arguments, config_of, path_argument
 
+SUMMARY = "write a trained student as a diffusers folder"
 HELP = """Write a trained student as a complete diffusers folder.
 
 StableDiffusionXLPipeline.from_pretrained loads it. train does the same at its end; use this for
 another checkpoint, dtype (--set export.dtype=fp32) or the weights without averaging."""
+INTERRUPTED = "nothing was exported, run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,12 @@ import argparse
 
 from sdxl_distill.cli.arguments import path_argument, positive_number
 
+SUMMARY = "turn a loose folder of records into a shard set"
 HELP = """Turn a loose folder of records into a shard set, byte for byte the one it came from.
 
 The folder must hold the set.json that `unpack-shards` wrote: files made elsewhere do not say
 which teacher, text encoders and latents they came from, and cannot be packed."""
+INTERRUPTED = "remove the unfinished output folder and run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from sdxl_distill.cli.early_end import EarlyEnd
     from sdxl_distill.config.distill import DistillConfig
 
+SUMMARY = "train the student on the joined sets of all teachers"
 HELP = """Train the student on the joined shard sets of all teachers, then export it.
 
 On any number of processes and nodes: accelerate launch train.py --config C
 Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the next step, exit with 75 and print the command
 that goes on, bit for bit as if nothing had happened. A second Ctrl-C ends at once, unsaved."""
+INTERRUPTED = "it had not begun, run the command again"  # once it has begun, early_end says more
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

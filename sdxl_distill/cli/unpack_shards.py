@@ -6,10 +6,12 @@ import argparse
 
 from sdxl_distill.cli.arguments import add_threads_argument, path_argument
 
+SUMMARY = "turn a shard set into a loose folder of records"
 HELP = """Turn a shard set into a loose folder: {hash}_{WxH}.safetensors, for later draws
 {hash}_{WxH}_d{k}.safetensors, as unpacking its tars gives, and a copy of set.json.
 
 Every byte is checked on its way. The set stays as it is; `pack-shards` is the way back."""
+INTERRUPTED = "remove the unfinished output folder and run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from sdxl_distill.shards.set_record import NoiseRecipe
     from sdxl_distill.verify.whole_set import Verification
 
+SUMMARY = "prove that a shard set is complete and valid"
 HELP = """Prove that a shard set is complete and valid, without a GPU.
 
   verify_shards.py --cache-dir ./cache/teacher_predictions/teacher_v8
 reads every byte: set record, manifest, indices, tars, digests, schema, finite values, and noise,
 seeds and timesteps computed again. A loose folder of {hash}_{WxH}.safetensors can be verified too.
 Exit code: 0 valid; 3 damaged; 4 does not belong together; 5 unreadable; 2 incomplete or no set."""
+INTERRUPTED = "nothing was changed, run the command again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_distill.cli.main import run_command
+from sdxl_distill.cli.main import main
 from sdxl_distill.config.loader import load_config
 from sdxl_distill.config.problem import leaves
 from sdxl_distill.config.schema import BuilderConfig, DistillConfig
@@ -107,7 +107,7 @@ def test_no_place_of_the_schemas_is_left_out() -> None:
 def test_every_path_of_a_command_line_is_checked(capsys, arguments, text) -> None:
     command, *options = arguments
     with pytest.raises(SystemExit) as caught:
-        run_command(command, [*options, text])
+        main([command, *options, text])
     assert caught.value.code == 2
     assert f"argument {arguments[-1]}: no path" in capsys.readouterr().err
 
@@ -116,15 +116,16 @@ def test_every_path_of_a_command_line_is_checked(capsys, arguments, text) -> Non
 def test_a_link_onto_itself_is_an_error_of_ours(tmp_path, command) -> None:
     (tmp_path / "loop").symlink_to("loop")
     options = ["--output", str(tmp_path / "o")] if command == "unpack-shards" else []
-    assert run_command(command, ["--cache-dir", str(tmp_path / "loop"), *options]) in (2, 5)
+    assert main([command, "--cache-dir", str(tmp_path / "loop"), *options]) in (2, 5)
 
 
 def test_a_path_that_is_no_utf8_is_printed(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)  # noqa: PTH102 - bytes
-    code = "import sys; from sdxl_distill.cli.main import run_command as r; "
-    code += (
-        "code = r('verify-shards', sys.argv[1:]); print(repr(sys.argv[2])[1:-1]); sys.exit(code)"
+    code = (
+        "import sys; from sdxl_distill.cli.main import main; "
+        "code = main(['verify-shards', *sys.argv[1:]]); "
+        "print(repr(sys.argv[2])[1:-1]); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--cache-dir", folder],

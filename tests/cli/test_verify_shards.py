@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from verified_sets import VerifiedSets, cut, flip
 
-from sdxl_distill.cli.main import run_command
+from sdxl_distill.cli.main import main
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SIZES = {(64, 64, 0): 3, (64, 128, 0): 2}
@@ -26,7 +26,7 @@ def teacher(cache):
 
 def verify(capsys, path, *options):
     """Return exit code and what was printed."""
-    code = run_command("verify-shards", ["--cache-dir", str(path), *map(str, options)])
+    code = main(["verify-shards", "--cache-dir", str(path), *map(str, options)])
     return code, capsys.readouterr().out
 
 
@@ -97,7 +97,7 @@ def test_a_set_that_is_not_there_to_compare_with_is_a_finding_with_its_place(
 
 def test_a_loose_folder_is_verified_by_the_same_command(capsys, teacher, tmp_path):
     loose = str(tmp_path / "loose")
-    assert run_command("unpack-shards", ["--cache-dir", str(teacher), "--output", loose]) == 0
+    assert main(["unpack-shards", "--cache-dir", str(teacher), "--output", loose]) == 0
     capsys.readouterr()
     code, output = verify(capsys, loose)
     assert (code, output) == (0, "loose: 10 records, 2 draws, 21.7 kB: valid\n")
@@ -111,13 +111,13 @@ def test_a_loose_folder_is_verified_by_the_same_command(capsys, teacher, tmp_pat
 def test_unpacked_and_packed_again_is_the_same_set(capsys, teacher, tmp_path):
     loose, packed = str(tmp_path / "loose"), str(tmp_path / "packed")
     latents = str(tmp_path / "latents")
-    run_command("unpack-shards", ["--cache-dir", str(teacher), "--output", loose])
+    main(["unpack-shards", "--cache-dir", str(teacher), "--output", loose])
     command = ["--input", loose, "--output", packed, "--latents", latents]
-    assert run_command("pack-shards", command) == 0
+    assert main(["pack-shards", *command]) == 0
     assert "10 records in 4 shards" in capsys.readouterr().out
     for tar in teacher.glob("*.tar"):
         assert (tmp_path / "packed" / tar.name).read_bytes() == tar.read_bytes()
-    assert run_command("pack-shards", command) == 2  # nothing is overwritten
+    assert main(["pack-shards", *command]) == 2  # nothing is overwritten
 
 
 def test_recompute_without_a_configuration_is_refused(capsys, teacher):
@@ -127,7 +127,7 @@ def test_recompute_without_a_configuration_is_refused(capsys, teacher):
 @pytest.mark.parametrize("options", [("--threads", "0"), ("--recompute", "-1")])
 def test_numbers_that_make_no_sense_are_refused(teacher, options):
     with pytest.raises(SystemExit) as stop:
-        run_command("verify-shards", ["--cache-dir", str(teacher), *options])
+        main(["verify-shards", "--cache-dir", str(teacher), *options])
     assert stop.value.code == 2
 
 
