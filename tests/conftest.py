@@ -50,10 +50,10 @@ def distill_cache(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family)
 @pytest.fixture(scope="session")
 def trained_run(distill_cache: DistillCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of four steps from that cache; what a test adds is its own affair."""
-    from sdxl_distill.train.session import train
+    from sdxl_distill.train.session import train_student
 
     folder = tmp_path_factory.mktemp("run")
-    train(distill_cache.config(folder, "training.num_steps=4"))
+    train_student(distill_cache.config(folder, "training.num_steps=4"))
     return folder
 
 

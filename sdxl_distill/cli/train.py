@@ -55,14 +55,14 @@ def run(arguments: argparse.Namespace) -> int | None:
 def _train(config: DistillConfig, arguments: argparse.Namespace, end: EarlyEnd) -> None:
     from sdxl_distill.runtime.world import World
     from sdxl_distill.train.run_folder import RunFolder
-    from sdxl_distill.train.session import train
+    from sdxl_distill.train.session import train_student
 
     is_main = World.from_environment().is_main
     if is_main:
         path = RunFolder.of(config).path
         print(f"run folder: {path} (its config.json is the resolved configuration)")
         print(f"logs: tensorboard --logdir {config.training.tensorboard.base_dir}")
-    summary = train(config, arguments.resume, end.signals)
+    summary = train_student(config, arguments.resume, end.signals)
     end.is_trained = True
     if not is_main:
         return

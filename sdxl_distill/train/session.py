@@ -45,7 +45,7 @@ _MAX_USUAL_READERS: Final = 4
 _log = logging.getLogger(__name__)
 
 
-def train(
+def train_student(
     config: DistillConfig, resume: str | None = None, signals: StopSignals | None = None
 ) -> TrainSummary:
     """Train the student of a configuration, or go on with it.

@@ -21,7 +21,7 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.predictions_set import build_predictions_set
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
-from sdxl_distill.train.session import train
+from sdxl_distill.train.session import train_student
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 
@@ -122,7 +122,7 @@ def test_an_exported_student_is_a_teacher(
     built = build_predictions_set(builder, Launch(World())).predictions.manifest
     assert sum(entry.num_records for entry in built.shards) == 48
     again = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
-    assert train(again).global_step == 6
+    assert train_student(again).global_step == 6
 
 
 def test_a_folder_that_is_there_is_kept(config: DistillConfig, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_run_without_an_average_exports_its_weights(
     distill_cache: DistillCache, tmp_path: Path
 ) -> None:
     config = distill_cache.config(tmp_path, "training.num_steps=1", "student.use_ema=false")
-    train(config)
+    train_student(config)
     with pytest.raises(ConfigError, match="--weights raw"):
         export_student(config, weights="ema")
     assert export_student(config) == RunFolder.of(config).export

@@ -19,7 +19,7 @@ from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.export.diffusers_folder import export_diffusers_folder, use_of
 from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.tensor_files import read_header
-from sdxl_distill.train.session import train
+from sdxl_distill.train.session import train_student
 
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -162,7 +162,7 @@ def test_one_s_own_default_export_is_trained_further_without_another_text_set(
     config = distill_cache.config(
         tmp_path, f"student.checkpoint_path={export}", "training.num_steps=1"
     )
-    assert train(config).global_step == 1
+    assert train_student(config).global_step == 1
 
 
 def test_rounded_encoders_are_refused_with_the_cheap_remedy_first(
@@ -170,9 +170,9 @@ def test_rounded_encoders_are_refused_with_the_cheap_remedy_first(
 ) -> None:
     config = distill_cache.config(tmp_path, f"student.checkpoint_path={half_base}")
     with pytest.raises(IncompatibleError, match=r"set student\.text_encoder_id .* only to .*build"):
-        train(config)
+        train_student(config)
     mended = f"student.text_encoder_id={distill_cache.family.base}"
     config = distill_cache.config(
         tmp_path, f"student.checkpoint_path={half_base}", mended, "training.num_steps=1"
     )
-    assert train(config).global_step == 1
+    assert train_student(config).global_step == 1

@@ -16,7 +16,7 @@ from distill_cache import build_distill_cache
 from oracles.loss_curve import logged_losses
 
 from sdxl_distill.demo.family import build_untrained_family
-from sdxl_distill.train.session import train
+from sdxl_distill.train.session import train_student
 
 RUNS = {
     "float32, mse": [],
@@ -44,7 +44,7 @@ def build() -> dict[str, list[float]]:
                 "training.checkpoint_every=20",
                 *overrides,
             )
-            train(config)
+            train_student(config)
             curves[run] = [float(f"{loss:.9g}") for loss in logged_losses(config)]
         return curves
 

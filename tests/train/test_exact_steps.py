@@ -23,7 +23,7 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.run_folder import RunFolder
-from sdxl_distill.train.session import train
+from sdxl_distill.train.session import train_student
 
 pytestmark = pytest.mark.processors
 
@@ -71,7 +71,7 @@ def test_a_bfloat16_run_with_8_bit_states_has_the_bits_of_a_plain_loop(
         "training.max_grad_norm=null",
         "training.log_every=1",
     )
-    train(config)
+    train_student(config)
     path = RunFolder.of(config).checkpoints().path / f"step-{NUM_STEPS:08d}/student.safetensors"
     weights, losses = plain_loop(distill_cache, config.training.seed)
     found = load_file(path)

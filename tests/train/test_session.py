@@ -29,7 +29,7 @@ from sdxl_distill.sets.predictions_set import build_predictions_set, open_latent
 from sdxl_distill.sets.text_set import build_text_set
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
-from sdxl_distill.train.session import train, usual_reader_threads
+from sdxl_distill.train.session import train_student, usual_reader_threads
 
 
 def checkpoint_path(config: DistillConfig, step: int) -> Path:
@@ -83,13 +83,13 @@ def test_latest_starts_a_run_that_has_no_checkpoint(
     distill_cache: DistillCache, tmp_path: Path
 ) -> None:
     config = distill_cache.config(tmp_path, "training.num_steps=1")
-    assert train(config, resume="latest").global_step == 1
-    assert train(config, resume="latest").losses == {}  # nothing is left to do
+    assert train_student(config, resume="latest").global_step == 1
+    assert train_student(config, resume="latest").losses == {}  # nothing is left to do
 
 
 def test_an_existing_run_needs_resume(distill_cache: DistillCache, trained_run: Path) -> None:
     with pytest.raises(ConfigError, match="already has checkpoints, the last of step 4"):
-        train(distill_cache.config(trained_run))
+        train_student(distill_cache.config(trained_run))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_another_configuration_does_not_resume(
 ) -> None:
     config = distill_cache.config(trained_run, "training.num_steps=5", override)
     with pytest.raises(IncompatibleError, match=message):
-        train(config, resume="latest")
+        train_student(config, resume="latest")
 
 
 def test_what_changes_no_step_may_change(distill_cache: DistillCache, resumable: Path) -> None:
@@ -125,7 +125,7 @@ def test_what_changes_no_step_may_change(distill_cache: DistillCache, resumable:
         "export.dtype=fp32",
         f"data.latent_cache.cache_dir={distill_cache.root / 'latents'}",
     )
-    assert train(config, resume="latest").global_step == 5
+    assert train_student(config, resume="latest").global_step == 5
 
 
 def test_another_student_does_not_resume(
@@ -134,14 +134,14 @@ def test_another_student_does_not_resume(
     teacher = tiny_family.teachers[2]
     config = distill_cache.config(trained_run, f"student.checkpoint_path={teacher}")
     with pytest.raises(IncompatibleError, match="differs from its checkpoint: student was"):
-        train(config, resume="latest")
+        train_student(config, resume="latest")
 
 
 def test_a_checkpoint_that_is_not_there_is_named(
     distill_cache: DistillCache, trained_run: Path
 ) -> None:
     with pytest.raises(ConfigError, match="no such checkpoint"):
-        train(distill_cache.config(trained_run), resume=str(trained_run / "step-00000099"))
+        train_student(distill_cache.config(trained_run), resume=str(trained_run / "step-00000099"))
 
 
 @pytest.mark.parametrize(("reference", "num_steps"), [("latest", 3), ("4", 3), ("2", 2), ("4", 4)])
@@ -154,7 +154,7 @@ def test_a_run_with_no_step_left_is_refused_with_both_numbers(
     done = 4 if is_latest else int(reference)
     expected = f"training.num_steps is {num_steps}, but {done} steps are done"
     with pytest.raises(ConfigError, match=expected) as refused:
-        train(config, resume=resume)
+        train_student(config, resume=resume)
     assert "export-student --checkpoint" in str(refused.value)
 
 
@@ -163,7 +163,7 @@ def test_rewinding_sets_later_checkpoints_and_nothing_else_aside(
 ) -> None:
     config = distill_cache.config(resumable, "training.num_steps=3")
     before = load_checkpoint(checkpoint_path(config, 4))
-    train(config, resume=str(checkpoint_path(config, 2)))
+    train_student(config, resume=str(checkpoint_path(config, 2)))
     folder = RunFolder.of(config).checkpoints()
     assert folder.steps() == [2, 3]
     aside = load_checkpoint(folder.path / "set-aside-1" / "step-00000004")
@@ -180,11 +180,11 @@ def test_a_foreign_state_is_refused(distill_cache: DistillCache, resumable: Path
     checkpoint.state["position"] = {"global_step": -1, "epoch": 0, "step": 0}
     path = folder.save(4, checkpoint)
     with pytest.raises(CorruptError, match="position.global_step is -1"):
-        train(config, resume=str(path))
+        train_student(config, resume=str(path))
     del checkpoint.state["position"]
     folder.save(4, checkpoint)
     with pytest.raises(CorruptError, match="no field 'position'"):
-        train(config, resume=str(path))
+        train_student(config, resume=str(path))
 
 
 def test_changed_data_is_refused_or_goes_on_at_the_next_epoch(
@@ -192,7 +192,7 @@ def test_changed_data_is_refused_or_goes_on_at_the_next_epoch(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    train(copied.config(folder, "training.num_steps=3"))
+    train_student(copied.config(folder, "training.num_steps=3"))
     before = load_checkpoint(checkpoint_path(copied.config(folder), 3)).state["position"]
     write_images(copied.root / "images", range(24, 30))
     build_all(copied)
@@ -201,16 +201,16 @@ def test_changed_data_is_refused_or_goes_on_at_the_next_epoch(
     with pytest.raises(
         IncompatibleError, match=r"buckets.64x64.num_records was \d+ and is now"
     ) as refused:
-        train(config, resume="latest")
+        train_student(config, resume="latest")
     assert "data.on_change=next_epoch" in str(refused.value.action)
     going_on = copied.config(folder, "training.num_steps=4", "data.on_change=next_epoch")
-    summary = train(going_on, resume="latest")
+    summary = train_student(going_on, resume="latest")
     assert summary.losses["distill/epoch"] == before["epoch"] + 1
     other_batch = copied.config(
         folder, "training.num_steps=5", "data.on_change=next_epoch", "training.batch_size=2"
     )
     with pytest.raises(IncompatibleError, match="global_batch was 4 and is now 2"):
-        train(other_batch, resume="latest")
+        train_student(other_batch, resume="latest")
 
 
 def test_a_missing_set_is_named_with_its_command(
@@ -218,7 +218,7 @@ def test_a_missing_set_is_named_with_its_command(
 ) -> None:
     config = distill_cache.config(tmp_path, "teachers.1.teacher_id=carl")
     with pytest.raises(ConfigError, match=r"no complete predictions set of teacher carl") as caught:
-        train(config)
+        train_student(config)
     assert "build_shards.py" in str(caught.value)
 
 
@@ -227,9 +227,9 @@ def test_missing_shards_are_refused_or_left_out(copied: DistillCache, tmp_path: 
     build_latents_set(copied.builder_config("ann"), Launch(World()))
     build_predictions_set(copied.builder_config("ann"), Launch(World()))
     with pytest.raises(IncompatibleError, match="bob lacks 1 shard.* 64x64") as caught:
-        train(copied.config(tmp_path))
+        train_student(copied.config(tmp_path))
     assert "build_shards.py" in str(caught.value)
-    assert train(copied.config(tmp_path, "data.on_missing=intersect")).global_step == 6
+    assert train_student(copied.config(tmp_path, "data.on_missing=intersect")).global_step == 6
 
 
 def test_a_damaged_record_stops_the_run_and_is_named(copied: DistillCache, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_damaged_record_stops_the_run_and_is_named(copied: DistillCache, tmp_p
             content[at] ^= 1
         tar.write_bytes(content)
     with pytest.raises(CorruptError, match=r"set bob, shard bob-.*\.tar") as caught:
-        train(copied.config(tmp_path))
+        train_student(copied.config(tmp_path))
     assert "_64x" in str(caught.value) or "_96x" in str(caught.value)
 
 
@@ -253,7 +253,7 @@ def test_a_student_with_another_table_is_refused_before_it_is_loaded(
     next((folder / "unet").glob("*.safetensors")).unlink()
     config = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
     with pytest.raises(IncompatibleError, match="noise schedule is .*'zero_terminal_snr': True"):
-        train(config)
+        train_student(config)
 
 
 def test_a_student_of_another_prediction_type_learns_converted_targets(
@@ -263,7 +263,7 @@ def test_a_student_of_another_prediction_type_learns_converted_targets(
 ) -> None:
     folder = student("velocity", {"prediction_type": "v_prediction"})
     config = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
-    losses = train(config).losses
+    losses = train_student(config).losses
     assert losses["distill/loss"] > losses["distill/loss_floor"] > 0
 
 
@@ -278,7 +278,7 @@ def test_epsilon_without_signal_is_refused_for_a_student_of_velocities(
     folder = student("zero", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     config = copied.config(tmp_path, f"student.checkpoint_path={folder}")
     with pytest.raises(IncompatibleError, match=r"ann predicts epsilon up to timestep 999"):
-        train(config)
+        train_student(config)
 
 
 def test_a_student_with_other_text_encoders_needs_their_text_set(
@@ -287,10 +287,10 @@ def test_a_student_with_other_text_encoders_needs_their_text_set(
     other = build_untrained_family(tmp_path / "other", seed=1, num_teachers=0).base
     config = copied.config(tmp_path, f"student.text_encoder_id={other}")
     with pytest.raises(IncompatibleError, match=r"build_text\.py"):
-        train(config)
+        train_student(config)
     builder = copied.builder_config("bob", f"model.text_encoder_id={other}")
     build_text_set(builder, open_latents(builder), Launch(World()))
-    assert train(config).global_step == 6
+    assert train_student(config).global_step == 6
 
 
 def test_an_output_that_cannot_be_written_is_a_storage_error(
@@ -300,7 +300,7 @@ def test_an_output_that_cannot_be_written_is_a_storage_error(
     for setting in ("run.output_root", "training.tensorboard.base_dir"):
         config = distill_cache.config(tmp_path, f"{setting}={tmp_path / 'file' / 'inside'}")
         with pytest.raises(StorageError, match="inside"):
-            train(config)
+            train_student(config)
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_records(
@@ -315,7 +315,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_records(
         "training.optimizer=adamw",
     )
     with pytest.raises(NumericalError, match="is NaN or infinite") as caught:
-        train(config)
+        train_student(config)
     message = str(caught.value)
     assert message.count("_64x64") + message.count("_64x96") + message.count("_96x64") == 4
     step = RunFolder.of(config).checkpoints().steps()[-1]
@@ -323,7 +323,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_records(
     saved = load_checkpoint(checkpoint_path(config, step))
     assert all(tensor.isfinite().all() for tensor in saved.tensors["student"].values())
     with pytest.raises(NumericalError, match="is NaN or infinite"):
-        train(config, resume="latest")
+        train_student(config, resume="latest")
 
 
 def test_a_student_that_overflows_at_once_is_told_to_start_again(
@@ -336,7 +336,7 @@ def test_a_student_that_overflows_at_once_is_told_to_start_again(
     unet.save_pretrained(folder / "unet")
     config = distill_cache.config(tmp_path, f"student.checkpoint_path={folder}")
     with pytest.raises(NumericalError, match="the loss is NaN or infinite") as caught:
-        train(config)
+        train_student(config)
     assert "start again" in str(caught.value)
     assert not RunFolder.of(config).checkpoints().steps()
 
@@ -346,10 +346,10 @@ def test_a_run_that_sees_each_draw_too_often_warns(
 ) -> None:
     """18 images in 2 draws and 4 a step: 16 epochs are about 72 steps."""
     config = distill_cache.config(tmp_path, "training.num_steps=1")
-    train(config)
+    train_student(config)
     assert "memorise" not in caplog.text
     # Refused at once: only the warning is wanted, not a hundred steps.
     long = distill_cache.config(tmp_path, "training.num_steps=100", "training.lr=1")
     with pytest.raises(IncompatibleError, match="training.lr"):
-        train(long, resume="latest")
+        train_student(long, resume="latest")
     assert "memorise" in caplog.text

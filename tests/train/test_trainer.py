@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.run_folder import RunFolder
-from sdxl_distill.train.session import train
+from sdxl_distill.train.session import train_student
 
 pytestmark = pytest.mark.processors
 
@@ -23,7 +23,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def trained(config: DistillConfig, stem: str = "student") -> Weights:
-    summary = train(config)
+    summary = train_student(config)
     return saved(config, summary.global_step, stem)
 
 
@@ -185,7 +185,7 @@ def test_the_logs_hold_exactly_the_documented_tags(
     distill_cache: DistillCache, tmp_path: Path
 ) -> None:
     config = distill_cache.config(tmp_path)
-    summary = train(config)
+    summary = train_student(config)
     logged = events(config)
     assert set(logged) == TRAIN_TAGS | VALIDATION_TAGS
     for tag, values in logged.items():
@@ -206,7 +206,7 @@ def test_without_a_split_and_an_average_nothing_is_validated(
     config = distill_cache.config(
         tmp_path, "training.validation.fraction=0", "student.use_ema=false"
     )
-    train(config)
+    train_student(config)
     assert set(events(config)) == TRAIN_TAGS
     checkpoint = RunFolder.of(config).checkpoints().path / "step-00000006"
     assert not (checkpoint / "ema.safetensors").exists()
@@ -221,7 +221,7 @@ def test_logged_rates_follow_the_schedule(distill_cache: DistillCache, tmp_path:
         "training.log_every=1",
         "training.lr=1.0e-4",
     )
-    train(config)
+    train_student(config)
     rates = list(events(config)["distill/lr"].values())
     assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 0.8e-4, 0.6e-4, 0.4e-4])
 
@@ -232,10 +232,10 @@ def test_a_resumed_run_hides_what_the_killed_one_logged_later(
     """A killed run logs up to its last step, after its last checkpoint."""
     settings = ["training.log_every=1", "training.keep_checkpoints=5"]
     config = distill_cache.config(tmp_path, *settings)
-    train(config)
+    train_student(config)
     whole = events(config)["distill/loss"]
     longer = distill_cache.config(tmp_path, *settings, "training.num_steps=7")
-    train(longer, str(RunFolder.of(config).checkpoints().path / "step-00000004"))
+    train_student(longer, str(RunFolder.of(config).checkpoints().path / "step-00000004"))
     after = events(longer)
     assert list(after["distill/loss"]) == [1, 2, 3, 4, 5, 6, 7]
     assert {step: after["distill/loss"][step] for step in whole} == whole
