@@ -1,4 +1,4 @@
-"""Disk space of a cache, computed from the record schemas: the table in README.md.
+"""Disk space of a cache, computed from the record schemas: the table in docs/sizing.md.
 
 `python tests/disk_table.py` prints it; tests/test_readme.py compares the two.
 """

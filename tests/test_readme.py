@@ -1,4 +1,4 @@
-"""What README.md shows is true: its Python runs, its commands exist, its figures are today's."""
+"""What the pages show is true: their Python runs, their commands exist, their sizes are today's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from sdxl_distill.export.diffusers_folder import use_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+FORMAT = (ROOT / "docs/format.md").read_text("utf-8")
+SIZING = (ROOT / "docs/sizing.md").read_text("utf-8")
 BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.M | re.S)
 TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M)
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/running.md"]
@@ -53,7 +55,7 @@ OUR_COMMANDS = [found for words in ALL_COMMANDS if (found := ours(words))]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sets that README reads, of a few small records each."""
+    """A folder with the sets that the pages read, of a few small records each."""
     root = tmp_path_factory.mktemp("readme")
     sets = ShardSets(root / "cache", {(1024, 1024, 0): 12, (1024, 1024, 1): 12})
     sets.latents()
@@ -62,21 +64,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("number", [0, 1], ids=["stream", "webdataset"])
-def test_the_python_of_the_readme_runs(number, cache, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("page", "printed"),
+    [(README, "1 steps in the first epoch"), (FORMAT, "_1024x1024 ")],
+    ids=["stream", "webdataset"],
+)
+def test_the_python_that_reads_shards_runs(page, printed, cache, tmp_path, monkeypatch, capsys):
+    [code] = [body for body in blocks(page, "python") if "teacher_predictions" in body]
     program = tmp_path / "program.py"
-    program.write_text(blocks(README, "python")[number], "utf-8")
+    program.write_text(code, "utf-8")
     monkeypatch.chdir(cache)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files open
         runpy.run_path(str(program))
         gc.collect()
-    printed = capsys.readouterr().out
-    assert ("1 steps in the first epoch", "_1024x1024 ")[number] in printed
+    assert printed in capsys.readouterr().out
 
 
 def test_the_readme_streams_in_ten_lines():
-    assert len([line for line in blocks(README, "python")[0].splitlines() if line]) <= 10
+    [code] = [body for body in blocks(README, "python") if "JoinedStream" in body]
+    assert len([line for line in code.splitlines() if line]) <= 10
 
 
 def test_the_readme_uses_an_export_as_the_commands_say():
@@ -105,27 +112,27 @@ def test_scripts_files_and_targets_of_the_pages_exist(words):
             assert (ROOT / word).is_file(), word
 
 
-def test_the_makefile_has_the_targets_that_the_readme_lists():
-    [listed] = re.findall(r"^Makefile +(.*)$", README, re.M)
-    assert set(listed.split()) <= set(TARGETS)
-
-
 def test_the_disk_table_is_computed_from_todays_records():
-    [table] = re.findall(r"<!-- disk table: .*? -->\n(.*?)\n<!-- end -->", README, re.S)
+    [table] = re.findall(r"<!-- disk table: .*? -->\n(.*?)\n<!-- end -->", SIZING, re.S)
     assert table == disk_table.table()
 
 
-def test_each_further_draw_costs_what_the_readme_says():
+def test_each_further_draw_costs_what_the_page_says():
     sizes = [disk_table.predictions_bytes(1024, layout) for layout in ("full", "compact")]
     full, compact = (f"{disk_table.NUM_IMAGES * size / 1e9:.0f} GB" for size in sizes)
-    assert f"{full} in `full` and {compact} in" in " ".join(README.split())
+    assert f"{full} in `full` and {compact} in" in " ".join(SIZING.split())
     text = disk_table.NUM_IMAGES * disk_table.text_bytes(1024) / 1e9
-    assert f"the text set ({text:.0f} GB)" in " ".join(README.split())
+    assert f"the text set ({text:.0f} GB)" in " ".join(SIZING.split())
+
+
+def test_the_readme_says_what_three_teachers_take():
+    [row] = re.findall(r"^\| 3 \|.*\| (\d+) \|$", disk_table.table(), re.M)
+    assert f"three teachers of 100,000 images at 1024² take {row} GB" in " ".join(README.split())
 
 
 def test_the_file_tree_names_every_place():
     [tree] = [body for body in blocks(README, "") if body.startswith("sdxl_distill/")]
-    named = {line.split()[0].strip("/") for line in tree.splitlines() if line.strip()}
+    named = {word.strip("/;,") for word in tree.split()}
     ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").splitlines()]
     top = [
         path.name
@@ -135,5 +142,16 @@ def test_the_file_tree_names_every_place():
     ]
     package = [path.name for path in (ROOT / "sdxl_distill").glob("[a-z]*.py")]
     folders = [path.parent.name for path in (ROOT / "sdxl_distill").glob("*/__init__.py")]
-    pages = [path.name for path in [*ROOT.glob("tools/*.py"), *ROOT.glob("docs/*.md")]]
-    assert {*top, *package, *folders, *pages} - named == set()
+    assert {*top, *package, *folders, "__main__.py"} - named == set()
+
+
+def test_the_readme_leads_to_every_page():
+    pages = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")]
+    assert [page for page in pages if f"]({page})" not in README] == []
+
+
+def test_the_readme_names_eight_files_to_read_first():
+    part = README.partition("## Read these eight files first")[2].partition("\n## ")[0]
+    files = re.findall(r"^\d\. `([\w/]+\.py)`", part, re.M)
+    assert len(files) == 8
+    assert [name for name in files if not (ROOT / "sdxl_distill" / name).is_file()] == []
