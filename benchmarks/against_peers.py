@@ -26,6 +26,7 @@ from sdxl_distill.stream.loader import JoinedStream
 
 BATCH: Final = 8  # peers/peer.py reads the same
 OURS: Final = "sdxl_distill"
+RATIO: Final = f"{OURS} against it"
 FIGURE: Final = "Joining three teachers, one thread, hot cache"
 
 
@@ -106,25 +107,32 @@ def measure(small: bool) -> Iterator[Row | Curve]:
                 _require_equal(process.digests(), expected)
                 contenders[script] = process.epoch_seconds
             except PeerError as error:
-                yield Row.missing(f"{OURS} against {PEERS[script].name}", "×", str(error))
+                name = PEERS[script].name
+                yield Row.missing(RATIO, "×", str(error), conditions={"reader": name})
         found = alternate(contenders, 1 if small else 5)
         yield from _rows(found, folders.num_records)
 
 
 def _rows(found: dict[str, Sample], num_records: int) -> Iterator[Row | Curve]:
     rates = {name: sample.rate_of(num_records) for name, sample in found.items()}
-    yield Row.of(f"{OURS}: images/s", rates[OURS], "images/s", against="digests on")
+    yield Row.of(
+        "images/s", rates[OURS], "images/s", against="digests on", conditions={"reader": OURS}
+    )
     for script, sample in found.items():
         if script == OURS:
             continue
         peer = PEERS[script]
-        yield Row.of(f"{peer.name}: images/s", rates[script], "images/s", against=peer.lacks)
+        conditions = {"reader": peer.name}
         yield Row.of(
-            f"{OURS} against {peer.name}",
+            "images/s", rates[script], "images/s", against=peer.lacks, conditions=conditions
+        )
+        yield Row.of(
+            RATIO,
             sample.over(found[OURS]),
             "×",
             target=peer.target,
-            against=peer.name,
+            against="this reader",
+            conditions=conditions,
         )
     names = {OURS: OURS, **{script: peer.name for script, peer in PEERS.items()}}
     lines = {names[name]: [(0.0, rate.median)] for name, rate in rates.items()}

@@ -73,22 +73,26 @@ def _predictions(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row
         contenders[layout] = build
     found = alternate(contenders, num_rounds)
     for layout in layouts:
+        conditions = {"layout": layout, "processes": 1}
         yield Row.of(
-            f"predictions/s, {layout}, 1 process",
+            "predictions/s against a bare loop",
             found["bare"].over(found[layout]),
             "×",
+            conditions=conditions,
             target=TARGET,
             against=f"bare UNet loop, batches of {BATCH} in memory",
         )
         yield Row.of(
-            f"predictions/s, {layout}, 1 process, rate",
+            "predictions/s",
             found[layout].rate_of(num_images),
             "predictions/s",
+            conditions=conditions,
         )
         yield Row.of(
-            f"predictions/s, {layout}, 1 process, share in which the UNet computes",
+            "share in which the UNet computes",
             Sample(tuple(model_shares[layout])),
             "of 1",
+            conditions=conditions,
             target=TARGET,
             against="the seconds of the build: reading and writing are hidden behind the UNet",
         )
@@ -97,6 +101,7 @@ def _predictions(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row
         "build of predictions: identity of the teacher, loading it, manifest",
         Sample((begin,)),
         "s",
+        conditions={"layout": "compact", "processes": 1},
         better="lower",
         against="once per build, last round",
     )
@@ -115,9 +120,10 @@ def _two_processes(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[R
         num_rounds,
     )
     yield Row.of(
-        "predictions/s, compact, 2 processes",
+        "predictions/s against a bare loop",
         found["bare"].over(found["builders"]),
         "×",
+        conditions={"layout": "compact", "processes": 2},
         target=TARGET,
         against="2 bare UNet loops at once",
     )
@@ -196,24 +202,28 @@ def _latents(job: TinyJob, num_images: int, num_rounds: int) -> Iterator[Row]:
 
     found = alternate({"bare": seconds(_BareVae(job)), "build": build}, num_rounds)
     yield Row.of(
-        "latents/s, decode and resize overlapped, 1 process",
+        "latents/s against a bare loop, decode and resize overlapped",
         found["bare"].over(found["build"]),
         "×",
+        conditions={"processes": 1},
         target=TARGET,
         against=f"bare VAE loop, batches of {VAE_BATCH} decoded images in memory",
     )
     yield Row.of(
-        "latents/s, 1 process, share in which the VAE computes",
+        "share in which the VAE computes",
         Sample(tuple(model_shares)),
         "of 1",
+        conditions={"processes": 1},
         target=TARGET,
         against="the seconds of the build: decoding, reading and writing are hidden behind the VAE",
     )
-    yield Row.of("latents/s, rate", found["build"].rate_of(num_images), "latents/s")
+    rate = found["build"].rate_of(num_images)
+    yield Row.of("latents/s", rate, "latents/s", conditions={"processes": 1})
     yield Row.of(
         "build of latents: scan, identity of the VAE, loading it, manifest",
         Sample((whole_seconds[-1] - found["build"].values[-1],)),
         "s",
+        conditions={"processes": 1},
         better="lower",
         against="once per build, last round",
     )

@@ -62,13 +62,14 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         for num_teachers, megabytes in points:
             is_target = layout == "compact" and num_teachers == 3 and not small
             yield Row(
-                f"bytes per image, {layout}, teachers: {num_teachers:.0f}",
+                "bytes per image",
                 megabytes,
                 "MB",
                 COMPACT_TARGET_MB if is_target else None,
                 "lower",
                 "latents, text, predictions; tars, indices, JSON",
                 None,
+                {"files": f"layout {layout}", "teachers": int(num_teachers)},
             )
     yield Curve(FIGURE, "teachers", "MB per image", lines)
     yield from _peers(num_records // 8, side_px, small=small)
@@ -87,13 +88,13 @@ def _peers(num_records: int, side_px: int, *, small: bool) -> Iterator[Row]:
     with scratch_folder() as folder:
         write_sets(folder, num_records=num_records, num_teachers=3, side_px=side_px)
         for script, process in start_peers(PEERS, folder, small=small):
-            metric = f"bytes per image, teachers: 3: {PEERS[script]}"
+            metric, conditions = "bytes per image", {"files": PEERS[script], "teachers": 3}
             if isinstance(process, PeerError):
-                yield Row.missing(metric, "MB", str(process))
+                yield Row.missing(metric, "MB", str(process), conditions)
                 continue
             process.close()
             megabytes = _weight(folder / script) / num_records / 1e6
-            yield Row(metric, megabytes, "MB", None, "lower", "its files alone", None)
+            yield Row(metric, megabytes, "MB", None, "lower", "its files alone", None, conditions)
 
 
 def _lossless(folders: SetFolders, small: bool) -> Iterator[Row]:
@@ -107,22 +108,24 @@ def _lossless(folders: SetFolders, small: bool) -> Iterator[Row]:
         num_bytes = sum(each.nbytes for each in values)
         kept = sum(map(len, packed)) + num_bytes / 2
         yield Row(
-            f"lossless, high bytes deflated: {name}",
+            "lossless, high bytes deflated",
             kept / num_bytes,
             "×",
             None,
             "lower",
             "random normal values, the worst case but one for predictions",
             None,
+            {"files": name},
         )
         found = alternate(
             {"unpack": seconds(lambda packed=packed: list(map(zlib.decompress, packed)))},
             1 if small else 5,
         )
         yield Row.of(
-            f"lossless, high bytes inflated: {name}",
+            "lossless, high bytes inflated",
             found["unpack"].rate_of(num_bytes / 1e6),
             "MB/s",
+            conditions={"files": name},
             against="one thread; a copy alone does thousands",
         )
 

@@ -50,17 +50,19 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         )
         parse = _parse_manifest(folders.teachers[0], 100 if small else 100_000)
     yield Row.of(
-        "time to the first batch, 3 teachers, step 0",
+        "time to the first batch",
         found["start"],
         "s",
+        conditions={"teachers": 3, "step": "0"},
         better="lower",
         target=FIRST_BATCH_SECONDS,
         against="from the folders' paths to the batch",
     )
     yield Row.of(
-        "time to the first batch, 3 teachers, step 10⁶",
+        "time to the first batch",
         found["resume"].over(found["start"]),
         "×",
+        conditions={"teachers": 3, "step": "10⁶"},
         better="lower",
         target=1.0 + NOISE,
         against="the same at step 0; a twentieth is noise",

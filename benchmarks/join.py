@@ -14,7 +14,7 @@ from typing import Final
 
 from measuring.read_calls import ReadCalls
 from measuring.rounds import Sample, alternate, seconds
-from measuring.row import Curve, Row
+from measuring.row import Condition, Curve, Row
 from measuring.scratch import read_all, read_buffer, scratch_folder
 from measuring.script import run_alone
 from measuring.sets import SetFolders, forget_cached_pages, write_sets
@@ -105,32 +105,38 @@ class _JoinBench:
                 }
             )
             faster = found["raw"].over(found["join"])
-            what = f"{self._layout}, teachers: {num_teachers}, one thread, hot"
+            conditions = self._conditions(num_teachers, 0, "hot")
             is_target = num_teachers == 3 and self._layout == "full"
             yield Row.of(
-                f"{what}: against raw read",
+                "against raw read",
                 faster,
                 "×",
+                conditions=conditions,
                 target=HOT_TARGET if is_target else None,
                 against="readinto of all files into malloc's memory, as a bytearray is",
             )
             yield Row.of(
-                f"{what}: against raw read, page-aligned",
+                "against raw read, page-aligned",
                 found["aligned"].over(found["join"]),
                 "×",
+                conditions=conditions,
                 target=HOT_TARGET if is_target else None,
                 against="the same into page-aligned memory",
             )
             for name, limit in (("calls", "read calls"), ("digests", "read calls and digests")):
                 if self._layout == "full":
                     yield Row.of(
-                        f"{what}: {limit} alone against raw read, page-aligned",
+                        f"{limit} alone against raw read, page-aligned",
                         found["aligned"].over(found[name]),
                         "×",
+                        conditions=conditions,
                         against="a limit of any join that copies: no order, no checks",
                     )
             yield Row.of(
-                f"{what}: images/s", found["join"].rate_of(self._folders.num_records), "images/s"
+                "images/s",
+                found["join"].rate_of(self._folders.num_records),
+                "images/s",
+                conditions=conditions,
             )
             points.append((num_teachers, faster.median))
         yield Curve(FIGURE_TEACHERS, "teachers", "× raw read", {self._layout: points})
@@ -144,9 +150,10 @@ class _JoinBench:
             points.append((num_threads, rate.median))
             if num_threads:
                 yield Row.of(
-                    f"{self._layout}, teachers: 3, {num_threads} reader threads, hot",
+                    "against no reader thread",
                     found["0"].over(found[str(num_threads)]),
                     "×",
+                    conditions=self._conditions(3, num_threads, "hot"),
                     against="the calling thread alone",
                 )
         yield Curve(
@@ -166,18 +173,20 @@ class _JoinBench:
         share = self._needed_bytes(3) / sum(path.stat().st_size for path in files)
         for num_threads in NUM_THREADS:
             faster = found["raw"].over(found[str(num_threads)])
-            what = f"{self._layout}, teachers: 3, {num_threads} reader threads, cold"
+            conditions = self._conditions(3, num_threads, "cold")
             yield Row.of(
-                f"{what}: images/s against raw read",
+                "images/s against raw read",
                 faster,
                 "×",
+                conditions=conditions,
                 target=COLD_TARGET,
                 against="readinto of all files, cold too",
             )
             yield Row.of(
-                f"{what}: bytes/s against raw read",
+                "bytes/s against raw read",
                 faster.scaled(share),
                 "×",
+                conditions=conditions,
                 target=COLD_TARGET if num_threads == max(NUM_THREADS) else None,
                 against="bytes that the join needs against all bytes",
             )
@@ -185,11 +194,22 @@ class _JoinBench:
         if self._layout == "compact":
             best = min((found[str(each)] for each in NUM_THREADS), key=lambda each: each.median)
             yield Row.of(
-                "compact, teachers: 3, cold, of reading and drawing noise alone",
+                "of reading and drawing noise alone",
                 found["noise"].over(best),
                 "×",
+                conditions=self._conditions(3, "best", "cold"),
                 against="the raw read beside threads that draw the noise, one for each core",
             )
+
+    def _conditions(
+        self, num_teachers: int, num_threads: Condition, cache: str
+    ) -> dict[str, Condition]:
+        return {
+            "layout": self._layout,
+            "teachers": num_teachers,
+            "reader threads": num_threads,
+            "cache": cache,
+        }
 
     def _read_beside_noise(self, files: list[Path]) -> None:
         """Do what no join of this layout is spared, and nothing else."""

@@ -24,7 +24,7 @@ NUM_TEACHERS: Final = 3
 BATCH: Final = 8
 RATE_TARGET: Final = 0.8
 # name → height and width, and size of the text embeddings
-RECORDS: Final = {"tiny records": (64, 64), "records with SDXL's text": (64, 2048)}
+RECORDS: Final = {"tiny": (64, 64), "with SDXL's text": (64, 2048)}
 
 READING: Final = """
 Shards of four records are the worst case: in the first epoch each index is read for the sake of
@@ -47,15 +47,16 @@ def measure(small: bool) -> Iterator[Row]:
                 )
             }
             num_rounds = 1 if small else 3
-            where = f"{what}, {num_buckets * num_shards:,} shards"
+            conditions = {"records": what, "shards": num_buckets * num_shards}
             first = alternate(
                 {name: seconds(lambda path=path: _join_once(path)) for name, path in sets.items()},
                 num_rounds,
             )
             yield Row.of(
-                f"{where}: first epoch",
+                "rate of the join",
                 first["one"].over(first["many"]),
                 "×",
+                conditions={**conditions, "epoch": "first"},
                 against="the same records in one shard of each bucket",
             )
             later = alternate(
@@ -63,9 +64,10 @@ def measure(small: bool) -> Iterator[Row]:
                 num_rounds,
             )
             yield Row.of(
-                f"{where}: later epochs",
+                "rate of the join",
                 later["one"].over(later["many"]),
                 "×",
+                conditions={**conditions, "epoch": "later"},
                 target=RATE_TARGET,
                 against="the same records in one shard of each bucket",
             )

@@ -64,20 +64,27 @@ def measure(small: bool) -> Iterator[Row | Curve]:
 
 
 def _rows(num_records: int, records_per_shard: int, num_rounds: int) -> Iterator[Row]:
-    what = f"{num_records:.0e} records, {records_per_shard:,} a shard, rank 0 of {RANKS:,}"
+    conditions = {
+        "planner": _OURS,
+        "records": f"{num_records:.0e}",
+        "records of a shard": f"{records_per_shard:,}",
+        "ranks": f"{RANKS:,}",
+    }
     is_target = records_per_shard == 10_000
     costs = [_plan_cost(num_records, records_per_shard) for _ in range(num_rounds + 1)][1:]
     yield Row.of(
-        f"plan an epoch: {what}",
+        "plan an epoch",
         Sample(tuple(seconds for seconds, _ in costs)),
         "s",
+        conditions=conditions,
         better="lower",
         target=PLAN_SECONDS if is_target else None,
     )
     yield Row.of(
-        f"memory of the plan: {what}",
+        "memory of the plan",
         Sample(tuple(num_bytes / 2**20 for _, num_bytes in costs)),
         "MiB",
+        conditions=conditions,
         better="lower",
         target=PLAN_BYTES / 2**20 if is_target else None,
     )
@@ -91,9 +98,10 @@ def _rows(num_records: int, records_per_shard: int, num_rounds: int) -> Iterator
     )
     for name, target in (("at once", STEP_SECONDS), ("alone", LONE_STEP_SECONDS)):
         yield Row.of(
-            f"look up a step, {STEPS_AT_ONCE if name == 'at once' else 1} {name}: {what}",
+            f"look up a step, {STEPS_AT_ONCE if name == 'at once' else 1} {name}",
             found[name].scaled(1e6),
             "µs",
+            conditions=conditions,
             better="lower",
             target=target * 1e6,
             against=f"{RECORDS_PER_RANK} records per rank",
@@ -112,7 +120,7 @@ def _planners(
         install_peers(small=small)
     except PeerError as error:
         for name in PLANNERS.values():
-            yield Row.missing(f"{name}: plan an epoch", "s", str(error))
+            yield Row.missing("plan an epoch", "s", str(error), {"planner": name})
         return
     for script, name in PLANNERS.items():
         times[name], memories[name] = [], []
@@ -120,18 +128,22 @@ def _planners(
             cost = _peer_cost(script, 10**exponent)
             if cost is None:
                 yield Row.missing(
-                    f"{name}: plan 1e{exponent} records",
+                    "plan an epoch",
                     "s",
                     f"not in {_PEER_SECONDS} s and {_PEER_BYTES >> 30} GiB",
+                    {"planner": name, "records": f"{10**exponent:.0e}"},
                 )
                 break
             times[name].append((10**exponent, cost[0]))
             memories[name].append((10**exponent, cost[1] / 2**20))
         if times[name]:
             (num_records, seconds), (_, mebibytes) = times[name][-1], memories[name][-1]
-            what = f"{name}: plan {num_records:.0e} records"
-            yield Row(what, seconds, "s", None, "lower", "its own planner", None)
-            yield Row(f"{what}, memory", mebibytes, "MiB", None, "lower", "its own planner", None)
+            for metric, value, unit in (
+                ("plan an epoch", seconds, "s"),
+                ("memory of the plan", mebibytes, "MiB"),
+            ):
+                conditions = {"planner": name, "records": f"{num_records:.0e}"}
+                yield Row(metric, value, unit, None, "lower", "its own planner", None, conditions)
 
 
 def _schedule(num_records: int, records_per_shard: int) -> Schedule:

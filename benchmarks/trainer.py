@@ -63,40 +63,45 @@ def _steps(job: TinyJob, batch_size: int, num_steps: int, num_rounds: int) -> It
     )
     bare = seconds(_BareLoop(job, batch_size, num_steps))
     found = alternate({"bare": bare, "plain": plain, "averaging": averaging}, num_rounds)
-    batch = f"batch of {batch_size}"
+    without, conditions = ({"batch": batch_size, "average": each} for each in ("without", "with"))
     yield Row.of(
-        f"step of the trainer, {batch}, without the average",
+        "step of the trainer against a bare loop",
         found["plain"].over(found["bare"]),
         "×",
+        conditions=without,
         better="lower",
         target=STEP_TARGET,
         against="bare forward + backward + clipping + AdamW on one batch in memory",
     )
     yield Row.of(
-        f"step of the trainer, {batch}, with the average",
+        "step of the trainer against a bare loop",
         found["averaging"].over(found["bare"]),
         "×",
+        conditions=conditions,
         better="lower",
         against="the same bare loop, which keeps no average",
     )
-    yield Row.of(f"step, {batch}", averaging.share("step", num_steps), "s", better="lower")
+    step_seconds = averaging.share("step", num_steps)
+    yield Row.of("step", step_seconds, "s", better="lower", conditions=conditions)
     for name, meaning, target in (
         ("wait", "waiting for data", SHARE_TARGET),
         ("log", "logging", SHARE_TARGET),
         ("average", "the average", None),
     ):
         yield Row.of(
-            f"share of the step, {batch}: {meaning}",
+            f"share of the step: {meaning}",
             averaging.share(name),
             "of 1",
+            conditions=conditions,
             better="lower",
             target=target,
             against="all steps of a run",
         )
     yield Row.of(
-        f"checkpoint stall, {batch}",
+        "checkpoint stall",
         Sample(tuple(averaging.spent["save"])),
         "s",
+        conditions=conditions,
         better="lower",
         against="weights, states and average of the tiny student, flushed to the disk",
     )

@@ -46,26 +46,29 @@ def measure(small: bool) -> Iterator[Row | Curve]:
                 },
                 1 if small else 7,
             )
-            what = f"write a shard, {layout}, {num_records} records"
+            conditions = {"layout": layout, "records": num_records}
             yield Row.of(
-                f"{what}: against a bare write",
+                "write a shard: against a bare write",
                 found["bare"].over(found["shard"]),
                 "×",
+                conditions=conditions,
                 target=WRITE_TARGET,
                 against="write + fsync of the same bytes to one file",
             )
             megabytes = num_records * shard.record_bytes / 1e6
-            yield Row.of(f"{what}: MB/s", found["shard"].rate_of(megabytes), "MB/s")
+            rate = found["shard"].rate_of(megabytes)
+            yield Row.of("write a shard: MB/s", rate, "MB/s", conditions=conditions)
         shard = _Shard(folder / "memory", "full", side_px)
         peaks = [_peak_mebibytes(shard, length) for length in (num_records // 4, num_records)]
     yield Row(
-        f"memory of a shard of {num_records} records against one of {num_records // 4}",
+        f"memory beyond that of a shard of {num_records // 4} records",
         peaks[1] - peaks[0],
         "MiB",
         1.0,
         "lower",
         f"peak {peaks[1]:.1f} MiB against {peaks[0]:.1f} MiB",
         None,
+        {"layout": "full", "records": num_records},
     )
 
 

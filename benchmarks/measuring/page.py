@@ -33,16 +33,23 @@ median of the rounds, the spread is the lowest and the highest, a ratio is taken
 
 def write_page(found: Mapping[str, Any], docs: Path) -> None:
     """Write `performance.md` and `performance/*.svg` into the folder of the documents."""
+    _write_figures(found["curves"], docs / "performance")
+    (docs / "performance.md").write_text(page_text(found), "utf-8")
+
+
+def page_text(found: Mapping[str, Any]) -> str:
+    """Return the content of `performance.md`."""
     rows = [Row(**row) for row in found["rows"]]
-    figures = _write_figures(found["curves"], docs / "performance")
     parts = [_HEAD, _circumstances(found), _reading(rows)]
     for name, group in groupby(rows, key=lambda row: row.metric.partition(": ")[0]):
         own = [Row(**{**row.to_json(), "metric": row.metric.partition(": ")[2]}) for row in group]
         summary, reading = _texts_of(name)
-        parts += [f"## {name}\n\n{summary}\n", reading, table(own) + "\n"]
+        note = found.get("notes", {}).get(name, "")
+        parts += [f"## {name}\n\n{summary}\n", reading, note, table(own) + "\n"]
     parts.append("## Figures\n")
-    parts += [f"![{title}](performance/{path})\n" for title, path in figures.items()]
-    (docs / "performance.md").write_text("\n".join(part for part in parts if part), "utf-8")
+    titles = dict.fromkeys(curve["figure"] for curve in found["curves"])
+    parts += [f"![{title}](performance/{_file_name(title)})\n" for title in titles]
+    return "\n".join(part for part in parts if part)
 
 
 def _circumstances(found: Mapping[str, Any]) -> str:
@@ -61,11 +68,11 @@ def _reading(rows: list[Row]) -> str:
         lines.append("Missed:\n")
         for row in missed:
             value, target = spell(row.value or 0), spell(row.target or 0)
-            lines.append(f"- {row.metric}: {value} {row.unit}, target {target}")
+            lines.append(f"- {row.label}: {value} {row.unit}, target {target}")
     absent = [row for row in rows if row.value is None]
     if absent:
         lines.append("\nNot measured:\n")
-        lines += [f"- {row.metric}: {row.against}" for row in absent]
+        lines += [f"- {row.label}: {row.against}" for row in absent]
     return "\n".join(lines) + "\n"
 
 
@@ -79,17 +86,17 @@ def _texts_of(name: str) -> tuple[str, str]:
     return ast.get_docstring(tree) or "", reading
 
 
-def _write_figures(curves: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, str]:
-    """Draw each figure and return title → file name."""
+def _write_figures(curves: Iterable[Mapping[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, list[Mapping[str, Any]]] = {}
     for curve in curves:
         figures.setdefault(curve["figure"], []).append(curve)
-    names: dict[str, str] = {}
     for title, own in figures.items():
-        names[title] = "_".join(re.findall("[a-z0-9]+", title.lower())) + ".svg"
-        _draw(title, own, folder / names[title])
-    return names
+        _draw(title, own, folder / _file_name(title))
+
+
+def _file_name(title: str) -> str:
+    return "_".join(re.findall("[a-z0-9]+", title.lower())) + ".svg"
 
 
 def _draw(title: str, curves: list[Mapping[str, Any]], path: Path) -> None:

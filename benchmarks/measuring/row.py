@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from measuring.rounds import Sample
+
+Condition: TypeAlias = str | int
 
 
 @dataclass(frozen=True)
@@ -14,13 +16,14 @@ class Row:
     """One number.
 
     Attributes:
-        metric: what was measured, the circumstances included.
+        metric: what was measured.
         value: median of the rounds; None where it could not be measured, and `against` says why.
         unit: of the value; `×` is a ratio.
         target: to reach; None where the number only informs.
         better: whether higher or lower is.
         against: what it was measured against, in the same rounds.
         spread: lowest and highest of the rounds.
+        conditions: under which it was measured: column of the table → its value.
     """
 
     metric: str
@@ -30,6 +33,7 @@ class Row:
     better: Literal["higher", "lower"]
     against: str
     spread: tuple[float, float] | None
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -41,14 +45,28 @@ class Row:
         better: Literal["higher", "lower"] = "higher",
         target: float | None = None,
         against: str = "",
+        conditions: Mapping[str, Condition] | None = None,
     ) -> Row:
         """Make a row of the median and the extremes of several rounds."""
-        return cls(metric, sample.median, unit, target, better, against, sample.spread)
+        median, spread = sample.median, sample.spread
+        return cls(metric, median, unit, target, better, against, spread, conditions or {})
 
     @classmethod
-    def missing(cls, metric: str, unit: str, reason: str) -> Row:
+    def missing(
+        cls,
+        metric: str,
+        unit: str,
+        reason: str,
+        conditions: Mapping[str, Condition] | None = None,
+    ) -> Row:
         """Make a row of what could not be measured here, and why."""
-        return cls(metric, None, unit, None, "higher", reason, None)
+        return cls(metric, None, unit, None, "higher", reason, None, conditions or {})
+
+    @property
+    def label(self) -> str:
+        """The metric with its conditions, for text outside a table."""
+        where = ", ".join(f"{name} {value}" for name, value in self.conditions.items())
+        return f"{self.metric} ({where})" if where else self.metric
 
     @property
     def meets_target(self) -> bool | None:
@@ -87,12 +105,17 @@ class Curve:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return rows as a Markdown table."""
-    lines = ["| metric | value | spread | target | against |", "|---|---:|---:|---:|---|"]
+    """Return rows as a Markdown table, with a column for each condition that some row has."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row.conditions))
+    head = [*names, "metric", "value", "spread", "target", "against"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(names)}---|---:|---:|---:|---|"]
     for row in rows:
+        conditions = [str(row.conditions.get(name, "")) for name in names]
         spread = "" if row.spread is None else " … ".join(map(spell, row.spread))
         value = "not measured" if row.value is None else f"{spell(row.value)} {row.unit}"
-        lines.append(f"| {row.metric} | {value} | {spread} | {_target(row)} | {row.against} |")
+        cells = [*conditions, row.metric, value, spread, _target(row), row.against]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

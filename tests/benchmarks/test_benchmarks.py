@@ -13,9 +13,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from measuring.page import write_page
+from measuring.page import page_text, write_page
 from measuring.row import Curve, Row, table
-from run import BENCHMARKS as NAMES, FOLDER
+from run import BENCHMARKS as NAMES, FOLDER, LATEST
 
 
 def require_well_formed(row: Row) -> None:
@@ -40,7 +40,7 @@ def test_a_benchmark_runs_on_a_small_size_and_its_rows_are_well_formed(
     assert rows
     for row in rows:
         require_well_formed(row)
-    assert len({row.metric for row in rows}) == len(rows)
+    assert len({row.label for row in rows}) == len(rows)
     named = [{**row.to_json(), "metric": f"{name}: {row.metric}"} for row in rows]
     curves = [each.to_json() for each in found if isinstance(each, Curve)]
     content = {"machine": {}, "versions": {}, "rows": named, "curves": curves}
@@ -49,6 +49,11 @@ def test_a_benchmark_runs_on_a_small_size_and_its_rows_are_well_formed(
     assert table(rows) in page
     for curve in curves:
         assert f"![{curve['figure']}]" in page
+
+
+def test_the_page_is_what_the_latest_results_say() -> None:
+    page = (FOLDER.parent / "docs/performance.md").read_text("utf-8")
+    assert page == page_text(json.loads(LATEST.read_text("utf-8")))
 
 
 def test_every_script_is_in_the_run() -> None:
