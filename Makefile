@@ -38,7 +38,7 @@ test-lowest: $(LOWEST_INSTALLED)  ## run a part of the suite with the lowest ver
 	$(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
 
 test-processors: setup  ## what compares floats, under other instruction sets and thread counts
-	$(BIN)/python tests/processors.py
+	$(BIN)/python tests/support/processors.py
 
 check: setup  ## format, lint, types, import layers; changes nothing
 	$(BIN)/ruff format --check

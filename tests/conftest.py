@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start take it over
@@ -12,16 +14,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start take
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # A suite in the background of a script ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, str(Path(__file__).parent))  # what tests of several folders share
+sys.path.insert(0, str(Path(__file__).parent))  # where `support` lies
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from distill_cache import DistillCache
+    from collections.abc import Callable
+
+    from support.distill_cache import DistillCache
+    from support.workshop import Workshop
 
     from sdxl_distill.demo.family import Family
 
@@ -42,7 +48,7 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 @pytest.fixture(scope="session")
 def distill_cache(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family) -> DistillCache:
     """Complete sets of two teachers in two draws, by the real builders; read only."""
-    from distill_cache import build_distill_cache
+    from support.distill_cache import build_distill_cache
 
     return build_distill_cache(tmp_path_factory.mktemp("cache"), tiny_family)
 
@@ -55,6 +61,64 @@ def trained_run(distill_cache: DistillCache, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("run")
     train_student(distill_cache.config(folder, "training.num_steps=4"))
     return folder
+
+
+@pytest.fixture
+def make_family(tmp_path: Path) -> Callable[..., Family]:
+    """Writes a family of one's own, with the options of `build_untrained_family`."""
+    from sdxl_distill.demo.family import build_untrained_family
+
+    def make(**options: Any) -> Family:
+        return build_untrained_family(tmp_path / f"family-{uuid4().hex}", **options)
+
+    return make
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, tiny_family: Family) -> Workshop:
+    """Ten random images in four buckets, 3 to a shard, nothing built yet."""
+    from support.photos import write_images
+    from support.workshop import Workshop
+
+    write_images(tmp_path / "images", 10)
+    return Workshop(tmp_path, tiny_family)
+
+
+@pytest.fixture(scope="session")
+def built_template(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family) -> Workshop:
+    """Ten images, then three more; latents, text and two draws of one teacher are built."""
+    from support.photos import write_images
+    from support.workshop import Workshop
+
+    root = tmp_path_factory.mktemp("built")
+    workshop = Workshop(root, tiny_family)
+    write_images(workshop.images, 10)
+    workshop.build_latents()
+    write_images(workshop.images, 3, first=10)
+    workshop.build_latents()
+    workshop.build_shards("cache.draws=2")
+    return workshop
+
+
+@pytest.fixture
+def built_workshop(built_template: Workshop, tmp_path: Path) -> Workshop:
+    """A copy of `built_template`, to be damaged and built on."""
+    without_places = shutil.ignore_patterns("builder.json")
+    shutil.copytree(built_template.root, tmp_path, ignore=without_places, dirs_exist_ok=True)
+    return replace(built_template, root=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def photo_workshop(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family) -> Workshop:
+    """Real photos in every format, with the latents set built; nothing may change what is there."""
+    from support.photos import write_photos
+    from support.workshop import Workshop
+
+    root = tmp_path_factory.mktemp("photos")
+    write_photos(root / "images")
+    workshop = Workshop(root, tiny_family)
+    workshop.build_latents()
+    return workshop
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

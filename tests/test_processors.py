@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from processors import run_tests
+from support.processors import run_tests
 
 
 @pytest.mark.slow

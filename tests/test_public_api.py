@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from distill_cache import BUCKETS, write_images
+from support.distill_cache import BUCKETS, write_images
 
 import sdxl_distill
 from sdxl_distill.errors import DistillError

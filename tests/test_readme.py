@@ -11,9 +11,9 @@ import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 
-import disk_table
 import pytest
-from shard_sets import ShardSets
+from support import disk_table
+from support.shard_sets import ShardSets
 
 from sdxl_distill.cli.main import COMMANDS
 from sdxl_distill.export.diffusers_folder import use_of

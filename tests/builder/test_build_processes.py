@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked_command import ForkedCommand, launched
-from patience import PATIENCE_SECONDS, wait_until
-from ranks import free_port
-from workshop import Workshop, identities, published_files, traces
+from support.forked_command import ForkedCommand, launched
+from support.patience import PATIENCE_SECONDS, wait_until
+from support.ranks import free_port
+from support.workshop import Workshop, identities, published_files, traces
 
 ROOT = Path(__file__).parents[2]
 TOOLS = {"build-latents": "build_latents.py", "build-shards": "build_shards.py"}

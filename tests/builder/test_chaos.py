@@ -18,9 +18,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
-from forked_command import FORK_SERVER
-from patience import PATIENCE_SECONDS
-from toy_set import ToyContent, build, planned, toy_record, work
+from support.forked_command import FORK_SERVER
+from support.patience import PATIENCE_SECONDS
+from support.toy_set import ToyContent, build, planned, toy_record, work
 
 from sdxl_distill.builder.commit import shard_header
 from sdxl_distill.builder.withdrawal import withdraw_set

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from queue_worker import UNITS, Clock, claims, commit, worker
+from support.queue_worker import UNITS, Clock, claims, commit, worker
 
 from sdxl_distill.builder.work_queue import Claim
 from sdxl_distill.runtime.world import World

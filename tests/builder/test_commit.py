@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_set import ToyContent, build, describe, keys_of, planned, toy_record
+from support.toy_set import ToyContent, build, describe, keys_of, planned, toy_record
 
 from sdxl_distill.builder.commit import adopt_shard, commit_shard, publish_set_record, shard_header
 from sdxl_distill.builder.set_builder import BuiltSet, build_set

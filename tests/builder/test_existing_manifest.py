@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy_set import ToyContent, build, toy_record
+from support.toy_set import ToyContent, build, toy_record
 
 from sdxl_distill.builder.existing_manifest import ManifestThere
 from sdxl_distill.errors import CorruptError

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import another_user
-from toy_set import ToyContent, build
+from support.places import another_user
+from support.toy_set import ToyContent, build
 
 from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.runtime.world import World

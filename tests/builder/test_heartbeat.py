@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from patience import wait_until
+from support.patience import wait_until
 
 from sdxl_distill.builder.heartbeat import (
     HEARTBEAT_BYTES,

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_SECONDS
-from ranks import free_port
+from support.patience import PATIENCE_SECONDS
+from support.ranks import free_port
 
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.errors import ConfigError

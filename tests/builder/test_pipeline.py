@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import pytest
-from patience import PATIENCE_SECONDS
+from support.patience import PATIENCE_SECONDS
 
 from sdxl_distill.builder.pipeline import run_pipeline
 

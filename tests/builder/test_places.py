@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from distill_cache import DistillCache
-from forked_command import ForkedCommand, launched
-from photos import damage_pixels
-from places import Linkless, place_without_create_only_names, place_without_links
-from workshop import Workshop, published_files, traces
+from support.distill_cache import DistillCache
+from support.forked_command import ForkedCommand, launched
+from support.photos import damage_pixels
+from support.places import Linkless, place_without_create_only_names, place_without_links
+from support.workshop import Workshop, published_files, traces
 
 pytestmark = pytest.mark.multiprocess
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from protocol_model import Protocol, find_violation
+from support.protocol_model import Protocol, find_violation
 
 OVERWRITING = Protocol(create_only_tar=False, create_only_idx=False)
 CHECKED = Protocol(create_only_tar=False, create_only_idx=False, check_claim_before_rename=True)

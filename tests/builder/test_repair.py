@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import (
+from support.places import (
     another_user,
     place_without_create_only_names,
     place_without_links,
     refuse_links,
 )
-from toy_set import ToyContent, build, planned, toy_record
+from support.toy_set import ToyContent, build, planned, toy_record
 
 from sdxl_distill.builder.repair import RepairSummary, repair_set
 from sdxl_distill.builder.withdrawal import folders_aside, withdraw_set

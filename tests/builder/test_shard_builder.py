@@ -12,8 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE_SECONDS, wait_until
-from toy_set import NUM_RECORDS, ToyContent, build, describe, planned, toy_record, worker_command
+from support.patience import PATIENCE_SECONDS, wait_until
+from support.toy_set import (
+    NUM_RECORDS,
+    ToyContent,
+    build,
+    describe,
+    planned,
+    toy_record,
+    worker_command,
+)
 
 from sdxl_distill.builder.heartbeat import Timing
 from sdxl_distill.builder.plan import PlannedShard

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from toy_set import ToyContent, build, planned, toy_record
+from support.toy_set import ToyContent, build, planned, toy_record
 
 from sdxl_distill.builder.commit import publish_set_record
 from sdxl_distill.builder.launch import Launch

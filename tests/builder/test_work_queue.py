@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from patience import wait_until
-from queue_worker import UNITS, Clock, claims, commit, worker
+from support.patience import wait_until
+from support.queue_worker import UNITS, Clock, claims, commit, worker
 
 from sdxl_distill.builder.heartbeat import HEARTBEAT_BYTES, Beat, Timing
 from sdxl_distill.builder.work_queue import Claim, WorkQueue

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from forked_command import ForkedCommand, limit_file_size, obey_permissions
-from photos import damage_pixels, write_images
 from safetensors.torch import load_file, save_file
-from workshop import Workshop, published_files, traces
+from support.forked_command import ForkedCommand, limit_file_size, obey_permissions
+from support.photos import damage_pixels, write_images
+from support.workshop import Workshop, published_files, traces
 
 from sdxl_distill.cli.main import COMMANDS
 from sdxl_distill.config.builder import BuilderConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_cache import DistillCache
+from support.distill_cache import DistillCache
 
 from sdxl_distill.cli.early_end import EarlyEnd
 from sdxl_distill.errors import Preempted, StorageError

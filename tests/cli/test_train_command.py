@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import patience
 import psutil
 import pytest
-from distill_cache import DistillCache
-from patience import PATIENCE_SECONDS
-from ranks import Ranks, free_port, wait_until as wait_for
+from support import patience
+from support.distill_cache import DistillCache
+from support.patience import PATIENCE_SECONDS
+from support.ranks import Ranks, free_port, wait_until as wait_for
 
 from sdxl_distill.cli.main import main
 from sdxl_distill.train.checkpoint import CheckpointFolder

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from verified_sets import VerifiedSets, cut, flip
+from support.verified_sets import VerifiedSets, cut, flip
 
 from sdxl_distill.cli.main import main
 
@@ -134,8 +134,8 @@ def test_numbers_that_make_no_sense_are_refused(teacher, options):
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory, tiny_family):
     """Latents, text and a compact teacher of three images, as the builders make them."""
-    from photos import write_images
-    from workshop import Workshop
+    from support.photos import write_images
+    from support.workshop import Workshop
 
     root = tmp_path_factory.mktemp("workshop")
     write_images(root / "images", 3)

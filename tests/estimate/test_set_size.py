@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from shard_sets import HIDDEN_SIZE, NUM_CHANNELS, NUM_TOKENS, POOLED_SIZE, SHARD_SIZES, ShardSets
+from support.shard_sets import (
+    HIDDEN_SIZE,
+    NUM_CHANNELS,
+    NUM_TOKENS,
+    POOLED_SIZE,
+    SHARD_SIZES,
+    ShardSets,
+)
 
 from sdxl_distill.estimate.set_size import planned_size, present_size
 from sdxl_distill.shards.record import predictions_schema, text_schema

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from distill_cache import DistillCache
+from support.distill_cache import DistillCache
 
 from sdxl_distill.export.student import export_student
 

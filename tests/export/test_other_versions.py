@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from distill_cache import DistillCache
-from oracles import loaded_export
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
+from support.distill_cache import DistillCache
+from support.oracles import loaded_export
 
 from sdxl_distill.demo.family import Family
 from sdxl_distill.export.diffusers_folder import use_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from distill_cache import DistillCache
+from support.distill_cache import DistillCache
 
 from sdxl_distill.builder.launch import Launch
 from sdxl_distill.config.distill import DistillConfig

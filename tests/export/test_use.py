@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
-from distill_cache import DistillCache
 from safetensors.torch import load_file, save_file
+from support.distill_cache import DistillCache
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_distill.demo.family import Family

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from distill_cache import build_distill_cache
-from oracles.loss_curve import logged_losses
+from support.distill_cache import build_distill_cache
+from support.oracles.loss_curve import logged_losses
 
 from sdxl_distill.demo.family import build_untrained_family
 from sdxl_distill.train.session import train_student

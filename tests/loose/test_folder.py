@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 import safetensors.numpy
-from verified_sets import cut, flip, put_fifo
+from support.verified_sets import cut, flip, put_fifo
 
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer_cases import (
+from support.optimizer_cases import (
     MODES,
     SHAPES,
     Named,

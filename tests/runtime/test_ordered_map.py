@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from patience import PATIENCE_SECONDS
+from support.patience import PATIENCE_SECONDS
 
 from sdxl_distill.runtime.ordered_map import ordered_map
 

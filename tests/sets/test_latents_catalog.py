@@ -4,11 +4,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from damages import flip_a_byte_of_the_tar
-from earlier_version import without_sources
-from oracles.tars import read_set
-from photos import damage_pixels, write_image, write_images
-from workshop import Workshop, identities, published_files
+from support.damages import flip_a_byte_of_the_tar
+from support.earlier_version import without_sources
+from support.oracles.tars import read_set
+from support.photos import damage_pixels, write_image, write_images
+from support.workshop import Workshop, identities, published_files
 
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.segment import SegmentHeader, encode_segment, segment_name

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from photos import write_image
+from support.photos import write_image
 
 from sdxl_distill.catalog.catalog import Catalog
 from sdxl_distill.catalog.growth import extend_catalog

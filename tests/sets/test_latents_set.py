@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from damages import DAMAGES
-from oracles.pipeline import PipelineOracle, cropped_picture, upright_picture
-from oracles.question import image_id_of
-from oracles.tars import read_set
-from photos import BAD_SOURCES, CAPTIONS, damage_pixels, write_image, write_images
-from workshop import BUCKETS, Workshop, identities, published_files, traces
+from support.damages import DAMAGES
+from support.oracles.pipeline import PipelineOracle, cropped_picture, upright_picture
+from support.oracles.question import image_id_of
+from support.oracles.tars import read_set
+from support.photos import BAD_SOURCES, CAPTIONS, damage_pixels, write_image, write_images
+from support.workshop import BUCKETS, Workshop, identities, published_files, traces
 
 from sdxl_distill.builder.withdrawal import withdraw_set
 from sdxl_distill.catalog.image import BadImageError

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from oracles.pipeline import PipelineOracle
-from oracles.question import noise_of, seed_of, timestep_of
-from oracles.tars import Record, read_set
-from workshop import TEACHER_ID
+from support.oracles.pipeline import PipelineOracle
+from support.oracles.question import noise_of, seed_of, timestep_of
+from support.oracles.tars import Record, read_set
+from support.workshop import TEACHER_ID
 
 from sdxl_distill.shards.shard_set import open_shard_set
 

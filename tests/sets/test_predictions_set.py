@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from damages import DAMAGES
-from oracles.tars import read_set
-from photos import damage_pixels, write_image, write_images
 from safetensors.torch import load_file, save_file
-from workshop import Workshop, identities, published_files, traces
+from support.damages import DAMAGES
+from support.oracles.tars import read_set
+from support.photos import damage_pixels, write_image, write_images
+from support.workshop import Workshop, identities, published_files, traces
 
 from sdxl_distill.builder.launch import Launch
 from sdxl_distill.builder.withdrawal import withdraw_set

@@ -4,13 +4,13 @@ import gc
 
 import pytest
 import torch
-from damages import DAMAGES
-from oracles.pipeline import PipelineOracle
-from oracles.tars import read_set
-from photos import LONG_CAPTION, write_image, write_images
 from safetensors.torch import load_file
+from support.damages import DAMAGES
+from support.oracles.pipeline import PipelineOracle
+from support.oracles.tars import read_set
+from support.photos import LONG_CAPTION, write_image, write_images
+from support.workshop import identities, published_files, traces
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
-from workshop import identities, published_files, traces
 
 from sdxl_distill.builder.launch import Launch
 from sdxl_distill.errors import CorruptError, IncompatibleError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from verified_sets import VerifiedSets
+from support.verified_sets import VerifiedSets
 
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep

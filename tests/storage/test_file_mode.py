@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_cache import DistillCache
-from forked_command import ForkedCommand
 from safetensors.torch import save_file
+from support.distill_cache import DistillCache
+from support.forked_command import ForkedCommand
 
 from sdxl_distill.demo.family import Family
 from sdxl_distill.storage.file_mode import follow_umask

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import places
 import pytest
-from places import Linkless, place_without_create_only_names, place_without_links
+from support import places
+from support.places import Linkless, place_without_create_only_names, place_without_links
 
 from sdxl_distill.errors import StorageError
 from sdxl_distill.storage import publication

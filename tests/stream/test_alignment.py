@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from shard_sets import SHARD_SIZES, ShardSets
-from webdataset_oracle import read_all
+from support.oracles.joined_by_webdataset import read_all
+from support.shard_sets import SHARD_SIZES, ShardSets
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.shards.shard_set import open_shard_set

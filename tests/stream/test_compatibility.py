@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_sets import ShardSets
+from support.shard_sets import ShardSets
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import ConfigError, IncompatibleError
@@ -169,7 +169,7 @@ def test_records_of_another_geometry_are_refused(
     sets: ShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = sets.teacher("a")
-    monkeypatch.setattr("shard_sets.HIDDEN_SIZE", 6)
+    monkeypatch.setattr("support.shard_sets.HIDDEN_SIZE", 6)
     with pytest.raises(
         IncompatibleError, match=r"encoder_hidden_states \[3, 6\]; .*\[3, 8\] as in set a"
     ):

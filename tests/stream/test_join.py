@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shard_sets import ShardSets
-from webdataset_oracle import Records, read_all, record_name
+from support.oracles.joined_by_webdataset import Records, read_all, record_name
+from support.shard_sets import ShardSets
 
 from sdxl_distill.core.noise import noise, noise_seed
 from sdxl_distill.errors import CorruptError, IncompatibleError
@@ -167,7 +167,7 @@ def test_noise_that_numpy_makes_differently_today_is_refused(
     sets: ShardSets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets.text()
-    monkeypatch.setattr("shard_sets.noise", lambda seed, *sides: noise(seed, *sides) + 1)
+    monkeypatch.setattr("support.shard_sets.noise", lambda seed, *sides: noise(seed, *sides) + 1)
     with open_shard_set(sets.teacher("a", "compact")) as teacher:
         stream = JoinedStream([teacher], global_batch=GLOBAL_BATCH)
         with pytest.raises(IncompatibleError, match="the noise of the seed"):

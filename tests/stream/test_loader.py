@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from patience import PATIENCE_SECONDS
-from shard_sets import SHARD_SIZES, ShardSets
-from webdataset_oracle import read_all
+from support.oracles.joined_by_webdataset import read_all
+from support.patience import PATIENCE_SECONDS
+from support.shard_sets import SHARD_SIZES, ShardSets
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set

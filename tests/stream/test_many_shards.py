@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import ShardSets
+from support.shard_sets import ShardSets
 
 from sdxl_distill.order.stream_order import Schedule, ShardTable
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from patience import wait_until
+from support.patience import wait_until
 
 from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.train.checkpoint import (

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from distill_cache import WEIGHTS, DistillCache
-from optimizer_cases import MODES, gradients, own
-from oracles.adamw import Floats, Moments, PlainAdamW
-from oracles.loss_curve import logged_losses
 from safetensors.torch import load_file
+from support.distill_cache import WEIGHTS, DistillCache
+from support.optimizer_cases import MODES, gradients, own
+from support.oracles.adamw import Floats, Moments, PlainAdamW
+from support.oracles.loss_curve import logged_losses
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.stream.batch import JoinedBatch

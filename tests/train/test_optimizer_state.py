@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from optimizer_cases import all_bits, any_mode, assert_same_bits, own, train
+from support.optimizer_cases import all_bits, any_mode, assert_same_bits, own, train
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
 

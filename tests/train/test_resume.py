@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from distill_cache import DistillCache
-from ranks import Ranks, wait_until
+from support.distill_cache import DistillCache
+from support.ranks import Ranks, wait_until
 
 from sdxl_distill.train.checkpoint import CheckpointFolder
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from distill_cache import DistillCache
-from patience import PATIENCE_SECONDS, wait_until
-from ranks import Ranks, wait_until as wait_for_ranks
+from support.distill_cache import DistillCache
+from support.patience import PATIENCE_SECONDS, wait_until
+from support.ranks import Ranks, wait_until as wait_for_ranks
 
 from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.runtime.process_identity import ProcessIdentity

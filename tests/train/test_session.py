@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from distill_cache import DistillCache, build_all, write_images
+from support.distill_cache import DistillCache, build_all, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdxl_distill.builder.launch import Launch

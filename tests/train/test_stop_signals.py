@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from patience import PATIENCE_SECONDS, wait_until
+from support.patience import PATIENCE_SECONDS, wait_until
 
 from sdxl_distill.train.stop_signals import SIGNALS, StopSignals
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from distill_cache import WEIGHTS, DistillCache
 from safetensors.torch import load_file
+from support.distill_cache import WEIGHTS, DistillCache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdxl_distill.config.distill import DistillConfig

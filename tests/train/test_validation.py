@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from distill_cache import WEIGHTS, DistillCache
+from support.distill_cache import WEIGHTS, DistillCache
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.demo.family import Family

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_cache import DistillCache
-from ranks import Ranks
 from safetensors.torch import load_file
+from support.distill_cache import DistillCache
+from support.ranks import Ranks
 
 pytestmark = pytest.mark.processors
 

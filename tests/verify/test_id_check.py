@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from verified_sets import synthetic_index
+from support.verified_sets import synthetic_index
 
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader, latents_schema

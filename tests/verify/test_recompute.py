@@ -19,8 +19,8 @@ ALL = 1000
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, tiny_family):
     """Ten images, a compact teacher with two draws and one in layout full."""
-    from photos import write_images
-    from workshop import Workshop
+    from support.photos import write_images
+    from support.workshop import Workshop
 
     root = tmp_path_factory.mktemp("recompute")
     write_images(root / "images", 10)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from shard_sets import NUM_CHANNELS, ShardSets
+from support.shard_sets import NUM_CHANNELS, ShardSets
 
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.errors import CorruptError, DistillError

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from verified_sets import cut, flip, put_fifo, swap, synthetic_index
+from support.verified_sets import cut, flip, put_fifo, swap, synthetic_index
 
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader

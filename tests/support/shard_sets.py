@@ -25,7 +25,7 @@ from sdxl_distill.shards.record import (
 )
 from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, open_shard_set
+from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
 
@@ -144,6 +144,15 @@ class ShardSets:
             text=self._reference(text_place, directory) if is_compact else None,
         )
         return self._build(record, directory, draws=draws, change=change or {}, without=without)
+
+    def opened_teachers(self, *layouts: Layout, draws: int = 1) -> list[ShardSet]:
+        """Build teachers called a, b, …, one for each layout given, and open them."""
+        if "compact" in layouts:
+            self.text()
+        return [
+            open_shard_set(self.teacher(chr(ord("a") + row), layout, draws=draws))
+            for row, layout in enumerate(layouts)
+        ]
 
     def _reference(self, place: str, directory: Path) -> SetReference:
         target = open_shard_set(self.root / place)

@@ -1,6 +1,6 @@
 """Disk space of a cache, computed from the record schemas: the table in docs/sizing.md.
 
-`python tests/disk_table.py` prints it; tests/test_readme.py compares the two.
+`python tests/support/disk_table.py` prints it; tests/test_readme.py compares the two.
 """
 
 from __future__ import annotations

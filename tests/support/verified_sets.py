@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from shard_sets import ShardSets
 
 from sdxl_distill.shards.index import ShardIndex, tar_layout
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_record import SetRecord
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
+from support.shard_sets import ShardSets
 
 Change = Mapping[str, Callable[[np.ndarray], np.ndarray]]
 

@@ -12,8 +12,8 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import patience
-from forked_command import ForkedCommand
+from support import patience
+from support.forked_command import ForkedCommand
 
 # Below the ports that an operating system gives to whoever asks for any: none of those who
 # connect somewhere takes one between the look here and the launch.

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from patience import PATIENCE_SECONDS
 from torch.distributed import TCPStore
+
+from support.patience import PATIENCE_SECONDS
 
 _CAP_DAC_OVERRIDE = 1
 _PRELOADED = (

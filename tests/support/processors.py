@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 SETTINGS: Final[Mapping[str, Mapping[str, str]]] = {
     "as it is": {},
     "SSE4.1": {

@@ -1,0 +1,1 @@
+"""What others compute of the same things: diffusers, webdataset, torch, and plain loops."""
