@@ -27,7 +27,7 @@ from sdxl_distill.catalog.image import fit_to_bucket, read_image, read_image_fil
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.demo.family import one_thread
 from sdxl_distill.estimate.network_memory import UnetInput
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import load_unet, predict, unet_geometry
 from sdxl_distill.models.vae import encode_images, load_vae
 from sdxl_distill.sets.latents_content import LatentsContent
@@ -169,7 +169,7 @@ class _BareUnet:
     """Runs the teacher over as many records, the same inputs again and again."""
 
     def __init__(self, job: TinyJob, num_records: int) -> None:
-        checkpoint = Checkpoint.resolve(str(job.family / "teacher_a"))
+        checkpoint = ModelFolder.resolve(str(job.family / "teacher_a"))
         self._unet = load_unet(checkpoint, torch.float32, "cpu")
         size = (job.side_px, job.side_px)
         asked = UnetInput.zeros(unet_geometry(checkpoint), BATCH, size, NUM_TOKENS)
@@ -233,7 +233,7 @@ class _BareVae:
     """Encodes all images, decoded and cropped before."""
 
     def __init__(self, job: TinyJob) -> None:
-        checkpoint = Checkpoint.resolve(str(job.family / "base"))
+        checkpoint = ModelFolder.resolve(str(job.family / "base"))
         self._vae = load_vae(checkpoint, torch.float32, "cpu")
         paths = sorted((job.root / "images").glob("*.jpg"))
         self._batches = [

@@ -84,7 +84,7 @@ def _first_batch(folders: tuple[Path, ...], global_step: int) -> None:
     with ExitStack() as stack:
         teachers = [stack.enter_context(open_shard_set(folder)) for folder in folders]
         stream = stack.enter_context(JoinedStream(teachers, global_batch=BATCH))
-        batch = next(stream.epoch(*stream.schedule.position_of(global_step)))
+        batch = next(stream.epoch(*stream.order.position_of(global_step)))
         assert len(batch) == BATCH
 
 
@@ -99,7 +99,7 @@ def _parse_manifest(folder: Path, num_shards: int) -> Callable[[], object]:
         for width, height in buckets
         for number in range(per_bucket)
     ]
-    content = Manifest(manifest.record, 0, tuple(shards[:num_shards])).to_bytes()
+    content = Manifest(manifest.identity, 0, tuple(shards[:num_shards])).to_bytes()
     return lambda: Manifest.from_bytes(content, "manifest.json")
 
 

@@ -25,13 +25,13 @@ from sdxl_distill.builder.set_builder import build_set
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.estimate.network_memory import UnetInput
 from sdxl_distill.estimate.training import batch_of_zeros, step_of
-from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import compile_unet, predict, unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
 from sdxl_distill.runtime.device import allow_tf32
 from sdxl_distill.runtime.world import World
-from sdxl_distill.sets.alignment import planned_after
+from sdxl_distill.sets.derived_shards import planned_after
 from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
@@ -62,14 +62,14 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         return
     device = torch.device("cuda", 0)
     allow_tf32(True)
-    checkpoint = Checkpoint.resolve(SDXL)
+    checkpoint = ModelFolder.resolve(SDXL)
     seconds = 1.0 if small else 20.0
     for compiled in (False,) if small else (False, True):
         yield from _building(checkpoint, device, seconds, compiled=compiled)
     yield from _training(checkpoint, device, seconds)
 
 
-def _random_unet(checkpoint: Checkpoint, device: torch.device) -> torch.nn.Module:
+def _random_unet(checkpoint: ModelFolder, device: torch.device) -> torch.nn.Module:
     """Return a UNet with small random weights in bfloat16, laid out as a loaded one."""
     unet = checkpoint.unet.on_meta().to_empty(device=device).to(torch.bfloat16)
     generator = torch.Generator(device).manual_seed(0)
@@ -80,7 +80,7 @@ def _random_unet(checkpoint: Checkpoint, device: torch.device) -> torch.nn.Modul
 
 
 def _building(
-    checkpoint: Checkpoint, device: torch.device, seconds: float, *, compiled: bool
+    checkpoint: ModelFolder, device: torch.device, seconds: float, *, compiled: bool
 ) -> Iterator[Row]:
     unet = _random_unet(checkpoint, device)
     if compiled:
@@ -126,15 +126,15 @@ def _built_per_second(folder: Path, teacher: Teacher, num_records: int) -> float
     assert sets.text is not None
     path = sets.teachers[0]
     with open_shard_set(path) as present:
-        record = present.manifest.record
+        identity = present.manifest.identity
     shutil.rmtree(path)
-    assert record.noise is not None
+    assert identity.noise is not None
     with quiet(), open_shard_set(sets.latents) as latents, open_shard_set(sets.text) as text:
-        content = PredictionsContent(teacher, latents, text, record.noise, BUILD_BATCH)
+        content = PredictionsContent(teacher, latents, text, identity.noise, BUILD_BATCH)
         built = build_set(
             path,
-            record,
-            planned_after(latents, record.id),
+            identity,
+            planned_after(latents, identity.id),
             lambda: content,
             lambda _, found, indices: Manifest.build(found, 0, indices),
             World(),
@@ -142,7 +142,7 @@ def _built_per_second(folder: Path, teacher: Teacher, num_records: int) -> float
     return built.summary.records_per_second
 
 
-def _training(checkpoint: Checkpoint, device: torch.device, seconds: float) -> Iterator[Row]:
+def _training(checkpoint: ModelFolder, device: torch.device, seconds: float) -> Iterator[Row]:
     config = DistillConfig.model_validate(
         {
             "run": {"name": "gpu"},

@@ -26,7 +26,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import one_thread
 from sdxl_distill.estimate.network_memory import UnetInput, counted_memory, prediction_memory
 from sdxl_distill.estimate.training import batch_of_zeros, step_of, training_memory
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
@@ -41,7 +41,7 @@ WARM_UP: Final = 10
 
 def measure(small: bool) -> Iterator[Row | Curve]:
     """Count building and training, and the loss of many teachers; run long and look at RSS."""
-    sdxl = Checkpoint.resolve(SDXL)
+    sdxl = ModelFolder.resolve(SDXL)
     if not small:
         yield from _building(sdxl)
         yield from _training(sdxl)
@@ -52,7 +52,7 @@ def measure(small: bool) -> Iterator[Row | Curve]:
         yield _builder(folder, 512 if small else 100_000)
 
 
-def _building(sdxl: Checkpoint) -> Iterator[Row]:
+def _building(sdxl: ModelFolder) -> Iterator[Row]:
     memory = prediction_memory(sdxl, torch.bfloat16, BATCH, SQUARE, NUM_TOKENS)
     yield _row(
         "SDXL, building predictions: peak", memory.peak_bytes / 1e9, "GB", BUILD_GB,
@@ -60,7 +60,7 @@ def _building(sdxl: Checkpoint) -> Iterator[Row]:
     )  # fmt: skip
 
 
-def _training(sdxl: Checkpoint) -> Iterator[Row]:
+def _training(sdxl: ModelFolder) -> Iterator[Row]:
     memory = training_memory(_distill(num_teachers=3), sdxl, SQUARE, NUM_TOKENS)
     parts = ("weights", "gradients", "activations", "optimizer")
     against = ", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in parts)
@@ -68,7 +68,7 @@ def _training(sdxl: Checkpoint) -> Iterator[Row]:
     yield _row("SDXL, training: average in main memory", memory.ema / 1e9, "GB", None, "float32")
 
 
-def _loss_of_many_teachers(sdxl: Checkpoint) -> Row:
+def _loss_of_many_teachers(sdxl: ModelFolder) -> Row:
     """What each teacher adds to a step beside its predictions, as a share of a float32 copy."""
     geometry = unet_geometry(sdxl)
 

@@ -1,4 +1,4 @@
-"""The schedule: what it costs to plan an epoch and to look a step up, up to 10⁹ records.
+"""The order: what it costs to plan an epoch and to look a step up, up to 10⁹ records.
 
 The plan of one of 1,024 ranks; the peers' own planners make the plan of the same number of
 records, as far as they get in 20 seconds and 8 GiB.
@@ -23,7 +23,7 @@ from measuring.script import run_alone
 
 from sdxl_distill.core.bucket import SDXL_BUCKETS
 from sdxl_distill.order.shard_table import ShardTable
-from sdxl_distill.order.stream_order import Schedule
+from sdxl_distill.order.stream_order import StreamOrder
 
 RANKS: Final = 1024
 RECORDS_PER_RANK: Final = 32
@@ -46,7 +46,7 @@ allocations here, and the growth of the process's peak for the peers: a coarser 
 
 
 def measure(small: bool) -> Iterator[Row | Curve]:
-    """Plan 10⁴ … 10⁹ records with the schedule and with the peers' planners."""
+    """Plan 10⁴ … 10⁹ records with the order and with the peers' planners."""
     exponents = range(4, 6 if small else 10)
     times: dict[str, list[tuple[float, float]]] = {_OURS: []}
     memories: dict[str, list[tuple[float, float]]] = {_OURS: []}
@@ -88,11 +88,11 @@ def _rows(num_records: int, records_per_shard: int, num_rounds: int) -> Iterator
         better="lower",
         target=PLAN_BYTES / 2**20 if is_target else None,
     )
-    schedule = _schedule(num_records, records_per_shard)
+    order = _schedule(num_records, records_per_shard)
     found = alternate(
         {
-            "at once": _step_seconds(schedule, STEPS_AT_ONCE),
-            "alone": _step_seconds(schedule, 1),
+            "at once": _step_seconds(order, STEPS_AT_ONCE),
+            "alone": _step_seconds(order, 1),
         },
         num_rounds,
     )
@@ -146,23 +146,23 @@ def _planners(
                 yield Row(metric, value, unit, None, "lower", "its own planner", None, conditions)
 
 
-def _schedule(num_records: int, records_per_shard: int) -> Schedule:
+def _schedule(num_records: int, records_per_shard: int) -> StreamOrder:
     buckets = tuple(sorted(SDXL_BUCKETS))
     num_shards = max(len(buckets), num_records // records_per_shard)
     bucket = np.arange(num_shards) % len(buckets)
     number = np.arange(num_shards) // len(buckets)
     count = np.full(num_shards, num_records // num_shards)
     table = ShardTable(bucket, number, np.zeros_like(count), count, buckets)
-    return Schedule(table, seed=42, global_batch=RANKS * RECORDS_PER_RANK, lanes=RANKS)
+    return StreamOrder(table, seed=42, global_batch=RANKS * RECORDS_PER_RANK, lanes=RANKS)
 
 
 def _plan_cost(num_records: int, records_per_shard: int) -> tuple[float, float]:
     """Return seconds, and the peak of traced bytes, from the table's columns to the first steps."""
 
     def plan() -> None:
-        schedule = _schedule(num_records, records_per_shard)
-        stop = min(schedule.steps(0), STEPS_AT_ONCE)
-        list(schedule.batches(0, 0, stop, rank=0, world=RANKS))
+        order = _schedule(num_records, records_per_shard)
+        stop = min(order.steps(0), STEPS_AT_ONCE)
+        list(order.batches(0, 0, stop, rank=0, world=RANKS))
 
     start = time.perf_counter()
     plan()
@@ -174,18 +174,18 @@ def _plan_cost(num_records: int, records_per_shard: int) -> tuple[float, float]:
     return seconds, peak_bytes
 
 
-def _step_seconds(schedule: Schedule, num_at_once: int) -> Callable[[], float]:
+def _step_seconds(order: StreamOrder, num_at_once: int) -> Callable[[], float]:
     """Return a contender that looks steps up in the middle of an epoch."""
-    first = schedule.steps(0) // 2
+    first = order.steps(0) // 2
     num_calls = 512 // num_at_once
 
     def run() -> float:
         num_steps = 0
         start = time.perf_counter()
         for call in range(num_calls):
-            step = min(first + call * num_at_once, max(0, schedule.steps(0) - num_at_once))
-            stop = min(step + num_at_once, schedule.steps(0))
-            num_steps += len(list(schedule.batches(0, step, stop, rank=0, world=RANKS)))
+            step = min(first + call * num_at_once, max(0, order.steps(0) - num_at_once))
+            stop = min(step + num_at_once, order.steps(0))
+            num_steps += len(list(order.batches(0, step, stop, rank=0, world=RANKS)))
         return (time.perf_counter() - start) / max(1, num_steps)
 
     return run

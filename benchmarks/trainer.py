@@ -27,7 +27,7 @@ from measuring.tiny_job import TinyJob, quiet
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import one_thread
 from sdxl_distill.estimate.network_memory import UnetInput
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import predict, unet_geometry
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.train.ema import Ema
@@ -174,7 +174,7 @@ class _Clock:
 def _trainer(config: DistillConfig) -> Iterator[Trainer]:
     accelerator = make_accelerator(config)
     with open_teachers(config) as teachers, open_stream(config, teachers, accelerator) as stream:
-        checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+        checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
         yield Trainer(
             config,
             load_student(config, checkpoint, accelerator.device),
@@ -190,7 +190,7 @@ class _BareLoop:
 
     def __init__(self, job: TinyJob, batch_size: int, num_steps: int) -> None:
         config = job.distill(NUM_TEACHERS)
-        checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+        checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
         self._student = load_student(config, checkpoint, CPU)
         self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-4)
         size = (job.side_px, job.side_px)

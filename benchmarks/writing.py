@@ -102,9 +102,9 @@ class _Shard:
         ids = sorted(image_id(str(row).encode()) for row in range(num_records))
         with self._directory.stage() as staged:
             writer = ShardWriter(staged.file, name, self._header)
-            for row, identity in enumerate(ids):
+            for row, record_id in enumerate(ids):
                 record = self._header.encode(self._records[row % DISTINCT_RECORDS])
-                writer.write(name.key(identity), record, noise_digest=digest)
+                writer.write(name.key(record_id), record, noise_digest=digest)
             index = writer.close()
             self._directory.publish(staged, name.tar)
         self._directory.publish_bytes(name.idx, index.to_bytes())

@@ -55,7 +55,7 @@ MAX_SEGMENT_TEXT_BYTES: Final = 1 << 30
 """Of the captions and names in one segment: half of what columns with offsets of 32 bits hold."""
 MANIFEST_BYTES_PER_SHARD: Final = 377
 """What a shard takes in a manifest at most: four digests, two ids, six numbers."""
-MAX_SET_RECORD_BYTES: Final = 1 << 20
+MAX_SET_IDENTITY_BYTES: Final = 1 << 20
 """Of `set.json`: a list of every bucket that a configuration can name fits in."""
 MAX_MANIFEST_BYTES: Final = 512 << 20
 """Of `manifest.json`: 10⁶ shards take 377 MB, which leaves room for three million keys of images

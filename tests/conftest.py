@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from support.distill_cache import DistillCache
+    from support.verified_sets import VerifiedSets
     from support.workshop import Workshop
 
     from sdxl_distill.demo.family import Family
@@ -119,6 +120,14 @@ def photo_workshop(tmp_path_factory: pytest.TempPathFactory, tiny_family: Family
     workshop = Workshop(root, tiny_family)
     workshop.build_latents()
     return workshop
+
+
+@pytest.fixture
+def valid_sets(tmp_path: Path) -> VerifiedSets:
+    """A cache folder in which a test builds sets that are valid in every value."""
+    from support.verified_sets import VerifiedSets
+
+    return VerifiedSets(tmp_path, {(64, 64, 0): 4, (64, 64, 1): 2, (64, 128, 0): 2})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.shards.record import latents_schema
-from sdxl_distill.shards.set_record import SetRecord, SetReference
+from sdxl_distill.shards.set_identity import SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import is_bucket_side
 
 
@@ -43,14 +43,14 @@ def test_the_largest_configuration_is_kept_and_fits_into_a_set_record(tmp_path: 
     config = _load(tmp_path, {"bucket": {"resolutions": resolutions}}, {"version": version})
     assert len(resolved_json(config)) < limits.MAX_CONFIG_BYTES
     place = SetReference("0" * 64, "../../../" + "/".join(["\x7f" * 255] * 13))
-    record = SetRecord(
+    identity = SetIdentity(
         kind="text",
         id="t" * 100,
         schema=latents_schema(),
         content={"buckets": sorted(list(bucket) for bucket in config.buckets), "version": version},
         latents=place,
     )
-    assert len(record.to_bytes()) < 0.5 * limits.MAX_SET_RECORD_BYTES
+    assert len(identity.to_bytes()) < 0.5 * limits.MAX_SET_IDENTITY_BYTES
 
 
 @pytest.mark.parametrize(

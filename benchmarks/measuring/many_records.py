@@ -20,16 +20,16 @@ from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.set_builder import EncodedRecord, ShardContent, build_set
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.runtime.world import World
-from sdxl_distill.sets.alignment import planned_after
-from sdxl_distill.sets.latents_set import latents_record
+from sdxl_distill.sets.derived_shards import planned_after
+from sdxl_distill.sets.latents_set import latents_identity
 from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher, TeacherInput
-from sdxl_distill.sets.predictions_set import open_latents, predictions_record
-from sdxl_distill.sets.text_set import text_record
+from sdxl_distill.sets.predictions_set import open_latents, predictions_identity
+from sdxl_distill.sets.text_set import text_identity
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, RecordHeader, encode_record
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
@@ -63,10 +63,12 @@ class ManyRecords:
                 text_path = self._build_text(latents, output_dir)
                 path = output_dir / config.teacher.teacher_id
                 with open_shard_set(text_path) as text:
-                    record = predictions_record(config, latents, text.manifest.record, output_dir)
-                    content = _predictions_content(record, latents, text, on_shard)
-                    shards = planned_after(latents, record.id)
-                    self._build(path, record, shards, content)
+                    identity = predictions_identity(
+                        config, latents, text.manifest.identity, output_dir
+                    )
+                    content = _predictions_content(identity, latents, text, on_shard)
+                    shards = planned_after(latents, identity.id)
+                    self._build(path, identity, shards, content)
         return path
 
     def _build_latents(self) -> None:
@@ -80,39 +82,39 @@ class ManyRecords:
         ]
 
         def keys(shard: PlannedShard) -> list[str]:
-            return [shard.name.key(identity) for identity in cut[shard.name.number]]
+            return [shard.name.key(record_id) for record_id in cut[shard.name.number]]
 
         path = Path(config.data.latent_cache.cache_dir)
         content = _Zeros(keys, sidecar=b'{"captions":[""]}')
-        self._build(path, latents_record(config), shards, content)
+        self._build(path, latents_identity(config), shards, content)
 
     def _build_text(self, latents: ShardSet, output_dir: Path) -> Path:
-        record = text_record(self.job.builder(), latents, output_dir)
+        identity = text_identity(self.job.builder(), latents, output_dir)
 
         def keys(shard: PlannedShard) -> list[str]:
             name = shard.name
             return latents.index(ShardName("latents", name.width, name.height, name.number)).keys()
 
-        path = output_dir / record.id
-        empty = encode_record(_zeros(record), {FINGERPRINT: record.fingerprint})
+        path = output_dir / identity.id
+        empty = encode_record(_zeros(identity), {FINGERPRINT: identity.fingerprint})
         with Directory(path, create=True) as directory:
             directory.publish_bytes(EMPTY_RECORD_NAME, empty)
         digest = hashlib.sha256(empty).hexdigest()
-        self._build(path, record, planned_after(latents, record.id), _Zeros(keys), digest)
+        self._build(path, identity, planned_after(latents, identity.id), _Zeros(keys), digest)
         return path
 
     def _build(
         self,
         path: Path,
-        record: SetRecord,
+        identity: SetIdentity,
         shards: list[PlannedShard],
         content: ShardContent[Any, Any],
         empty_sha256: str | None = None,
     ) -> None:
-        def describe(_: Directory, found: SetRecord, indices: Iterable[ShardIndex]) -> Manifest:
+        def describe(_: Directory, found: SetIdentity, indices: Iterable[ShardIndex]) -> Manifest:
             return Manifest.build(found, 0, indices, empty_sha256=empty_sha256)
 
-        build_set(path, record, shards, lambda: content, describe, World())
+        build_set(path, identity, shards, lambda: content, describe, World())
 
 
 class _Zeros:
@@ -162,21 +164,21 @@ class _FreeUnet(nn.Module):
 
 
 def _predictions_content(
-    record: SetRecord, latents: ShardSet, text: ShardSet, on_shard: Callable[[], object]
+    identity: SetIdentity, latents: ShardSet, text: ShardSet, on_shard: Callable[[], object]
 ) -> PredictionsContent:
-    assert record.noise_schedule is not None and record.noise is not None
+    assert identity.noise_schedule is not None and identity.noise is not None
 
     class Watched(PredictionsContent):
         def read(self, shard: PlannedShard) -> Iterator[TeacherInput]:
             on_shard()
             return super().read(shard)
 
-    teacher = Teacher(_FreeUnet(), record.noise_schedule, torch.device("cpu"), torch.float16)
-    return Watched(teacher, latents, text, record.noise, _BATCH)
+    teacher = Teacher(_FreeUnet(), identity.noise_schedule, torch.device("cpu"), torch.float16)
+    return Watched(teacher, latents, text, identity.noise, _BATCH)
 
 
-def _zeros(record: SetRecord) -> dict[str, torch.Tensor]:
-    resolved = record.schema.resolve(64, 64)
+def _zeros(identity: SetIdentity) -> dict[str, torch.Tensor]:
+    resolved = identity.schema.resolve(64, 64)
     return {
         name: torch.zeros(shape, dtype=TORCH_DTYPES[dtype])
         for name, (dtype, shape) in resolved.items()

@@ -30,7 +30,12 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, NoiseRecipe, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import (
+    SET_IDENTITY_NAME,
+    NoiseRecipe,
+    SetIdentity,
+    SetReference,
+)
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.shards.writer import ShardWriter
@@ -97,7 +102,7 @@ def write_sets(
         hidden_size: of the text embeddings.
     """
     latents = _SetInProgress.create(
-        SetRecord("latents", "latents", latents_schema(CHANNELS), {"vae": _VAE}), root, None
+        SetIdentity("latents", "latents", latents_schema(CHANNELS), {"vae": _VAE}), root, None
     )
     followers = list(_followers(root, latents, num_teachers, layout, hidden_size))
     ids = sorted(image_id(str(number).encode()) for number in range(num_records))
@@ -106,7 +111,7 @@ def write_sets(
         cuts = range(0, len(own := ids[number::num_buckets]), records_per_shard)
         for shard, start in enumerate(cuts):
             shard_ids = own[start : start + records_per_shard]
-            records = [_image_tensors(identity, bucket, hidden_size) for identity in shard_ids]
+            records = [_image_tensors(record_id, bucket, hidden_size) for record_id in shard_ids]
             latents.write_shard(shard, bucket, shard_ids, records, None)
             for teacher in followers:
                 source = latents.indices[-1].tar_sha256
@@ -144,13 +149,13 @@ def _followers(
     if layout == "compact":
         schema = text_schema(NUM_TOKENS, hidden_size, POOLED_SIZE)
         text = _SetInProgress.create(
-            SetRecord("text", f"text-{_TEXT_ENCODERS[:12]}", schema, content), root, latents
+            SetIdentity("text", f"text-{_TEXT_ENCODERS[:12]}", schema, content), root, latents
         )
         yield text
     sizes = (CHANNELS, NUM_TOKENS, hidden_size, POOLED_SIZE)
     for number in range(num_teachers):
         set_id = f"teacher_{number}"
-        record = SetRecord(
+        identity = SetIdentity(
             kind="predictions",
             id=set_id,
             schema=predictions_schema(layout, "F16", *sizes),
@@ -160,23 +165,23 @@ def _followers(
             noise_schedule=NoiseSchedule(),
             text=None if text is None else text.reference(root / set_id),
         )
-        yield _SetInProgress.create(record, root, latents)
+        yield _SetInProgress.create(identity, root, latents)
 
 
-def _image_tensors(identity: str, bucket: Bucket, hidden_size: int) -> Tensors:
+def _image_tensors(record_id: str, bucket: Bucket, hidden_size: int) -> Tensors:
     """Return what all sets share of an image, and the latents."""
-    seed = noise_seed(identity, BASE_SEED)
+    seed = noise_seed(record_id, BASE_SEED)
     width, height = bucket
     image = (CHANNELS, height // 8, width // 8)
     return {
-        "latents": _random(f"latents {identity}", image),
+        "latents": _random(f"latents {record_id}", image),
         "time_ids": np.array([height, width, 0, 0, height, width], np.int32),
         "noise": noise(seed, width, height),
         "seed": np.array([seed]),
-        "timestep": np.array([timestep(identity, BASE_SEED, 0, 0, MAX_TIMESTEP)]),
+        "timestep": np.array([timestep(record_id, BASE_SEED, 0, 0, MAX_TIMESTEP)]),
         "resolution": np.array([width, height], np.int32),
-        "encoder_hidden_states": _random(f"text {identity}", (NUM_TOKENS, hidden_size)),
-        "pooled_embeds": _random(f"pooled {identity}", (POOLED_SIZE,)),
+        "encoder_hidden_states": _random(f"text {record_id}", (NUM_TOKENS, hidden_size)),
+        "pooled_embeds": _random(f"pooled {record_id}", (POOLED_SIZE,)),
     }
 
 
@@ -188,23 +193,23 @@ def _random(label: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclass
 class _SetInProgress:
-    record: SetRecord
+    identity: SetIdentity
     folder: Directory
     indices: list[ShardIndex]
 
     @classmethod
     def create(
-        cls, record: SetRecord, root: Path, latents: _SetInProgress | None
+        cls, identity: SetIdentity, root: Path, latents: _SetInProgress | None
     ) -> _SetInProgress:
-        path = root / record.id
+        path = root / identity.id
         if latents is not None:
-            record = replace(record, latents=latents.reference(path))
+            identity = replace(identity, latents=latents.reference(path))
         folder = Directory(path, create=True)
-        folder.publish_bytes(SET_RECORD_NAME, record.to_bytes())
-        return cls(record, folder, [])
+        folder.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes())
+        return cls(identity, folder, [])
 
     def reference(self, directory: Path) -> SetReference:
-        return SetReference.between(self.record.fingerprint, directory, self.folder.path)
+        return SetReference.between(self.identity.fingerprint, directory, self.folder.path)
 
     def write_shard(
         self,
@@ -214,9 +219,9 @@ class _SetInProgress:
         records: list[Tensors],
         source: str | None,
     ) -> None:
-        record = self.record
-        name = ShardName(record.id, *bucket, number)
-        header = RecordHeader.build(record.schema, *bucket, record.fingerprint, source)
+        identity = self.identity
+        name = ShardName(identity.id, *bucket, number)
+        header = RecordHeader.build(identity.schema, *bucket, identity.fingerprint, source)
         with self.folder.stage() as staged:
             index = self._write_tar(staged, name, header, ids, records)
             self.folder.publish(staged, name.tar)
@@ -232,26 +237,28 @@ class _SetInProgress:
         records: list[Tensors],
     ) -> ShardIndex:
         writer = ShardWriter(staged.file, name, header)
-        sidecar = SIDECAR if self.record.kind == "latents" else None
-        for identity, shared in zip(ids, records, strict=True):
+        sidecar = SIDECAR if self.identity.kind == "latents" else None
+        for record_id, shared in zip(ids, records, strict=True):
             digest = tensor_digest(shared["noise"]) if header.recreates_noise else None
-            content = header.encode(self._own_tensors(identity, shared))
-            writer.write(name.key(identity), content, sidecar, digest)
+            content = header.encode(self._own_tensors(record_id, shared))
+            writer.write(name.key(record_id), content, sidecar, digest)
         return writer.close()
 
-    def _own_tensors(self, identity: str, shared: Tensors) -> Tensors:
-        own = {spec.name: shared.get(spec.name) for spec in self.record.schema.tensors}
+    def _own_tensors(self, record_id: str, shared: Tensors) -> Tensors:
+        own = {spec.name: shared.get(spec.name) for spec in self.identity.schema.tensors}
         if "teacher_pred" in own:
-            own["teacher_pred"] = _random(f"{self.record.id} {identity}", shared["latents"].shape)
+            own["teacher_pred"] = _random(
+                f"{self.identity.id} {record_id}", shared["latents"].shape
+            )
         return {name: tensor for name, tensor in own.items() if tensor is not None}
 
     def finish(self) -> None:
         empty = None
-        if self.record.kind == "text":
-            empty = _empty_record(self.record.schema, self.record.fingerprint)
+        if self.identity.kind == "text":
+            empty = _empty_record(self.identity.schema, self.identity.fingerprint)
             self.folder.publish_bytes(EMPTY_RECORD_NAME, empty)
         digest = None if empty is None else hashlib.sha256(empty).hexdigest()
-        manifest = Manifest.build(self.record, 0, self.indices, empty_sha256=digest)
+        manifest = Manifest.build(self.identity, 0, self.indices, empty_sha256=digest)
         self.folder.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
         self.folder.close()
 

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.limits import MAX_SET_RECORD_BYTES
+from sdxl_distill.limits import MAX_SET_IDENTITY_BYTES
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.storage.fsio import Directory, StagedFile
@@ -26,7 +26,7 @@ from sdxl_distill.storage.regular_file import LostDirectoryError, storage_errors
 REPAIR = "run the builder once with --repair: it keeps the good shards and rebuilds this one"
 
 
-def publish_set_record(directory: Directory, record: SetRecord) -> SetRecord:
+def publish_set_identity(directory: Directory, identity: SetIdentity) -> SetIdentity:
     """Write `set.json`, or check that the one there describes the same set; return that one.
 
     Call it before the first claim and before any model is loaded: a folder that belongs to
@@ -38,28 +38,28 @@ def publish_set_record(directory: Directory, record: SetRecord) -> SetRecord:
         CorruptError: when the one there is damaged.
         StorageError: when the folder cannot be written.
     """
-    where = str(directory.path / SET_RECORD_NAME)
-    found = until_not_swept(directory, lambda: _set_record_there(directory, record, where))
-    record.require_same(found, where)
+    where = str(directory.path / SET_IDENTITY_NAME)
+    found = until_not_swept(directory, lambda: _existing_identity(directory, identity, where))
+    identity.require_same(found, where)
     return found
 
 
-def _set_record_there(directory: Directory, record: SetRecord, where: str) -> SetRecord:
-    if directory.publish_bytes(SET_RECORD_NAME, record.to_bytes()):
-        return record
+def _existing_identity(directory: Directory, identity: SetIdentity, where: str) -> SetIdentity:
+    if directory.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes()):
+        return identity
     try:
         with naming_repair(where):
-            content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
-            return SetRecord.from_bytes(content, where)
+            content = directory.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
+            return SetIdentity.from_bytes(content, where)
     except FileNotFoundError as error:
         raise LostDirectoryError("a file that was there a moment ago is gone") from error
 
 
-def shard_header(record: SetRecord, shard: PlannedShard) -> RecordHeader:
+def shard_header(identity: SetIdentity, shard: PlannedShard) -> RecordHeader:
     """Return the header that every record of a shard must have, byte for byte."""
     name = shard.name
     return RecordHeader.build(
-        record.schema, name.width, name.height, record.fingerprint, shard.source_sha256
+        identity.schema, name.width, name.height, identity.fingerprint, shard.source_sha256
     )
 
 

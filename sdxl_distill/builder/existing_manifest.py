@@ -20,7 +20,7 @@ from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.shards.index_layout import index_bytes
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import Directory
 from sdxl_distill.storage.regular_file import storage_errors
@@ -28,10 +28,10 @@ from sdxl_distill.storage.regular_file import storage_errors
 _NUM_THREADS: Final = 8
 _ENTRIES_AT_ONCE: Final = 512
 
-_Identity = tuple[int, int, int, int]
+_Status = tuple[int, int, int, int]
 
 
-class ManifestThere:
+class ExistingManifest:
     """The manifest in a folder, read again only when it has changed.
 
     Args:
@@ -40,7 +40,7 @@ class ManifestThere:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
-        self._identity: _Identity | None = None
+        self._status: _Status | None = None
         self._manifest: Manifest | None = None
 
     def read(self) -> Manifest | None:
@@ -53,18 +53,18 @@ class ManifestThere:
             StorageError: when it cannot be read.
         """
         where = str(self._directory.path / MANIFEST_NAME)
-        identity = self._look(where)
-        if identity is not None and identity == self._identity:
+        status = self._look(where)
+        if status is not None and status == self._status:
             return self._manifest
-        self._identity = self._manifest = None
+        self._status = self._manifest = None
         with suppress(FileNotFoundError), naming_repair(where):
             content = self._directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
             self._manifest = parse_manifest(self._directory, content)
             # Taken before the content was: a newer file is read once more, never an older one.
-            self._identity = identity
+            self._status = status
         return self._manifest
 
-    def _look(self, where: str) -> _Identity | None:
+    def _look(self, where: str) -> _Status | None:
         """Return what no two contents of the name share: it is never written in place."""
         with storage_errors(where), suppress(FileNotFoundError):
             found = os.stat(MANIFEST_NAME, dir_fd=self._directory.descriptor)
@@ -90,18 +90,18 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
             `--repair`.
         StorageError: when the operating system refuses, or the set was withdrawn meanwhile.
     """
-    record, names = manifest.record, directory.names()
+    identity, names = manifest.identity, directory.names()
     wrong: list[tuple[str, str]] = []
-    if record.kind == "text" and EMPTY_RECORD_NAME not in names:
+    if identity.kind == "text" and EMPTY_RECORD_NAME not in names:
         wrong.append((EMPTY_RECORD_NAME, "is missing"))
-    committed = [each for each in manifest.shards if each.name(record.id).idx in names]
+    committed = [each for each in manifest.shards if each.name(identity.id).idx in names]
     pieces = [
         committed[start : start + _ENTRIES_AT_ONCE]
         for start in range(0, len(committed), _ENTRIES_AT_ONCE)
     ]
 
     def look(entries: Sequence[ShardEntry]) -> list[tuple[str, str]]:
-        return list(_wrong_files(directory, record, entries))
+        return list(_wrong_files(directory, identity, entries))
 
     for found in ordered_map(look, pieces, _NUM_THREADS, "look"):
         wrong += found
@@ -118,14 +118,14 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
 
 
 def _wrong_files(
-    directory: Directory, record: SetRecord, entries: Sequence[ShardEntry]
+    directory: Directory, identity: SetIdentity, entries: Sequence[ShardEntry]
 ) -> Iterator[tuple[str, str]]:
     headers: dict[tuple[int, int], RecordHeader] = {}  # of one size, whatever the source
     for entry in entries:
-        name, bucket = entry.name(record.id), entry[:2]
+        name, bucket = entry.name(identity.id), entry[:2]
         if bucket not in headers:
             headers[bucket] = RecordHeader.build(
-                record.schema, *bucket, record.fingerprint, entry.source_sha256
+                identity.schema, *bucket, identity.fingerprint, entry.source_sha256
             )
         header = headers[bucket]
         expected = index_bytes(

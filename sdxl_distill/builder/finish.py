@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from sdxl_distill.builder.commit import REPAIR, naming_repair, shard_header
-from sdxl_distill.builder.existing_manifest import ManifestThere, parse_manifest
+from sdxl_distill.builder.existing_manifest import ExistingManifest, parse_manifest
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.withdrawal import discard_withdrawn
@@ -24,14 +24,14 @@ from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
 
 FINISH = "finish"
 _NUM_THREADS = 8
 
-Describe = Callable[[Directory, SetRecord, Iterable[ShardIndex]], Manifest]
+Describe = Callable[[Directory, SetIdentity, Iterable[ShardIndex]], Manifest]
 """Makes the manifest from the folder, the set record there and all indices in order."""
 
 Sources = dict[ShardName, str | None]
@@ -40,9 +40,9 @@ Sources = dict[ShardName, str | None]
 
 def finish_set(
     directory: Directory,
-    there: ManifestThere,
+    existing: ExistingManifest,
     queue: WorkQueue,
-    record: SetRecord,
+    identity: SetIdentity,
     shards: Sequence[PlannedShard],
     catalog: int,
     describe: Describe,
@@ -54,9 +54,9 @@ def finish_set(
 
     Args:
         directory: of the set.
-        there: the manifest in it.
+        existing: the manifest in it.
         queue: the claims on it.
-        record: the set record that is there.
+        identity: the set record that is there.
         shards: all shards of catalog `catalog`.
         catalog: its number; a manifest of a greater one is left alone.
         describe: makes the manifest.
@@ -70,9 +70,9 @@ def finish_set(
     planned = {shard.name: shard.source_sha256 for shard in shards}
     judged: Manifest | None = None
     while True:
-        found = there.read()
+        found = existing.read()
         # One that was judged already is not compared again each second: it may list 10⁵ shards.
-        if found is not judged and found is not None and _holds(found, record, catalog, planned):
+        if found is not judged and found is not None and _holds(found, identity, catalog, planned):
             break
         judged = found
         stop.check(str(directory.path))
@@ -81,10 +81,10 @@ def finish_set(
         if claim is None:
             time.sleep(queue.timing.poll_seconds)
             continue
-        manifest = describe(directory, record, _indices(directory, queue, record, shards))
+        manifest = describe(directory, identity, _indices(directory, queue, identity, shards))
         until_not_swept(directory, partial(_put, directory, manifest))
         queue.release(claim, committed=False)
-    discard_withdrawn(directory.path, record.id)
+    discard_withdrawn(directory.path, identity.id)
     queue.sweep()
     return found
 
@@ -106,15 +106,15 @@ def _put(directory: Directory, manifest: Manifest) -> None:
 def _is_later(manifest: Manifest, other: Manifest) -> bool:
     """Whether a manifest holds all of another one and was made for more images or draws."""
     sizes = [(each.catalog, len(each.shards)) for each in (manifest, other)]
-    return sizes[0] > sizes[1] and _holds(manifest, other.record, other.catalog, _sources(other))
+    return sizes[0] > sizes[1] and _holds(manifest, other.identity, other.catalog, _sources(other))
 
 
-def _holds(manifest: Manifest, record: SetRecord, catalog: int, planned: Sources) -> bool:
+def _holds(manifest: Manifest, identity: SetIdentity, catalog: int, planned: Sources) -> bool:
     """Whether a manifest describes at least the planned shards, made from the same sources.
 
     A later catalog may have been finished with fewer draws: then its first draw counts.
     """
-    if manifest.record != record or manifest.catalog < catalog:
+    if manifest.identity != identity or manifest.catalog < catalog:
         return False
     if manifest.catalog > catalog:
         planned = {name: source for name, source in planned.items() if name.draw == 0}
@@ -127,21 +127,21 @@ def _sources(manifest: Manifest) -> Sources:
 
 
 def _indices(
-    directory: Directory, queue: WorkQueue, record: SetRecord, shards: Sequence[PlannedShard]
+    directory: Directory, queue: WorkQueue, identity: SetIdentity, shards: Sequence[PlannedShard]
 ) -> Iterator[ShardIndex]:
     """Yield the index of each shard; threads read ahead, since most of it is waiting for a disk."""
-    for index in ordered_map(partial(_index, directory, record), shards, _NUM_THREADS, "finish"):
+    for index in ordered_map(partial(_index, directory, identity), shards, _NUM_THREADS, "finish"):
         yield index
         queue.heartbeat.show_progress()
 
 
-def _index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
+def _index(directory: Directory, identity: SetIdentity, shard: PlannedShard) -> ShardIndex:
     with naming_repair(str(directory.path / shard.name.idx)):
-        return _checked_index(directory, record, shard)
+        return _checked_index(directory, identity, shard)
 
 
-def _checked_index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
-    name, expected = shard.name, shard_header(record, shard)
+def _checked_index(directory: Directory, identity: SetIdentity, shard: PlannedShard) -> ShardIndex:
+    name, expected = shard.name, shard_header(identity, shard)
     try:
         index = ShardIndex.from_bytes(directory.read(name.idx, MAX_INDEX_BYTES), name)
         descriptor = directory.open(name.tar)
@@ -152,7 +152,7 @@ def _checked_index(directory: Directory, record: SetRecord, shard: PlannedShard)
     if index.header.source_sha256 != expected.source_sha256:
         raise IncompatibleError(
             "the shard was planned for other images than those of the catalog today"
-            if record.kind == "latents"
+            if identity.kind == "latents"
             else "the shard was made from another latents shard than the one there today",
             where=str(directory.path / name.idx),
             action=REPAIR,
@@ -160,6 +160,6 @@ def _checked_index(directory: Directory, record: SetRecord, shard: PlannedShard)
     if index.header.content != expected.content or num_bytes != index.tar_bytes:
         raise CorruptError(
             f"an index of another set, or of a tar of {index.tar_bytes} bytes",
-            expected=f"an index of set {record.id} and its tar of {num_bytes} bytes",
+            expected=f"an index of set {identity.id} and its tar of {num_bytes} bytes",
         )
     return index

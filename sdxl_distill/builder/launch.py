@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 
@@ -20,8 +20,14 @@ from sdxl_distill import errors
 from sdxl_distill.errors import ConfigError, DistillError, StorageError
 from sdxl_distill.runtime.world import World
 
+T = TypeVar("T")
+
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _ARRAY_TASKS = ("SLURM_ARRAY_TASK_ID", "PBS_ARRAY_INDEX", "SGE_TASK_ID", "LSB_JOBINDEX")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 class Launch:
@@ -60,12 +66,21 @@ class Launch:
         without_launcher = "RANK" not in self._environment
         return without_launcher and self._environment.get("SLURM_NTASKS", "1") != "1"
 
-    def decide(self, name: str, decision: Callable[[], Any]) -> Any:
+    def decide(
+        self,
+        name: str,
+        decision: Callable[[], T],
+        *,
+        encode: Callable[[T], Any] = _as_it_is,
+        decode: Callable[[Any], T] = _as_it_is,
+    ) -> T:
         """Return what rank 0 decided; only rank 0 calls `decision`, the others wait for it.
 
         Args:
             name: of the decision; each is taken once per launch.
-            decision: returns a JSON value.
+            decision: takes it, on rank 0.
+            encode: turns it into a JSON value, which the other ranks are told.
+            decode: turns that value into the decision again, on the other ranks.
 
         Raises:
             DistillError: on every rank, when rank 0's decision raised it.
@@ -75,9 +90,9 @@ class Launch:
             return decision()
         key = f"sdxl_distill/{name}"
         if not self.world.is_main:
-            return self._await(key)
+            return decode(self._await(key))
         try:
-            value = decision()
+            decided = decision()
         except DistillError as error:
             parts = [error.found, error.expected, error.where, error.action]
             branch = next(
@@ -85,8 +100,8 @@ class Launch:
             )
             self._tell(key, {"error": branch.__name__, "parts": parts})
             raise
-        self._tell(key, {"value": value})
-        return value
+        self._tell(key, {"value": encode(decided)})
+        return decided
 
     @cached_property
     def _store(self) -> torch.distributed.Store:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from sdxl_distill.builder.commit import adopt_shard, publish_set_record, shard_header
+from sdxl_distill.builder.commit import adopt_shard, publish_set_identity, shard_header
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.withdrawal import (
     folders_to_repair_from,
@@ -36,11 +36,11 @@ from sdxl_distill.limits import (
     MAX_INDEX_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_RECORD_BYTES,
-    MAX_SET_RECORD_BYTES,
+    MAX_SET_IDENTITY_BYTES,
 )
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.shards.tar_index import index_of_tar
@@ -76,7 +76,7 @@ class RepairSummary:
 
 def repair_set(
     path: Path,
-    record: SetRecord,
+    identity: SetIdentity,
     shards: Sequence[PlannedShard],
     accepts: Accepts,
     *,
@@ -88,7 +88,7 @@ def repair_set(
 
     Args:
         path: folder of the set; need not exist.
-        record: what the set is to be; a damaged `set.json` is replaced by it.
+        identity: what the set is to be; a damaged `set.json` is replaced by it.
         shards: all shards of the set.
         accepts: whether a tar holds the keys of its shard.
         exclusive: `cache.exclusive`.
@@ -103,16 +103,16 @@ def repair_set(
     for left in path.parent.glob(f"{glob.escape(_beside(path))}*"):  # by a repair that was killed
         shutil.rmtree(left, ignore_errors=True)
     with suppress(FileNotFoundError, CorruptError):
-        where = str(path / SET_RECORD_NAME)
-        content = read_bytes(path / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
-        record.require_same(SetRecord.from_bytes(content, where), where)
+        where = str(path / SET_IDENTITY_NAME)
+        content = read_bytes(path / SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
+        identity.require_same(SetIdentity.from_bytes(content, where), where)
     examinations = [
-        examine(folder, record, shards, accepts) for folder in folders_to_repair_from(path)
+        examine(folder, identity, shards, accepts) for folder in folders_to_repair_from(path)
     ]
     if path.exists():
-        examinations.insert(0, examine(path, record, shards, accepts))
+        examinations.insert(0, examine(path, identity, shards, accepts))
     folders = [each.folder for each in examinations if each.folder != path]
-    bring_back = partial(_bring_back, record, shards, accepts, examinations, exclusive)
+    bring_back = partial(_bring_back, identity, shards, accepts, examinations, exclusive)
     kept: set[PlannedShard] = set()
     if examinations and examinations[0].folder == path and examinations[0].damage:
         require_own_folders(path)
@@ -133,7 +133,7 @@ def repair_set(
     return summary
 
 
-def num_draws_there(path: Path, set_id: str) -> int:
+def num_existing_draws(path: Path, set_id: str) -> int:
     """Return how many draws the files of a set are of: all are to be kept, wanted now or not."""
     path = real_path(path)
     folders = [folder for folder in (path, *folders_to_repair_from(path)) if folder.is_dir()]
@@ -168,7 +168,7 @@ def _beside(path: Path) -> str:
 
 
 def _bring_back(
-    record: SetRecord,
+    identity: SetIdentity,
     shards: Sequence[PlannedShard],
     accepts: Accepts,
     examinations: Sequence[Examination],
@@ -181,7 +181,7 @@ def _bring_back(
         Directory(path, create=True, exclusive=exclusive) as directory,
         WorkQueue(directory),
     ):
-        publish_set_record(directory, record)
+        publish_set_identity(directory, identity)
         for examination in examinations:
             _bring_back_catalog(examination.folder, directory)
             good = [each for each in shards if each.name in examination.good and each not in kept]
@@ -189,7 +189,7 @@ def _bring_back(
                 Directory(examination.folder) as source,
                 ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="repair") as pool,
             ):
-                list(pool.map(partial(_commit, source, directory, record, accepts), good))
+                list(pool.map(partial(_commit, source, directory, identity, accepts), good))
             kept.update(good)
     return kept
 
@@ -197,7 +197,7 @@ def _bring_back(
 def _commit(
     source: Directory,
     directory: Directory,
-    record: SetRecord,
+    identity: SetIdentity,
     accepts: Accepts,
     shard: PlannedShard,
 ) -> None:
@@ -205,14 +205,14 @@ def _commit(
     if not directory.link_from(source, name.tar):
         # A copy, or a tar built again since the repair began: the index of what is there counts.
         directory.copy_from(source, name.tar)
-        adopt_shard(directory, name, shard_header(record, shard), accepts)
+        adopt_shard(directory, name, shard_header(identity, shard), accepts)
         return
     if directory.exists(name.idx):  # as for nearly all shards of a set that stays where it is
         return
     try:
         content = source.read(name.idx, MAX_INDEX_BYTES)
     except FileNotFoundError:
-        content = read_index(source, record, shard).to_bytes()
+        content = read_index(source, identity, shard).to_bytes()
     directory.publish_bytes(name.idx, content)
 
 
@@ -260,7 +260,7 @@ class Examination:
 
 
 def examine(
-    folder: Path, record: SetRecord, shards: Sequence[PlannedShard], accepts: Accepts
+    folder: Path, identity: SetIdentity, shards: Sequence[PlannedShard], accepts: Accepts
 ) -> Examination:
     """Read every shard of a set, strictly and from start to end, and what describes them.
 
@@ -276,7 +276,7 @@ def examine(
 
     def look(shard: PlannedShard) -> str | CorruptError | None:
         try:
-            return _index_digest(directory, record, shard, accepts)
+            return _index_digest(directory, identity, shard, accepts)
         except CorruptError as error:
             return error
 
@@ -286,12 +286,12 @@ def examine(
                 damage.append(f"{shard.name}: {found.found}")
             else:
                 digests[shard.name] = found
-        damage += _damage_beside_shards(directory, record, digests)
+        damage += _damage_beside_shards(directory, identity, digests)
     good = frozenset(name for name, digest in digests.items() if digest)
     return Examination(folder, good, tuple(damage))
 
 
-def read_index(directory: Directory, record: SetRecord, shard: PlannedShard) -> ShardIndex:
+def read_index(directory: Directory, identity: SetIdentity, shard: PlannedShard) -> ShardIndex:
     """Return the index of the tar that is there, from the tar's bytes.
 
     Raises:
@@ -300,19 +300,19 @@ def read_index(directory: Directory, record: SetRecord, shard: PlannedShard) -> 
     """
     descriptor = directory.open(shard.name.tar)
     try:
-        return index_of_tar(descriptor, shard.name, shard_header(record, shard))
+        return index_of_tar(descriptor, shard.name, shard_header(identity, shard))
     finally:
         os.close(descriptor)
 
 
 def _index_digest(
-    directory: Directory, record: SetRecord, shard: PlannedShard, accepts: Accepts
+    directory: Directory, identity: SetIdentity, shard: PlannedShard, accepts: Accepts
 ) -> str | None:
     """Return the digest of a good shard's index; None when nothing of the shard is there."""
     name = shard.name
     has_index = directory.exists(name.idx)  # before the tar, which is always there first
     try:
-        index = read_index(directory, record, shard)
+        index = read_index(directory, identity, shard)
     except FileNotFoundError as error:
         if has_index:
             raise CorruptError("its tar is missing") from error
@@ -326,21 +326,21 @@ def _index_digest(
 
 
 def _damage_beside_shards(
-    directory: Directory, record: SetRecord, digests: Mapping[ShardName, str | None]
+    directory: Directory, identity: SetIdentity, digests: Mapping[ShardName, str | None]
 ) -> Iterator[str]:
     """Name what is wrong with set record, manifest and empty record.
 
     Args:
         directory: of the set.
-        record: that it should have.
+        identity: that it should have.
         digests: of the indices of good shards; None for a shard that is absent.
     """
     try:
         with suppress(FileNotFoundError):
-            where = str(directory.path / SET_RECORD_NAME)
-            SetRecord.from_bytes(directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES), where)
+            where = str(directory.path / SET_IDENTITY_NAME)
+            SetIdentity.from_bytes(directory.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES), where)
     except CorruptError as error:
-        yield f"{SET_RECORD_NAME}: {error.found}"
+        yield f"{SET_IDENTITY_NAME}: {error.found}"
     manifest = None
     try:
         with suppress(FileNotFoundError):
@@ -350,10 +350,10 @@ def _damage_beside_shards(
     except CorruptError as error:
         yield f"{MANIFEST_NAME}: {error.found}"
     for entry in manifest.shards if manifest else ():
-        name = entry.name(record.id)
+        name = entry.name(identity.id)
         if digests.get(name, entry.index_digest) != entry.index_digest:
             yield f"{name}: is missing, or another one than the manifest names"
-    if record.kind == "text" and not _is_empty_record_good(directory, manifest):
+    if identity.kind == "text" and not _is_empty_record_good(directory, manifest):
         yield f"{EMPTY_RECORD_NAME}: is not the one that the manifest names"
 
 

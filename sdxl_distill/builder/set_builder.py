@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from sdxl_distill.builder.commit import adopt_shard, commit_shard, publish_set_record, shard_header
-from sdxl_distill.builder.existing_manifest import ManifestThere, require_files
+from sdxl_distill.builder.commit import (
+    adopt_shard,
+    commit_shard,
+    publish_set_identity,
+    shard_header,
+)
+from sdxl_distill.builder.existing_manifest import ExistingManifest, require_files
 from sdxl_distill.builder.finish import Describe, finish_set
 from sdxl_distill.builder.heartbeat import Timing
 from sdxl_distill.builder.launch import require_one_worker
@@ -28,7 +33,7 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
 from sdxl_distill.storage.path_text import real_path
@@ -44,7 +49,7 @@ class BuiltSet(NamedTuple):
 
 def build_set(
     path: Path,
-    record: SetRecord,
+    identity: SetIdentity,
     shards: Sequence[PlannedShard],
     make_content: Callable[[], ShardContent[Batch, Result]],
     describe: Describe,
@@ -60,7 +65,7 @@ def build_set(
 
     Args:
         path: folder of the set; made when it does not exist.
-        record: the identity of the set.
+        identity: the identity of the set.
         shards: all shards of catalog `catalog`, the same list for every worker.
         make_content: loads what builds them; called after the set record was accepted, and
             only when a shard is missing.
@@ -85,19 +90,19 @@ def build_set(
         WorkQueue(directory, timing) as queue,
         StopRequest().listening() as stop,
     ):
-        record = publish_set_record(directory, record)
+        identity = publish_set_identity(directory, identity)
         if world.is_main:
             queue.sweep_temporaries()
-        there = ManifestThere(directory)
-        found = there.read() if world.is_main else None
-        if found is not None and found.record == record:
+        existing = ExistingManifest(directory)
+        found = existing.read() if world.is_main else None
+        if found is not None and found.identity == identity:
             require_files(directory, found)
         names = directory.names()
         summary = BuildSummary(len(shards), num_present=sum(s.name.idx in names for s in shards))
         if summary.num_present < len(shards):
             content = make_content()
-            summary = build_shards(directory, queue, record, shards, content, world, stop)
-        manifest = finish_set(directory, there, queue, record, shards, catalog, describe, stop)
+            summary = build_shards(directory, queue, identity, shards, content, world, stop)
+        manifest = finish_set(directory, existing, queue, identity, shards, catalog, describe, stop)
     return BuiltSet(manifest, summary)
 
 
@@ -171,7 +176,7 @@ class BuildSummary:
 def build_shards(
     directory: Directory,
     queue: WorkQueue,
-    record: SetRecord,
+    identity: SetIdentity,
     shards: Sequence[PlannedShard],
     content: ShardContent[Batch, Result],
     world: World,
@@ -182,7 +187,7 @@ def build_shards(
     Args:
         directory: of the set, opened before it was looked at.
         queue: the claims on that set.
-        record: of the set; its `set.json` is there.
+        identity: of the set; its `set.json` is there.
         shards: all shards of the set, the same list for every worker.
         content: what is in them.
         world: this worker among those of its launch; rank 0 shows the progress of all.
@@ -197,7 +202,7 @@ def build_shards(
     num_records = {str(shard.name): shard.num_records for shard in shards}
     progress = shown_progress(directory, queue, num_records) if world.is_main else nullcontext()
     with progress:
-        return _ShardWorker(directory, queue, record, shards, content, world, stop).run()
+        return _ShardWorker(directory, queue, identity, shards, content, world, stop).run()
 
 
 class _Claimed(NamedTuple):
@@ -220,7 +225,7 @@ class _ShardWorker(Generic[Batch, Result]):
         self,
         directory: Directory,
         queue: WorkQueue,
-        record: SetRecord,
+        identity: SetIdentity,
         shards: Sequence[PlannedShard],
         content: ShardContent[Batch, Result],
         world: World,
@@ -228,7 +233,7 @@ class _ShardWorker(Generic[Batch, Result]):
     ) -> None:
         self._directory = directory
         self._queue = queue
-        self._record = record
+        self._identity = identity
         self._shards = {str(shard.name): shard for shard in shards}
         self._content = content
         self._world = world
@@ -303,7 +308,7 @@ class _ShardWorker(Generic[Batch, Result]):
 
     def _claimed(self, claim: Claim) -> _Claimed:
         shard = self._shards[claim.unit]
-        return _Claimed(claim, shard, shard_header(self._record, shard))
+        return _Claimed(claim, shard, shard_header(self._identity, shard))
 
     def _adopt(self, claimed: _Claimed) -> bool:
         """Commit the tar that a dead worker left without its index, if there is one."""

@@ -18,7 +18,7 @@ from sdxl_distill.builder.work_queue import BUILD_FOLDER
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.shards.manifest import MANIFEST_NAME
-from sdxl_distill.shards.set_record import SET_RECORD_NAME
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory, new_token, sync_folder
@@ -144,7 +144,7 @@ def _discard(aside: Path, set_id: str) -> None:
 def _own_files(aside: Path, set_id: str) -> Iterator[Path]:
     for place in aside.iterdir():
         name = place.name
-        known = name in (SET_RECORD_NAME, MANIFEST_NAME, EMPTY_RECORD_NAME)
+        known = name in (SET_IDENTITY_NAME, MANIFEST_NAME, EMPTY_RECORD_NAME)
         temporary = name.startswith(TEMPORARY_PREFIX)
         if known or temporary or ShardName.parse(name, set_id):
             yield place

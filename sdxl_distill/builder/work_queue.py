@@ -157,7 +157,7 @@ class WorkQueue:
         heartbeat tells others at once that the holder of a claim is dead.
         """
         self.sweep_temporaries()
-        for claim in self._there():
+        for claim in self._existing_claims():
             if claim not in self._own and self._is_abandoned(claim):
                 self._claims.remove(claim.name)
         tokens = until_not_swept(self._workers, self._workers.names)
@@ -251,12 +251,12 @@ class WorkQueue:
     def _holders(self) -> dict[str, Claim]:
         """Return the highest attempt at each unit that is claimed."""
         holders: dict[str, Claim] = {}
-        for claim in self._there():
+        for claim in self._existing_claims():
             if claim.attempt >= holders.get(claim.unit, claim).attempt:
                 holders[claim.unit] = claim
         return holders
 
-    def _there(self) -> Iterator[Claim]:
+    def _existing_claims(self) -> Iterator[Claim]:
         """Yield every claim that is there."""
         for name in until_not_swept(self._claims, self._claims.names):
             if claim := Claim.parse(name):

@@ -23,7 +23,7 @@ from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, fingerprint
 from sdxl_distill.limits import MAX_SEGMENTS
 
-FORMAT_VERSION: Final = 2
+SEGMENT_FORMAT_VERSION: Final = 2
 RESTORE_CATALOG: Final = (
     "put the folder catalog back from a copy of the set, or build the set again with "
     "build_latents --rebuild; predictions made of it are built again then"
@@ -121,7 +121,7 @@ class SegmentHeader:
     predecessor_sha256: str
     scan_started_ns: int
     num_rows: int
-    format_version: int = FORMAT_VERSION
+    format_version: int = SEGMENT_FORMAT_VERSION
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,10 +248,10 @@ def _parse_header(metadata: dict[bytes, bytes], where: str) -> SegmentHeader:
             "no catalog header, or a damaged one", where=where, action=RESTORE_CATALOG
         )
     version = fields.get("format_version")
-    if _is_between(version, FORMAT_VERSION + 1, _MAX_INT64):
+    if _is_between(version, SEGMENT_FORMAT_VERSION + 1, _MAX_INT64):
         raise IncompatibleError(
             f"catalog format {version}",
-            expected=f"at most {FORMAT_VERSION}",
+            expected=f"at most {SEGMENT_FORMAT_VERSION}",
             where=where,
             action="use the version of sdxl_distill that wrote it",
         )
@@ -283,7 +283,7 @@ _IS_LEGAL: Final[dict[str, Callable[[Any], bool]]] = {
     "predecessor_sha256": _is_sha256_or_empty,
     "scan_started_ns": lambda value: _is_between(value, -_MAX_INT64, _MAX_INT64),
     "num_rows": lambda value: _is_between(value, 1, _MAX_INT64),
-    "format_version": lambda value: _is_between(value, 1, FORMAT_VERSION),
+    "format_version": lambda value: _is_between(value, 1, SEGMENT_FORMAT_VERSION),
 }
 
 

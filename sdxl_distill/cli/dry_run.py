@@ -74,7 +74,7 @@ def print_build_estimate(config: BuilderConfig, arguments: argparse.Namespace) -
     if estimate.num_without_caption:
         print(f"  captions:  {estimate.num_without_caption:,} images have none in a file or line")
     print(f"  images:    {estimate.text.num_records:,}, draws of each: {draws:,}")
-    print(f"  shards:    {shards:,}, of which {estimate.num_shards_there:,} are there")
+    print(f"  shards:    {shards:,}, of which {estimate.num_existing_shards:,} are there")
     print(f"  forwards:  {estimate.num_forwards:,} to do, {config.cache.batch_size} at once")
     latents = "there" if estimate.has_latents else "to be built, about"
     _print_size("this teacher", estimate.predictions)

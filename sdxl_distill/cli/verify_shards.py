@@ -22,7 +22,7 @@ from sdxl_distill.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdxl_distill.config.builder import BuilderConfig
-    from sdxl_distill.shards.set_record import NoiseRecipe
+    from sdxl_distill.shards.set_identity import NoiseRecipe
     from sdxl_distill.verify.whole_set import Verification
 
 SUMMARY = "prove that a shard set is complete and valid"
@@ -132,7 +132,7 @@ def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Veri
 def _recipe(arguments: argparse.Namespace, config: BuilderConfig | None) -> NoiseRecipe | None:
     """Return from what the seeds of a loose folder follow, if the command line says it."""
     from sdxl_distill.core.noise import NOISE_ALGORITHM
-    from sdxl_distill.shards.set_record import NoiseRecipe
+    from sdxl_distill.shards.set_identity import NoiseRecipe
 
     if arguments.base_seed is not None:
         steps = arguments.min_timestep, arguments.max_timestep

@@ -15,7 +15,7 @@ from sdxl_distill.core.loss import loss_floor, squared_distance, teacher_mean
 from sdxl_distill.core.noise_schedule import add_noise
 from sdxl_distill.demo.encoded_photos import encode_photos, read_photos
 from sdxl_distill.demo.training import spread_timesteps
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import TextEncoders
 from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import load_vae
@@ -92,7 +92,7 @@ def evaluate(
     candidates = [_load(base), mean_of_weights(teacher_unets, weights), _load(student)]
     generator = torch.Generator().manual_seed(seed)
     alphas_cumprod = torch.from_numpy(
-        Checkpoint.resolve(str(base)).noise_schedule().alphas_cumprod()
+        ModelFolder.resolve(str(base)).noise_schedule().alphas_cumprod()
     )
     totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)
     num_predictions = 0
@@ -111,7 +111,7 @@ def evaluate(
 
 def encode_folder(photos: Path, checkpoint: Path) -> list[EncodedPhotos]:
     """Encode an image folder with a checkpoint's VAE and text encoders, one element per bucket."""
-    source = Checkpoint.resolve(str(checkpoint))
+    source = ModelFolder.resolve(str(checkpoint))
     vae = load_vae(source, torch.float32, "cpu")
     texts = TextEncoders.load(source, "cpu")
     return [encode_photos(each, vae, texts) for each in read_photos(photos)]
@@ -152,4 +152,4 @@ def _distances(
 
 
 def _load(folder: Path) -> UNet2DConditionModel:
-    return load_unet(Checkpoint.resolve(str(folder)), torch.float32, "cpu")
+    return load_unet(ModelFolder.resolve(str(folder)), torch.float32, "cpu")

@@ -24,8 +24,8 @@ from sdxl_distill.demo.tiny_unet import new_unet
 from sdxl_distill.demo.tiny_vae import draw_pyramid, new_vae
 from sdxl_distill.demo.training import train_unet, train_vae
 from sdxl_distill.demo.weights import draw_weights, perturb_weights
-from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component_kind import PIPELINE_PARTS
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import TextEncoders
 from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import load_vae
@@ -173,7 +173,7 @@ def train_teacher(directory: Path, base: Path, photos: Path, recipe: Recipe, see
     restyled = [each.restyled(LOOKS[directory.name]) for each in read_photos(photos)]
     # A new network, since a loaded one would write the base's path into its configuration.
     unet = new_unet()
-    loaded = load_unet(Checkpoint.resolve(str(base)), torch.float32, "cpu")
+    loaded = load_unet(ModelFolder.resolve(str(base)), torch.float32, "cpu")
     unet.load_state_dict(loaded.state_dict())
     losses: list[float] = []
     with one_thread():
@@ -268,7 +268,7 @@ def _train_on(
     on_step: Callable[[int, float], None],
 ) -> None:
     """Train a UNet on photos and their mirror images, encoded by the base's VAE and texts."""
-    checkpoint = Checkpoint.resolve(str(base))
+    checkpoint = ModelFolder.resolve(str(base))
     vae = load_vae(checkpoint, torch.float32, "cpu")
     texts = TextEncoders.load(checkpoint, "cpu")
     both = [

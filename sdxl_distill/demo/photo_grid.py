@@ -13,7 +13,7 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.core.prediction import convert_prediction
 from sdxl_distill.demo.encoded_photos import encode_photos, read_photos
 from sdxl_distill.demo.photos import BUCKETS
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import TextEncoders
 from sdxl_distill.models.unet import load_unet
 from sdxl_distill.models.vae import decode_latents, load_vae
@@ -66,7 +66,7 @@ def denoise_photos(
         weights: of the teachers in their joint average, summing to 1.
         seed: of the noise.
     """
-    checkpoint = Checkpoint.resolve(str(base))
+    checkpoint = ModelFolder.resolve(str(base))
     schedule = checkpoint.noise_schedule()
     vae = load_vae(checkpoint, torch.float32, "cpu")
     start_timestep = schedule.num_train_timesteps // 2
@@ -141,4 +141,4 @@ def denoise(
 
 
 def _load(folder: Path) -> nn.Module:
-    return load_unet(Checkpoint.resolve(str(folder)), torch.float32, "cpu")
+    return load_unet(ModelFolder.resolve(str(folder)), torch.float32, "cpu")

@@ -20,10 +20,10 @@ from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.estimate.network_memory import ForwardMemory, num_parameters, prediction_memory
 from sdxl_distill.estimate.set_size import SetSize, planned_size, present_size
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import unet_geometry
-from sdxl_distill.sets.alignment import planned_after
+from sdxl_distill.sets.derived_shards import planned_after
 from sdxl_distill.sets.legal_plan import require_legal_config, require_legal_plan
 from sdxl_distill.sets.predictions_set import check_teacher, open_latents
 from sdxl_distill.shards.manifest import Manifest
@@ -49,7 +49,7 @@ class BuildEstimate:
         latents: shared by all teachers.
         has_latents: whether the latents set is there; else its images were counted, and taken
             for images of the bucket of most pixels.
-        num_shards_there: committed before.
+        num_existing_shards: committed before.
         num_forwards: of one record each, that are still to be done.
         bucket: the largest resolution, which `memory` is for.
         memory: of one process: the UNet and its batch.
@@ -61,7 +61,7 @@ class BuildEstimate:
     text: SetSize
     latents: SetSize
     has_latents: bool
-    num_shards_there: int
+    num_existing_shards: int
     num_forwards: int
     bucket: Bucket
     memory: ForwardMemory
@@ -78,8 +78,8 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
             the sets that are planned.
     """
     check_teacher(config)
-    checkpoint = Checkpoint.resolve(config.teacher.checkpoint_path)
-    text_source = Checkpoint.resolve(config.text_source)
+    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
+    text_source = ModelFolder.resolve(config.text_source)
     text, num_channels = text_geometry(text_source), unet_geometry(checkpoint).channels
     cache = config.cache
 
@@ -102,7 +102,7 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
         if latents is not None
         else planned_size(latents_schema(num_channels), images, sidecar_bytes=_SIDECAR_BYTES),
         has_latents=latents is not None,
-        num_shards_there=len(shards) - len(missing),
+        num_existing_shards=len(shards) - len(missing),
         num_forwards=sum(shard.num_records for shard in missing),
         bucket=bucket,
         memory=prediction_memory(checkpoint, dtype, cache.batch_size, bucket, text.num_tokens),

@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import NUM_TIME_IDS, UnetGeometry, predict, unet_geometry
 from sdxl_distill.models.vae import PIXELS_PER_LATENT
 
@@ -134,7 +134,7 @@ class ForwardMemory(NamedTuple):
 
 
 def prediction_memory(
-    checkpoint: Checkpoint,
+    checkpoint: ModelFolder,
     dtype: torch.dtype,
     num_records: int,
     size_px: tuple[int, int],

@@ -13,7 +13,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.estimate.network_memory import UnetInput
 from sdxl_distill.estimate.training import batch_of_zeros, step_of
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import compile_unet, unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
@@ -41,27 +41,27 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     """
     device = resolve_device(config.device, World.from_environment().local_rank)
     allow_tf32(config.tf32)
-    checkpoint = Checkpoint.resolve(config.teacher.checkpoint_path)
+    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
     noise_schedule = checkpoint.noise_schedule(
         config.teacher.prediction_type, config.teacher.zero_terminal_snr
     )
     teacher = load_teacher(config, noise_schedule, device)
-    num_tokens = text_geometry(Checkpoint.resolve(config.text_source)).num_tokens
+    num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     batch_size = config.cache.batch_size
     asked = UnetInput.zeros(unet_geometry(checkpoint), batch_size, bucket, num_tokens)
-    question = TeacherInput(
+    teacher_input = TeacherInput(
         keys=[""] * batch_size,
         seeds=torch.zeros(batch_size, dtype=torch.int64),
         noise=torch.zeros_like(asked.latents),
         **asked._asdict(),
     )
 
-    teacher.predict(question)  # the first call allocates, and compiles if asked to
+    teacher.predict(teacher_input)  # the first call allocates, and compiles if asked to
     answers = deque[TeacherAnswer]()
     started = time.perf_counter()
     num_done = 0
     while num_done < _MIN_REPEATS or time.perf_counter() - started < _MIN_SECONDS:
-        answers.append(teacher.ask(question))
+        answers.append(teacher.ask(teacher_input))
         if len(answers) > _BATCHES_IN_FLIGHT:
             answers.popleft().prediction()
         num_done += 1
@@ -82,13 +82,13 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     """
     device = resolve_device(config.device, World.from_environment().local_rank)
     allow_tf32(config.tf32)
-    checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+    checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     student = load_student(config, checkpoint, device)
     if config.training.compile:
         compile_unet(student, 1)
     optimizer = make_optimizer(config, student, device.type)
     step = step_of(config, student, checkpoint.noise_schedule(), device)
-    num_tokens = text_geometry(Checkpoint.resolve(config.text_source)).num_tokens
+    num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     num_records = config.training.batch_size * config.training.gradient_accumulation_steps
     batch = batch_of_zeros(config, unet_geometry(checkpoint), bucket, num_tokens, num_records)
 

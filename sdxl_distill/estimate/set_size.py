@@ -53,7 +53,7 @@ def planned_size(
 
 def present_size(manifest: Manifest) -> SetSize:
     """Return the size of a set that is there."""
-    schema = manifest.record.schema
+    schema = manifest.identity.schema
     num_bytes = 0
     for entry in manifest.shards:
         header = RecordHeader.build(schema, entry.width, entry.height, _SHA256, entry.source_sha256)

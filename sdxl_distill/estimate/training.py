@@ -18,7 +18,7 @@ from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.estimate.network_memory import StorageCount, UnetInput, counted_memory, weightless
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import UnetGeometry, unet_geometry
 from sdxl_distill.optimizer.adamw import AdamW, clip_factor, global_grad_norm
@@ -56,7 +56,7 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: DistillConfig, checkpoint: Checkpoint, bucket: Bucket, num_tokens: int
+    config: DistillConfig, checkpoint: ModelFolder, bucket: Bucket, num_tokens: int
 ) -> TrainingMemory:
     """Count a training step of one process, on CUDA unless the configuration says "cpu".
 
@@ -153,8 +153,8 @@ def estimate_training(config: DistillConfig, num_processes: int) -> TrainingEsti
         ConfigError, CorruptError, IncompatibleError: when the student's configuration, or a set
             that is there, cannot be used.
     """
-    checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
-    num_tokens = text_geometry(Checkpoint.resolve(config.text_source)).num_tokens
+    checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
+    num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     manifests = [_manifest(Path(each.cache_dir) / each.teacher_id) for each in config.teachers]
     there = [manifest for manifest in manifests if manifest is not None]
     bucket = largest_bucket(there)

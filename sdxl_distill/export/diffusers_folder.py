@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sdxl_distill.errors import ConfigError, StorageError
-from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import Component
 from sdxl_distill.models.component_kind import PIPELINE_PARTS
 from sdxl_distill.models.json_files import read_json
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.tokenizer import copy_tokenizer
 from sdxl_distill.storage.file_mode import follow_umask
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, new_token
@@ -44,8 +44,8 @@ def use_of(folder: str | Path) -> str:
 
 def export_diffusers_folder(
     destination: Path,
-    base: Checkpoint,
-    text: Checkpoint,
+    base: ModelFolder,
+    text: ModelFolder,
     weights: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     *,
@@ -101,8 +101,8 @@ def _replace(destination: Path, temporary: Path) -> None:
 
 def _write(
     folder: Path,
-    base: Checkpoint,
-    text: Checkpoint,
+    base: ModelFolder,
+    text: ModelFolder,
     weights: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.export.diffusers_folder import export_diffusers_folder
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
 
@@ -47,7 +47,7 @@ def export_student(
         path, saved = folder.checkpoints().load_latest()
     else:
         path, saved = Path(checkpoint), load_checkpoint(Path(checkpoint))
-    base = Checkpoint.resolve(config.student.checkpoint_path)
+    base = ModelFolder.resolve(config.student.checkpoint_path)
     if saved.state["identity"]["student"] != base.unet_fingerprint():
         raise IncompatibleError(
             "the checkpoint is of a student that started from other weights",
@@ -64,7 +64,7 @@ def export_student(
             action="export its weights with --weights raw",
         )
     destination = destination or folder.export
-    text = Checkpoint.resolve(config.text_source)
+    text = ModelFolder.resolve(config.text_source)
     export_diffusers_folder(
         destination, base, text, tensors, DTYPES[config.export.dtype], overwrite=overwrite
     )

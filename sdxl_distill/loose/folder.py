@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.limits import MAX_DRAWS
-from sdxl_distill.shards.set_record import SET_RECORD_NAME
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName, is_bucket_side
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import Directory
@@ -77,7 +77,7 @@ class LooseFolder:
             elif not name.startswith("."):
                 others.add(name)
         sidecars = others.intersection(record.sidecar_name for record in records)
-        strangers = others - sidecars - {SET_RECORD_NAME, EMPTY_RECORD_NAME, CATALOG_FOLDER}
+        strangers = others - sidecars - {SET_IDENTITY_NAME, EMPTY_RECORD_NAME, CATALOG_FOLDER}
         return cls(tuple(sorted(records)), frozenset(sidecars), tuple(sorted(strangers)))
 
     @property

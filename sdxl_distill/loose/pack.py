@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_RECORD_BYTES, MAX_SIDECAR_BYTES
+from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_IDENTITY_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.loose.folder import LooseFolder, LooseRecord, open_new_folder
 from sdxl_distill.loose.segments import (
     LooseCatalog,
@@ -28,7 +28,7 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
 from sdxl_distill.shards.tar_index import recreated_noise_digest
@@ -78,58 +78,58 @@ def pack_set(
         StorageError: when the disk is full or refuses.
     """
     with Directory(path) as source:
-        record = _read_set_record(source)
+        identity = _read_identity(source)
         folder, before, origin = LooseFolder.of(source.names()), None, None
-        _require_no_strangers(folder, record, source)
+        _require_no_strangers(folder, identity, source)
         latents = None if latents_path is None else open_shard_set(latents_path)
         if latents is not None:
             before, origin = latents.manifest, latents.directory
-            record = _follow(record, latents, Path(output))
-            plans = _plan_after(latents, record, folder)
-        elif record.kind == "latents" and has_catalog(source.path):
-            loose, origin = read_loose_catalog(source.path, record), source.path
-            before, plans = loose.manifest, _plan_by_catalog(loose, record)
+            identity = _follow(identity, latents, Path(output))
+            plans = _plan_after(latents, identity, folder)
+        elif identity.kind == "latents" and has_catalog(source.path):
+            loose, origin = read_loose_catalog(source.path, identity), source.path
+            before, plans = loose.manifest, _plan_by_catalog(loose, identity)
         else:
-            plans = _plan_anew(record, folder, records_per_shard, source)
+            plans = _plan_anew(identity, folder, records_per_shard, source)
         if before is not None:
             _require_same_records(folder, plans, source)
         _require_headers(source, plans)
-        _require_legal(source, record, plans)
+        _require_legal(source, identity, plans)
         with open_new_folder(output) as target:
-            target.publish_bytes(SET_RECORD_NAME, record.to_bytes())
+            target.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes())
             indices: list[ShardIndex] = []
             for num_done, plan in enumerate(plans, 1):
                 indices.append(_write_shard(source, target, plan))
                 on_progress(num_done, len(plans))
-            is_latents = record.kind == "latents"
+            is_latents = identity.kind == "latents"
             if is_latents and origin is not None and has_catalog(origin):
                 copy_catalog(origin, target.path)
             catalog = 0 if before is None else before.catalog
             left_out = before.undecodable if before and is_latents else ()
-            empty = _copy_empty_record(source, target, record)
-            manifest = Manifest.build(record, catalog, indices, left_out, empty)
+            empty = _copy_empty_record(source, target, identity)
+            manifest = Manifest.build(identity, catalog, indices, left_out, empty)
             target.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
 
-def _read_set_record(source: Directory) -> SetRecord:
-    where = str(source.path / SET_RECORD_NAME)
+def _read_identity(source: Directory) -> SetIdentity:
+    where = str(source.path / SET_IDENTITY_NAME)
     try:
-        content = source.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+        content = source.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"there is no {SET_RECORD_NAME} beside the loose files",
+            f"there is no {SET_IDENTITY_NAME} beside the loose files",
             expected="a folder that unpack-shards wrote",
             where=str(source.path),
             action="files made elsewhere do not say which teacher, text encoders and latents "
             "they came from, and cannot be packed: build the set with build_shards",
         ) from error
-    return SetRecord.from_bytes(content, where)
+    return SetIdentity.from_bytes(content, where)
 
 
-def _require_no_strangers(folder: LooseFolder, record: SetRecord, source: Directory) -> None:
+def _require_no_strangers(folder: LooseFolder, identity: SetIdentity, source: Directory) -> None:
     strangers = list(folder.strangers)
-    if record.kind != "latents":
+    if identity.kind != "latents":
         strangers += sorted(folder.sidecars)
     if strangers:
         raise ConfigError(
@@ -140,60 +140,60 @@ def _require_no_strangers(folder: LooseFolder, record: SetRecord, source: Direct
         )
 
 
-def _follow(record: SetRecord, latents: ShardSet, output: Path) -> SetRecord:
+def _follow(identity: SetIdentity, latents: ShardSet, output: Path) -> SetIdentity:
     """Check that the set was made from these latents, and refer to where they lie now."""
-    found = latents.manifest.record.fingerprint
-    reference = record.latents
-    expected = record.fingerprint if reference is None else reference.fingerprint
+    found = latents.manifest.identity.fingerprint
+    reference = identity.latents
+    expected = identity.fingerprint if reference is None else reference.fingerprint
     if found != expected:
         raise IncompatibleError(
             f"set {latents.id} has fingerprint {found[:12]}…",
-            expected=f"{expected[:12]}…, the latents of set {record.id}",
+            expected=f"{expected[:12]}…, the latents of set {identity.id}",
             where=str(latents.directory),
             action="name the latents set that the records were made from",
         )
     if reference is None:
-        return record
-    return replace(record, latents=SetReference.between(found, output, latents.directory))
+        return identity
+    return replace(identity, latents=SetReference.between(found, output, latents.directory))
 
 
-def _plan_after(latents: ShardSet, record: SetRecord, folder: LooseFolder) -> list[_Plan]:
+def _plan_after(latents: ShardSet, identity: SetIdentity, folder: LooseFolder) -> list[_Plan]:
     plans: list[_Plan] = []
     for entry in latents.manifest.shards:
         index = latents.index(entry.name(latents.id))
-        source_sha256 = entry.source_sha256 if record.kind == "latents" else entry.tar_sha256
+        source_sha256 = entry.source_sha256 if identity.kind == "latents" else entry.tar_sha256
         for draw in range(folder.num_draws):
-            name = ShardName(record.id, entry.width, entry.height, entry.number, draw)
+            name = ShardName(identity.id, entry.width, entry.height, entry.number, draw)
             records = [
                 LooseRecord(entry.width, entry.height, draw, index.image_id(number))
                 for number in range(index.num_records)
             ]
-            plans.append(_Plan(name, _header(record, name, source_sha256), records))
+            plans.append(_Plan(name, _header(identity, name, source_sha256), records))
     return plans
 
 
-def _plan_by_catalog(loose: LooseCatalog, record: SetRecord) -> list[_Plan]:
+def _plan_by_catalog(loose: LooseCatalog, identity: SetIdentity) -> list[_Plan]:
     plans: list[_Plan] = []
     for name, entry in zip(loose.manifest.names(), loose.manifest.shards, strict=True):
         records = [
             LooseRecord(name.width, name.height, 0, image_id)
             for image_id in loose.plan.held_ids(name)
         ]
-        plans.append(_Plan(name, _header(record, name, entry.source_sha256), records))
+        plans.append(_Plan(name, _header(identity, name, entry.source_sha256), records))
     return plans
 
 
 def _plan_anew(
-    record: SetRecord, folder: LooseFolder, records_per_shard: int | None, source: Directory
+    identity: SetIdentity, folder: LooseFolder, records_per_shard: int | None, source: Directory
 ) -> list[_Plan]:
-    if record.kind != "latents":
+    if identity.kind != "latents":
         raise ConfigError(
-            f"a {record.kind} set is packed along its latents set, and none is named",
+            f"a {identity.kind} set is packed along its latents set, and none is named",
             expected="the folder of the latents set",
             where=str(source.path),
             action="add --latents DIR",
         )
-    configured = record.content.get("records_per_shard")
+    configured = identity.content.get("records_per_shard")
     records_per_shard = records_per_shard or (
         configured if isinstance(configured, int) and configured > 0 else _RECORDS_PER_SHARD
     )
@@ -201,15 +201,15 @@ def _plan_anew(
     for (width, height), group in groupby(folder.records, key=lambda entry: entry[:2]):
         records = list(group)
         for number, start in enumerate(range(0, len(records), records_per_shard)):
-            name = ShardName(record.id, width, height, number)
+            name = ShardName(identity.id, width, height, number)
             part = records[start : start + records_per_shard]
-            plans.append(_Plan(name, _header(record, name, None), part))
+            plans.append(_Plan(name, _header(identity, name, None), part))
     return plans
 
 
-def _header(record: SetRecord, name: ShardName, source_sha256: str | None) -> RecordHeader:
+def _header(identity: SetIdentity, name: ShardName, source_sha256: str | None) -> RecordHeader:
     return RecordHeader.build(
-        record.schema, name.width, name.height, record.fingerprint, source_sha256
+        identity.schema, name.width, name.height, identity.fingerprint, source_sha256
     )
 
 
@@ -248,15 +248,15 @@ def _require_headers(source: Directory, plans: list[_Plan]) -> None:
         )
 
 
-def _require_legal(source: Directory, record: SetRecord, plans: list[_Plan]) -> None:
+def _require_legal(source: Directory, identity: SetIdentity, plans: list[_Plan]) -> None:
     def load(plan: _Plan) -> ShardLoad:
         sizes: tuple[int, ...] = ()
-        if record.kind == "latents":
+        if identity.kind == "latents":
             sizes = tuple(_size(source, each.sidecar_name) for each in plan.records)
         return ShardLoad(plan.name.width, plan.name.height, len(plan.records), sizes)
 
     remedy = Remedy("--records-per-shard", ", and leave --latents out, for the latents")
-    require_legal_shards(record.id, record.schema, map(load, plans), remedy)
+    require_legal_shards(identity.id, identity.schema, map(load, plans), remedy)
 
 
 def _size(source: Directory, name: str) -> int:
@@ -331,12 +331,12 @@ def _sidecar(source: Directory, plan: _Plan, record: LooseRecord) -> bytes | Non
     return content
 
 
-def _copy_empty_record(source: Directory, target: Directory, record: SetRecord) -> str | None:
+def _copy_empty_record(source: Directory, target: Directory, identity: SetIdentity) -> str | None:
     """Copy the empty caption's record of a text set; return its SHA-256."""
-    if record.kind != "text":
+    if identity.kind != "text":
         return None
     where = str(source.path / EMPTY_RECORD_NAME)
-    header = RecordHeader.build(record.schema, 8, 8, record.fingerprint)
+    header = RecordHeader.build(identity.schema, 8, 8, identity.fingerprint)
     try:
         content = source.read(EMPTY_RECORD_NAME, header.record_bytes)
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_SEGMENT_BYTES
 from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.storage.fsio import Directory
 
 
@@ -49,7 +49,7 @@ def copy_catalog(source: Path, target: Path, manifest: Manifest | None = None) -
             here.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
 
 
-def read_loose_catalog(path: Path, record: SetRecord) -> LooseCatalog:
+def read_loose_catalog(path: Path, identity: SetIdentity) -> LooseCatalog:
     """Read the catalog of a loose folder.
 
     Raises:
@@ -64,10 +64,10 @@ def read_loose_catalog(path: Path, record: SetRecord) -> LooseCatalog:
             manifest = Manifest.from_bytes(folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES), where)
         except FileNotFoundError as error:
             raise CorruptError("is missing", where=where, action=action) from error
-    if manifest.record.fingerprint != record.fingerprint:
+    if manifest.identity.fingerprint != identity.fingerprint:
         raise IncompatibleError(
-            f"the manifest of set {manifest.record.fingerprint[:12]}…",
-            expected=f"{record.fingerprint[:12]}…, as set.json says",
+            f"the manifest of set {manifest.identity.fingerprint[:12]}…",
+            expected=f"{identity.fingerprint[:12]}…, as set.json says",
             where=where,
             action=action,
         )

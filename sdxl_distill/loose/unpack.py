@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
+from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_IDENTITY_BYTES
 from sdxl_distill.loose.folder import LooseRecord, open_new_folder
 from sdxl_distill.loose.segments import copy_catalog, has_catalog
 from sdxl_distill.runtime.ordered_map import ordered_map
-from sdxl_distill.shards.set_record import SET_RECORD_NAME
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
@@ -63,10 +63,10 @@ def unpack_set(
             shard_set.read_empty_record()  # checks it
             content = read_bytes(shard_set.directory / EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
             _write_new(directory, EMPTY_RECORD_NAME, content)
-        if shard_set.manifest.record.kind == "latents" and has_catalog(shard_set.directory):
+        if shard_set.manifest.identity.kind == "latents" and has_catalog(shard_set.directory):
             copy_catalog(shard_set.directory, directory.path, shard_set.manifest)
-        content = read_bytes(shard_set.directory / SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
-        _write_new(directory, SET_RECORD_NAME, content)
+        content = read_bytes(shard_set.directory / SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
+        _write_new(directory, SET_IDENTITY_NAME, content)
     return Unpacked(num_records, num_bytes)
 
 

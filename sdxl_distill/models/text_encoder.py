@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.tokenizer import load_tokenizer
 from sdxl_distill.models.unet import UnetGeometry
 
@@ -48,7 +48,7 @@ class TextEmbeddings(NamedTuple):
     pooled: torch.Tensor
 
 
-def text_geometry(checkpoint: Checkpoint) -> TextGeometry:
+def text_geometry(checkpoint: ModelFolder) -> TextGeometry:
     """Read the sizes of text embeddings from the configurations, without any weights.
 
     Raises:
@@ -107,7 +107,7 @@ class TextEncoders:
     @classmethod
     def load(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: ModelFolder,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> TextEncoders:

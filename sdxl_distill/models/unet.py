@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sdxl_distill.errors import IncompatibleError
-from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
+from sdxl_distill.models.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -35,7 +35,7 @@ class UnetGeometry(NamedTuple):
     pooled_size: int
 
 
-def unet_geometry(checkpoint: Checkpoint) -> UnetGeometry:
+def unet_geometry(checkpoint: ModelFolder) -> UnetGeometry:
     """Read a UNet's sizes from its configuration, without its weights.
 
     Raises:
@@ -64,7 +64,7 @@ def unet_geometry(checkpoint: Checkpoint) -> UnetGeometry:
 
 
 def load_unet(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
+    checkpoint: ModelFolder, dtype: torch.dtype, device: torch.device | str
 ) -> UNet2DConditionModel:
     """Load a UNet, frozen and in evaluation mode.
 

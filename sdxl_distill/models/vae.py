@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
-from sdxl_distill.models.checkpoint import Checkpoint
 from sdxl_distill.models.component import channels_last_on_gpu
+from sdxl_distill.models.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -21,7 +21,7 @@ _UNSUPPORTED_FIELDS = ("latents_mean", "latents_std", "shift_factor")
 _SAFE_TYPES = (torch.float32, torch.bfloat16)
 
 
-def latent_channels(checkpoint: Checkpoint) -> int:
+def latent_channels(checkpoint: ModelFolder) -> int:
     """Read the channels of a VAE's latents from its configuration, without its weights.
 
     Raises:
@@ -53,7 +53,7 @@ def latent_channels(checkpoint: Checkpoint) -> int:
 
 
 def load_vae(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
+    checkpoint: ModelFolder, dtype: torch.dtype, device: torch.device | str
 ) -> AutoencoderKL:
     """Load a VAE, frozen and in evaluation mode.
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields
-from sdxl_distill.optimizer.bounded_runs import bounded_runs
+from sdxl_distill.optimizer.bounded_groups import bounded_groups
 from sdxl_distill.optimizer.parameter_update import (
     StepTerms,
     compiled_updated,
@@ -259,7 +259,7 @@ class AdamW(torch.optim.Optimizer):
     def _update_together(self, parameters: list[torch.Tensor], terms: StepTerms) -> None:
         """Update small parameters, as many at once as one slice of a large one has elements."""
         limit = self._max_elements(parameters[0])
-        for run in bounded_runs(parameters, torch.Tensor.numel, limit):
+        for run in bounded_groups(parameters, torch.Tensor.numel, limit):
             states = [self.state[parameter] for parameter in run]
             shapes = [state["exp_avg"].shape for state in states]
             gradients = [parameter.grad for parameter in run if parameter.grad is not None]

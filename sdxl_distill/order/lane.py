@@ -51,8 +51,8 @@ class Lanes:
         """Records of a bucket that one window of all lanes mixes with each other."""
         return self._window * self.num_lanes
 
-    def slots(self, rank: int, world: int) -> Int64s:
-        """Return the slots [G/R] of the global batch whose lanes a rank owns, ascending.
+    def positions(self, rank: int, world: int) -> Int64s:
+        """Return the positions [G/R] of the global batch whose lanes a rank owns, ascending.
 
         Raises:
             ConfigError: when the world does not divide the lanes, or the rank is not in it.
@@ -87,7 +87,7 @@ class Lanes:
         return np.minimum(num_shards, self.num_lanes // world * per_lane)
 
     def place_on_line(
-        self, place: Int64s, lap: Int64s, num_records: Int64s, code: UInt64s, slots: Int64s
+        self, place: Int64s, lap: Int64s, num_records: Int64s, code: UInt64s, positions: Int64s
     ) -> Int64s:
         """Map places of the endless line to places on the line of their lap; one-to-one in a lap.
 
@@ -96,12 +96,12 @@ class Lanes:
             lap: [T, B], place // n.
             num_records: [T, 1], n of the turn's bucket.
             code: [T, 1], what stands for the bucket in hashes.
-            slots: [B].
+            positions: [B].
 
         Returns:
             [T, B], 0 ≤ place on the line < n.
         """
-        lane = slots % self.num_lanes
+        lane = positions % self.num_lanes
         rounds, rest = np.divmod(lap * num_records, self.num_lanes)
         next_rounds, next_rest = np.divmod((lap + 1) * num_records, self.num_lanes)
         # The first `rest` lanes have had one place more than the others.

@@ -1,4 +1,4 @@
-"""The schedule: which records each rank reads at each step, by integer arithmetic alone.
+"""The order: which records each rank reads at each step, by integer arithmetic alone.
 
 In: the shard table, a seed and the sizes of batch, lanes and window. Out: batches of (shard,
 record, draw), the same for every world size. The whole state is (epoch, step). Formulas:
@@ -22,7 +22,7 @@ from sdxl_distill.order.permutation import Int64s, UInt64s
 from sdxl_distill.order.shard_table import ShardTable
 from sdxl_distill.order.step_order import StepOrder
 
-__all__ = ["Batch", "BucketSteps", "Schedule", "ShardTable", "default_lanes"]
+__all__ = ["BucketSteps", "PlannedBatch", "ShardTable", "StreamOrder", "default_lanes"]
 
 STREAM_ORDER = "laps-1"
 """Version of the algorithm; another one is another order for the same seed."""
@@ -31,7 +31,7 @@ _STEPS_AT_ONCE = 64
 _WHERE = "schedule"
 
 
-class Batch(NamedTuple):
+class PlannedBatch(NamedTuple):
     """What one rank reads for one step; arrays are int64 [B], B = G/R.
 
     Micro-batches are consecutive pieces.
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     """Positions in the shard, `first` included."""
     draws: Int64s
     """0 … num_draws − 1."""
-    slots: Int64s
+    positions: Int64s
     """Positions in the global batch, ascending."""
 
 
@@ -63,7 +63,7 @@ class BucketSteps:
     """It has no step in some epochs: records are carried over until a batch is full."""
 
 
-class Schedule:
+class StreamOrder:
     """The stream order of a shard table.
 
     Args:
@@ -146,7 +146,7 @@ class Schedule:
 
     def batches(
         self, epoch: int, step: int, stop: int, *, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
+    ) -> Iterator[PlannedBatch]:
         """Return the batches of one rank for steps `step … stop − 1` of an epoch.
 
         64 steps are computed at once; arguments are checked at the call.
@@ -155,13 +155,13 @@ class Schedule:
             ConfigError: when the world does not divide the lanes.
             IncompatibleError: when the epoch has fewer steps.
         """
-        slots = self._lanes.slots(rank, world)
+        positions = self._lanes.positions(rank, world)
         self._check_position(epoch, step)
         self._check_position(epoch, stop)
         return (
             batch
             for start in range(step, stop, _STEPS_AT_ONCE)
-            for batch in self._look_up(epoch, start, min(start + _STEPS_AT_ONCE, stop), slots)
+            for batch in self._look_up(epoch, start, min(start + _STEPS_AT_ONCE, stop), positions)
         )
 
     def num_shards_in_use(self, world: int = 1) -> int:
@@ -173,7 +173,7 @@ class Schedule:
         Raises:
             ConfigError: when the world does not divide the lanes.
         """
-        self._lanes.slots(0, world)
+        self._lanes.positions(0, world)
         table = self.table
         num_shards = np.bincount(table.bucket[table.count > 0], minlength=len(table.buckets))
         in_use = self._lanes.num_shards_in_use(self._num_records, num_shards, world)
@@ -215,26 +215,28 @@ class Schedule:
             for index, bucket in enumerate(self.table.buckets)
         )
 
-    def _look_up(self, epoch: int, step: int, stop: int, slots: Int64s) -> Iterator[Batch]:
+    def _look_up(
+        self, epoch: int, step: int, stop: int, positions: Int64s
+    ) -> Iterator[PlannedBatch]:
         bucket, turn = self._order.turns(epoch, step, stop)
         # Turns of a bucket side by side are looked up together.
         by_bucket = np.argsort(bucket, kind="stable")
         num_records = self._num_records[bucket[by_bucket], np.newaxis]
-        place = turn[by_bucket, np.newaxis] * self.global_batch + slots
+        place = turn[by_bucket, np.newaxis] * self.global_batch + positions
         lap = place // num_records
         codes = self._codes[bucket[by_bucket], np.newaxis]
-        on_line = self._lanes.place_on_line(place, lap, num_records, codes, slots)
+        on_line = self._lanes.place_on_line(place, lap, num_records, codes, positions)
         rows, records = self._lines.locate(bucket[by_bucket], lap, on_line)
         draws = lap % self.num_draws
         for at, computed_at in enumerate(np.argsort(by_bucket).tolist()):
-            yield Batch(
+            yield PlannedBatch(
                 epoch,
                 step + at,
                 int(bucket[at]),
                 rows[computed_at],
                 records[computed_at],
                 draws[computed_at],
-                slots,
+                positions,
             )
 
     def _bucket_identity(self, bucket: int) -> dict[str, Any]:

@@ -18,18 +18,18 @@ from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.latents_plan import LatentsPlan, catalog_too_short, plan_faults
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
 from sdxl_distill.storage.regular_file import read_bytes
 
 
-def load_bound_catalog(path: Path, record: SetRecord, *, repair: bool = False) -> Catalog:
+def load_bound_catalog(path: Path, identity: SetIdentity, *, repair: bool = False) -> Catalog:
     """Load the catalog of a set, and check that the set's shards were planned by it.
 
     Args:
         path: folder of the set; need not exist.
-        record: of the set.
+        identity: of the set.
         repair: shards that were planned for other images are no fault, since they will be built
             again; those that the catalog does not know are.
 
@@ -39,7 +39,7 @@ def load_bound_catalog(path: Path, record: SetRecord, *, repair: bool = False) -
         StorageError: when the disk refuses.
     """
     # In this order: another launch may publish a segment and then shards in the meantime.
-    manifest, names = _manifest_of(path, record), sorted(_shards_there(path, record))
+    manifest, names = _manifest_of(path, identity), sorted(_existing_shards(path, identity))
     catalog = Catalog()
     if (path / CATALOG_FOLDER).is_dir():
         with Directory(path / CATALOG_FOLDER) as folder:
@@ -64,13 +64,13 @@ def load_bound_catalog(path: Path, record: SetRecord, *, repair: bool = False) -
     return catalog
 
 
-def latents_plan(path: Path, record: SetRecord, catalog: Catalog) -> LatentsPlan:
+def latents_plan(path: Path, identity: SetIdentity, catalog: Catalog) -> LatentsPlan:
     """Return what a catalog plans for a set; shards of earlier versions stay as they are."""
-    manifest = _manifest_of(path, record)
+    manifest = _manifest_of(path, identity)
     if manifest is not None:
         return LatentsPlan.after(catalog, manifest)
     plan = LatentsPlan(catalog)
-    return LatentsPlan(catalog, _unbound_shards(path, record, plan))
+    return LatentsPlan(catalog, _unbound_shards(path, identity, plan))
 
 
 def _require_no_fault(faults: list[DistillError], path: Path) -> None:
@@ -86,31 +86,31 @@ def _require_no_fault(faults: list[DistillError], path: Path) -> None:
     )
 
 
-def _manifest_of(path: Path, record: SetRecord) -> Manifest | None:
+def _manifest_of(path: Path, identity: SetIdentity) -> Manifest | None:
     """Return the manifest of a set, also while a repair has it aside; None: none can be read."""
     for folder in (path, *folders_to_repair_from(path)):
         where = folder / MANIFEST_NAME
         with suppress(FileNotFoundError, CorruptError):
             manifest = Manifest.from_bytes(read_bytes(where, MAX_MANIFEST_BYTES), str(where))
-            if manifest.record.fingerprint == record.fingerprint:
+            if manifest.identity.fingerprint == identity.fingerprint:
                 return manifest
     return None
 
 
-def _shards_there(path: Path, record: SetRecord) -> Iterator[ShardName]:
+def _existing_shards(path: Path, identity: SetIdentity) -> Iterator[ShardName]:
     if path.is_dir():
         with Directory(path) as directory:
-            found = {ShardName.parse(name, record.id) for name in directory.names()}
+            found = {ShardName.parse(name, identity.id) for name in directory.names()}
         yield from (name for name in found if name is not None)
 
 
-def _unbound_shards(path: Path, record: SetRecord, plan: LatentsPlan) -> Iterator[ShardName]:
+def _unbound_shards(path: Path, identity: SetIdentity, plan: LatentsPlan) -> Iterator[ShardName]:
     """Yield the committed shards that name no source, in a set that lost its manifest.
 
     Only those that hold all images of their plan: of no other one can be told what is missing.
     The first shard there tells the version; the indices of a set of this one need no reading.
     """
-    there = set(_shards_there(path, record))
+    there = set(_existing_shards(path, identity))
     for name in (name for name in plan.names if name in there):
         index = None
         with suppress(FileNotFoundError, CorruptError):

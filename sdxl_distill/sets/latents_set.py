@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from sdxl_distill.builder.commit import publish_set_record
+from sdxl_distill.builder.commit import publish_set_identity
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array, require_one_worker
 from sdxl_distill.builder.repair import repair_set, restore_catalog
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
@@ -21,7 +21,7 @@ from sdxl_distill.catalog.growth import ScanReport, extend_catalog, require_capt
 from sdxl_distill.catalog.image_folder import ImageFolder
 from sdxl_distill.catalog.scan import Progress, Scan, scan_folder
 from sdxl_distill.config.builder import BuilderConfig
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.vae import encode_images, latent_channels, load_vae
 from sdxl_distill.runtime.device import allow_tf32, resolve_device
 from sdxl_distill.sets.latents_catalog import latents_plan, load_bound_catalog
@@ -41,7 +41,7 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.latents_plan import LATENTS_ID, LatentsPlan
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import latents_schema
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
 from sdxl_distill.storage.path_text import real_path
 
@@ -55,6 +55,22 @@ class BuiltLatents(NamedTuple):
 
     built: BuiltSet
     report: ScanReport | None
+
+
+class _Decision(NamedTuple):
+    """What rank 0 decides for its launch: the set, its catalog's number, the folder's mounts."""
+
+    identity: SetIdentity
+    n: int
+    mounts: tuple[str, ...]
+
+    def to_json(self) -> list[Any]:
+        return [self.identity.to_json(), self.n, list(self.mounts)]
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> _Decision:
+        identity, n, mounts = value
+        return cls(SetIdentity.from_json(identity, "launch"), n, tuple(mounts))
 
 
 def build_latents_set(
@@ -88,23 +104,24 @@ def build_latents_set(
     images = ImageFolder(Path(config.data.image_dir))  # as it is before the scan
     report: list[ScanReport] = []
 
-    def decide() -> dict[str, object]:
-        record, catalog, found = _prepare(
+    def decide() -> _Decision:
+        identity, catalog, found = _prepare(
             config, launch, path, rebuild, repair, rescan, scan_progress
         )
         report.append(found)
-        return {"record": record.to_json(), "catalog": catalog.n, "mounts": list(found.mounts)}
+        return _Decision(identity, catalog.n, tuple(found.mounts))
 
-    decision = launch.decide("latents", decide)
-    record = SetRecord.from_json(decision["record"], "launch")
+    identity, n, mounts = launch.decide(
+        "latents", decide, encode=_Decision.to_json, decode=_Decision.from_json
+    )
     with Directory(path / CATALOG_FOLDER) as directory:
-        catalog = Catalog.load(directory, decision["catalog"])
-    plan = latents_plan(path, record, catalog)
+        catalog = Catalog.load(directory, n)
+    plan = latents_plan(path, identity, catalog)
     built = build_set(
         path,
-        record,
+        identity,
         planned_shards(plan),
-        partial(_content, config, plan, launch, images, decision["mounts"]),
+        partial(_content, config, plan, launch, images, mounts),
         partial(_describe, plan, catalog.n),
         launch.world,
         catalog=catalog.n,
@@ -113,15 +130,15 @@ def build_latents_set(
     return BuiltLatents(built, report[0] if report else None)
 
 
-def latents_record(config: BuilderConfig) -> SetRecord:
+def latents_identity(config: BuilderConfig) -> SetIdentity:
     """Return the identity of the latents set that a configuration describes.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when its VAE is missing, damaged or of
             another kind.
     """
-    checkpoint = Checkpoint.resolve(config.vae_source)
-    return SetRecord(
+    checkpoint = ModelFolder.resolve(config.vae_source)
+    return SetIdentity(
         kind="latents",
         id=LATENTS_ID,
         schema=latents_schema(latent_channels(checkpoint)),
@@ -143,33 +160,33 @@ def _prepare(
     repair: bool,
     rescan: bool,
     progress: Progress | None,
-) -> tuple[SetRecord, Catalog, ScanReport]:
+) -> tuple[SetIdentity, Catalog, ScanReport]:
     """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
-    record, seen = latents_record(config), None
-    require_legal_config(config, record.schema)
-    require_complete(path, record, [Checkpoint.resolve(config.vae_source).vae])
+    identity, seen = latents_identity(config), None
+    require_legal_config(config, identity.schema)
+    require_complete(path, identity, [ModelFolder.resolve(config.vae_source).vae])
     if rebuild:
         # Before the withdrawal: a wrong image folder must not cost the set that is there.
         seen = _scan(config, Catalog(), rescan, progress)
         withdraw_for_rebuild(launch, path)
     if repair:
         refuse_in_job_array(launch, str(path))
-        _repair(path, record, config.cache.exclusive)
-    catalog, report = _update_catalog(config, path, record, rescan, seen, progress)
-    return record, catalog, report
+        _repair(path, identity, config.cache.exclusive)
+    catalog, report = _update_catalog(config, path, identity, rescan, seen, progress)
+    return identity, catalog, report
 
 
-def _repair(path: Path, record: SetRecord, exclusive: bool) -> None:
+def _repair(path: Path, identity: SetIdentity, exclusive: bool) -> None:
     """Keep the good ones of the shards that the catalog there knows."""
     restore_catalog(path, exclusive=exclusive)
-    plan = latents_plan(path, record, load_bound_catalog(path, record, repair=True))
-    repair_set(path, record, planned_shards(plan), plan.accepts, exclusive=exclusive)
+    plan = latents_plan(path, identity, load_bound_catalog(path, identity, repair=True))
+    repair_set(path, identity, planned_shards(plan), plan.accepts, exclusive=exclusive)
 
 
 def _update_catalog(
     config: BuilderConfig,
     path: Path,
-    record: SetRecord,
+    identity: SetIdentity,
     rescan: bool,
     seen: Scan | None,
     progress: Progress | None,
@@ -177,7 +194,7 @@ def _update_catalog(
     """Add what is new in the image folder to the catalog, while no other launch does so."""
     # Another configuration must be refused before it adds to this one's catalog, and a set
     # begins only when there are images for it.
-    require_same_set(path, record)
+    require_same_set(path, identity)
     with (
         Directory(real_path(path), create=True, exclusive=config.cache.exclusive) as directory,
         WorkQueue(directory) as queue,
@@ -191,16 +208,16 @@ def _update_catalog(
             if progress is not None:
                 progress(num_done, num_files)
 
-        known = load_bound_catalog(path, record)
+        known = load_bound_catalog(path, identity)
         scan = seen or _scan(config, known, rescan, show)
-        publish_set_record(directory, record)
+        publish_set_identity(directory, identity)
         catalog, report = extend_catalog(
             folder,
             scan,
             buckets=config.buckets,
             records_per_shard=config.data.records_per_shard,
             on_changed_caption=config.data.on_changed_caption,
-            accept=partial(require_legal_rows, record.schema, config.cache.draws),
+            accept=partial(require_legal_rows, identity.schema, config.cache.draws),
         )
         queue.release(claim, committed=False)
         return catalog, report
@@ -245,7 +262,7 @@ def _content(
     settings = config.data.latent_cache
     device = resolve_device(config.device, launch.world.local_rank)
     allow_tf32(config.tf32)
-    vae = load_vae(Checkpoint.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
+    vae = load_vae(ModelFolder.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
     return LatentsContent(
         plan,
         ImageReader(images, config.data.max_image_pixels, config.data.on_bad_image),
@@ -259,7 +276,7 @@ def _describe(
     plan: LatentsPlan,
     catalog: int,
     _directory: Directory,
-    record: SetRecord,
+    identity: SetIdentity,
     indices: Iterable[ShardIndex],
 ) -> Manifest:
     undecodable: list[str] = []
@@ -270,4 +287,4 @@ def _describe(
             yield index
 
     # One index at a time: those of 10^7 images take gigabytes.
-    return Manifest.build(record, catalog, looked_at(), undecodable)
+    return Manifest.build(identity, catalog, looked_at(), undecodable)

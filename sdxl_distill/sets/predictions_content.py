@@ -21,13 +21,13 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule, add_noise
 from sdxl_distill.errors import NumericalError
 from sdxl_distill.models.unet import predict
 from sdxl_distill.runtime.device import CopyStream, HostCopy
-from sdxl_distill.sets.alignment import holds_same_keys, latents_name
+from sdxl_distill.sets.derived_shards import holds_same_keys, latents_name
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
-from sdxl_distill.shards.set_record import NoiseRecipe
+from sdxl_distill.shards.set_identity import NoiseRecipe
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet
 
@@ -61,11 +61,11 @@ class TeacherAnswer:
     """A prediction that may still be computed or copied.
 
     Attributes:
-        question: what was asked.
+        teacher_input: what was asked.
         copy: of the predictions, [B, C, H/8, W/8] in the stored dtype, to the CPU.
     """
 
-    question: TeacherInput
+    teacher_input: TeacherInput
     copy: HostCopy
 
     def prediction(self) -> torch.Tensor:
@@ -80,7 +80,7 @@ class TeacherAnswer:
             keys = [
                 f"{key} (timestep {int(step)})"
                 for key, step, good in zip(
-                    self.question.keys, self.question.timesteps, is_finite, strict=True
+                    self.teacher_input.keys, self.teacher_input.timesteps, is_finite, strict=True
                 )
                 if not good
             ]
@@ -114,30 +114,30 @@ class Teacher:
     full_batch: int | None = None
 
     @torch.no_grad()
-    def ask(self, question: TeacherInput) -> TeacherAnswer:
+    def ask(self, teacher_input: TeacherInput) -> TeacherAnswer:
         """Start to predict. A GPU is not waited for."""
         with self._copies.copying() as copy:
             latents, noise, timesteps, hidden_states, pooled_embeds, time_ids = (
                 copy(self._filled_up(tensor))
                 for tensor in (
-                    question.latents,
-                    question.noise,
-                    question.timesteps,
-                    question.encoder_hidden_states,
-                    question.pooled_embeds,
-                    question.time_ids,
+                    teacher_input.latents,
+                    teacher_input.noise,
+                    teacher_input.timesteps,
+                    teacher_input.encoder_hidden_states,
+                    teacher_input.pooled_embeds,
+                    teacher_input.time_ids,
                 )
             )
         noisy_latents = add_noise(latents, noise, self._alphas_cumprod[timesteps])
         prediction = predict(
             self.unet, noisy_latents, timesteps, hidden_states, pooled_embeds, time_ids
         )
-        stored = prediction[: len(question.keys)].to(self.dtype).contiguous()
-        return TeacherAnswer(question, HostCopy(stored))
+        stored = prediction[: len(teacher_input.keys)].to(self.dtype).contiguous()
+        return TeacherAnswer(teacher_input, HostCopy(stored))
 
-    def predict(self, question: TeacherInput) -> torch.Tensor:
+    def predict(self, teacher_input: TeacherInput) -> torch.Tensor:
         """Return the predictions, as `TeacherAnswer.prediction` does."""
-        return self.ask(question).prediction()
+        return self.ask(teacher_input).prediction()
 
     @cached_property
     def _alphas_cumprod(self) -> torch.Tensor:
@@ -154,7 +154,7 @@ class Teacher:
         return torch.cat([tensor, *[tensor[-1:]] * num_missing])
 
 
-def read_question(
+def read_teacher_input(
     latents: ShardSet,
     text: ShardSet,
     recipe: NoiseRecipe,
@@ -243,7 +243,7 @@ class PredictionsContent:
         """Yield what the teacher is asked for the records of a shard."""
         for start in range(0, shard.num_records, self._batch_size):
             records = range(start, min(start + self._batch_size, shard.num_records))
-            yield read_question(
+            yield read_teacher_input(
                 self._latents,
                 self._text,
                 self._recipe,
@@ -258,24 +258,24 @@ class PredictionsContent:
 
     def encode(self, result: TeacherAnswer, header: RecordHeader) -> Iterator[EncodedRecord]:
         """Yield one record for each image, with the tensors that the layout has."""
-        question, prediction = result.question, result.prediction()
+        teacher_input, prediction = result.teacher_input, result.prediction()
         num_records, _, height, width = prediction.shape
         resolution = torch.tensor([8 * width, 8 * height], dtype=torch.int32)
         tensors = {
             "teacher_pred": prediction,
-            "timestep": question.timesteps[:, None],
-            "seed": question.seeds[:, None],
+            "timestep": teacher_input.timesteps[:, None],
+            "seed": teacher_input.seeds[:, None],
             "resolution": resolution.expand(num_records, 2),
         }
         if header.recreates_noise:
-            digests = [tensor_digest(noise) for noise in question.noise.numpy()]
+            digests = [tensor_digest(noise) for noise in teacher_input.noise.numpy()]
         else:
             digests = [None] * num_records
             tensors |= {
-                "noise": question.noise,
-                "encoder_hidden_states": question.encoder_hidden_states,
-                "pooled_embeds": question.pooled_embeds,
+                "noise": teacher_input.noise,
+                "encoder_hidden_states": teacher_input.encoder_hidden_states,
+                "pooled_embeds": teacher_input.pooled_embeds,
             }
         records = header.encode_batch(tensors)
-        for key, record, digest in zip(question.keys, records, digests, strict=True):
+        for key, record, digest in zip(teacher_input.keys, records, digests, strict=True):
             yield EncodedRecord(key, record, noise_digest=digest)

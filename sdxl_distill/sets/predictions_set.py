@@ -5,31 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 import torch
 
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array, require_one_worker
-from sdxl_distill.builder.repair import num_draws_there, repair_set
+from sdxl_distill.builder.repair import num_existing_draws, repair_set
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.builder.withdrawal import withdraw_for_rebuild
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import ConfigError, IncompatibleError, StorageError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import require_fit, text_geometry
 from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 from sdxl_distill.runtime.device import allow_tf32, resolve_device
-from sdxl_distill.sets.alignment import holds_same_keys, planned_after
+from sdxl_distill.sets.derived_shards import holds_same_keys, planned_after
 from sdxl_distill.sets.legal_plan import require_legal_plan
 from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher
 from sdxl_distill.sets.preflight import require_complete, require_same_set
-from sdxl_distill.sets.text_set import build_text_set, text_record
+from sdxl_distill.sets.text_set import build_text_set, text_identity
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import STORED_DTYPES, predictions_schema
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
 
@@ -72,33 +72,38 @@ def build_predictions_set(
     latents = _open_latents(config, launch)
     shards = planned_after(latents, config.teacher.teacher_id, config.cache.draws)
 
-    def decide() -> dict[str, Any]:
-        text = text_record(config, latents, output_dir)
-        record = predictions_record(config, latents, text, output_dir)
-        require_legal_plan(record.id, record.schema, shards)
-        teacher = Checkpoint.resolve(config.teacher.checkpoint_path)
-        require_complete(path, record, [teacher.unet])
+    def decide() -> SetIdentity:
+        text = text_identity(config, latents, output_dir)
+        identity = predictions_identity(config, latents, text, output_dir)
+        require_legal_plan(identity.id, identity.schema, shards)
+        teacher = ModelFolder.resolve(config.teacher.checkpoint_path)
+        require_complete(path, identity, [teacher.unet])
         if not config.cache.skip_existing:
             # After the checkpoints were looked at: a broken one must not cost the set there.
             withdraw_for_rebuild(launch, path)
         # Before the captions are encoded: that may take an hour.
-        require_same_set(path, record, repair=repair)
+        require_same_set(path, identity, repair=repair)
         if repair:
             refuse_in_job_array(launch, str(path))
-            num_draws = max(config.cache.draws, num_draws_there(path, record.id))
-            there = planned_after(latents, record.id, num_draws)
+            num_draws = max(config.cache.draws, num_existing_draws(path, identity.id))
+            there = planned_after(latents, identity.id, num_draws)
             accepts = partial(holds_same_keys, latents=latents)
-            repair_set(path, record, there, accepts, exclusive=config.cache.exclusive)
-        return record.to_json()
+            repair_set(path, identity, there, accepts, exclusive=config.cache.exclusive)
+        return identity
 
-    record = SetRecord.from_json(launch.decide("predictions", decide), "launch")
+    identity = launch.decide(
+        "predictions",
+        decide,
+        encode=SetIdentity.to_json,
+        decode=partial(SetIdentity.from_json, where="launch"),
+    )
     text_path, built_text = build_text_set(config, latents, launch, repair=repair)
     text = open_shard_set(text_path)
     built = build_set(
         path,
-        record,
+        identity,
         shards,
-        partial(_content, config, latents, text, record, launch),
+        partial(_content, config, latents, text, identity, launch),
         partial(_describe, latents.manifest.catalog),
         launch.world,
         catalog=latents.manifest.catalog,
@@ -114,8 +119,8 @@ def check_teacher(config: BuilderConfig) -> None:
         ConfigError: when the range of timesteps goes beyond the teacher's.
         IncompatibleError: when the checkpoint is not SDXL's kind or the encoders do not fit.
     """
-    checkpoint = Checkpoint.resolve(config.teacher.checkpoint_path)
-    text = Checkpoint.resolve(config.text_source)
+    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
+    text = ModelFolder.resolve(config.text_source)
     require_fit(
         text_geometry(text),
         unet_geometry(checkpoint),
@@ -131,9 +136,9 @@ def check_teacher(config: BuilderConfig) -> None:
         )
 
 
-def predictions_record(
-    config: BuilderConfig, latents: ShardSet, text: SetRecord, output_dir: Path
-) -> SetRecord:
+def predictions_identity(
+    config: BuilderConfig, latents: ShardSet, text: SetIdentity, output_dir: Path
+) -> SetIdentity:
     """Return the identity of the predictions set that a configuration describes.
 
     Args:
@@ -147,10 +152,10 @@ def predictions_record(
             of another kind than the latents.
     """
     cache, teacher = config.cache, config.teacher
-    checkpoint = Checkpoint.resolve(teacher.checkpoint_path)
+    checkpoint = ModelFolder.resolve(teacher.checkpoint_path)
     geometry = unet_geometry(checkpoint)
-    latents_record, path = latents.manifest.record, output_dir / teacher.teacher_id
-    num_channels = cast("int", latents_record.schema.tensors[0].shape[0])
+    latents_identity, path = latents.manifest.identity, output_dir / teacher.teacher_id
+    num_channels = cast("int", latents_identity.schema.tensors[0].shape[0])
     if num_channels != geometry.channels:
         raise IncompatibleError(
             f"latents of {num_channels} channels",
@@ -160,7 +165,7 @@ def predictions_record(
         )
     num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
     is_compact = cache.layout == "compact"
-    return SetRecord(
+    return SetIdentity(
         kind="predictions",
         id=teacher.teacher_id,
         schema=predictions_schema(
@@ -182,7 +187,7 @@ def predictions_record(
         noise_schedule=checkpoint.noise_schedule(
             teacher.prediction_type, teacher.zero_terminal_snr
         ),
-        latents=SetReference.between(latents_record.fingerprint, path, latents.directory),
+        latents=SetReference.between(latents_identity.fingerprint, path, latents.directory),
         text=SetReference.between(text.fingerprint, path, output_dir / text.id)
         if is_compact
         else None,
@@ -203,7 +208,7 @@ def load_teacher(
         ConfigError, CorruptError, IncompatibleError: as `models.unet.load_unet`.
     """
     dtype = torch.bfloat16 if config.teacher.use_bf16 else torch.float32
-    unet = load_unet(Checkpoint.resolve(config.teacher.checkpoint_path), dtype, device)
+    unet = load_unet(ModelFolder.resolve(config.teacher.checkpoint_path), dtype, device)
     full_batch = None
     if config.cache.compile:
         compile_unet(unet, len(config.buckets))
@@ -243,16 +248,16 @@ def _open_latents(config: BuilderConfig, launch: Launch) -> ShardSet:
 
 
 def _content(
-    config: BuilderConfig, latents: ShardSet, text: ShardSet, record: SetRecord, launch: Launch
+    config: BuilderConfig, latents: ShardSet, text: ShardSet, identity: SetIdentity, launch: Launch
 ) -> PredictionsContent:
     device = resolve_device(config.device, launch.world.local_rank)
     allow_tf32(config.tf32)
-    assert record.noise_schedule is not None and record.noise is not None
-    teacher = load_teacher(config, record.noise_schedule, device)
-    return PredictionsContent(teacher, latents, text, record.noise, config.cache.batch_size)
+    assert identity.noise_schedule is not None and identity.noise is not None
+    teacher = load_teacher(config, identity.noise_schedule, device)
+    return PredictionsContent(teacher, latents, text, identity.noise, config.cache.batch_size)
 
 
 def _describe(
-    catalog: int, _directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+    catalog: int, _directory: Directory, identity: SetIdentity, indices: Iterable[ShardIndex]
 ) -> Manifest:
-    return Manifest.build(record, catalog, indices)
+    return Manifest.build(identity, catalog, indices)

@@ -11,7 +11,7 @@ import torch
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.set_builder import EncodedRecord
 from sdxl_distill.models.text_encoder import TextEmbeddings, TextEncoders
-from sdxl_distill.sets.alignment import holds_same_keys, latents_name
+from sdxl_distill.sets.derived_shards import holds_same_keys, latents_name
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_set import ShardSet

@@ -16,17 +16,17 @@ from sdxl_distill.builder.repair import repair_set
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.limits import MAX_RECORD_BYTES
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import TextEncoders, text_geometry
 from sdxl_distill.runtime.device import resolve_device
-from sdxl_distill.sets.alignment import holds_same_keys, planned_after
+from sdxl_distill.sets.derived_shards import holds_same_keys, planned_after
 from sdxl_distill.sets.legal_plan import require_legal_plan
 from sdxl_distill.sets.preflight import require_complete
 from sdxl_distill.sets.text_content import CaptionEncoder, TextContent, text_tensors
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, encode_record, text_schema
-from sdxl_distill.shards.set_record import SetRecord, SetReference
+from sdxl_distill.shards.set_identity import SetIdentity, SetReference
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
 from sdxl_distill.storage.fsio import Directory
 
@@ -56,35 +56,40 @@ def build_text_set(
     device = resolve_device(config.device, launch.world.local_rank)
     output_dir = Path(config.cache.output_dir)
 
-    def decide() -> dict[str, object]:
-        record = text_record(config, latents, output_dir)
-        require_legal_plan(record.id, record.schema, planned_after(latents, record.id))
-        encoders = Checkpoint.resolve(config.text_source).text_encoders
-        require_complete(output_dir / record.id, record, encoders)
+    def decide() -> SetIdentity:
+        identity = text_identity(config, latents, output_dir)
+        require_legal_plan(identity.id, identity.schema, planned_after(latents, identity.id))
+        encoders = ModelFolder.resolve(config.text_source).text_encoders
+        require_complete(output_dir / identity.id, identity, encoders)
         if repair:
-            refuse_in_job_array(launch, str(output_dir / record.id))
+            refuse_in_job_array(launch, str(output_dir / identity.id))
             repair_set(
-                output_dir / record.id,
-                record,
-                planned_after(latents, record.id),
+                output_dir / identity.id,
+                identity,
+                planned_after(latents, identity.id),
                 partial(holds_same_keys, latents=latents),
                 exclusive=config.cache.exclusive,
             )
-        return record.to_json()
+        return identity
 
-    record = SetRecord.from_json(launch.decide("text", decide), "launch")
-    path, shards = output_dir / record.id, planned_after(latents, record.id)
+    identity = launch.decide(
+        "text",
+        decide,
+        encode=SetIdentity.to_json,
+        decode=partial(SetIdentity.from_json, where="launch"),
+    )
+    path, shards = output_dir / identity.id, planned_after(latents, identity.id)
     loaded: list[CaptionEncoder] = []
 
     def encoder() -> CaptionEncoder:
         if not loaded:
-            checkpoint = Checkpoint.resolve(config.text_source)
+            checkpoint = ModelFolder.resolve(config.text_source)
             loaded.append(CaptionEncoder(TextEncoders.load(checkpoint, device)))
         return loaded[0]
 
     built = build_set(
         path,
-        record,
+        identity,
         shards,
         lambda: TextContent(latents, encoder()),
         partial(_describe, latents.manifest.catalog, encoder),
@@ -93,52 +98,52 @@ def build_text_set(
         exclusive=config.cache.exclusive,
     )
     if loaded:
-        _report_cut_captions(loaded[0].num_truncated, record)
+        _report_cut_captions(loaded[0].num_truncated, identity)
     return path, built
 
 
-def _report_cut_captions(num_truncated: int, record: SetRecord) -> None:
+def _report_cut_captions(num_truncated: int, identity: SetIdentity) -> None:
     if num_truncated:
         _log.warning(
             "%d distinct captions are longer than %d tokens: their ends are not seen",
             num_truncated,
-            cast("int", record.schema.tensors[0].shape[0]),
+            cast("int", identity.schema.tensors[0].shape[0]),
         )
 
 
-def text_record(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> SetRecord:
+def text_identity(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> SetIdentity:
     """Return the identity of the text set; its id is made of its fingerprint.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the encoders are missing or damaged.
     """
-    checkpoint = Checkpoint.resolve(config.text_source)
+    checkpoint = ModelFolder.resolve(config.text_source)
     geometry = text_geometry(checkpoint)
-    record = SetRecord(
+    identity = SetIdentity(
         kind="text",
         id="text",
         schema=text_schema(geometry.num_tokens, geometry.hidden_size, geometry.pooled_size),
         content={"text": checkpoint.text_fingerprint()},
-        latents=SetReference(latents.manifest.record.fingerprint),
+        latents=SetReference(latents.manifest.identity.fingerprint),
     )
-    record = replace(record, id=f"text-{record.fingerprint[:_ID_DIGITS]}")
+    identity = replace(identity, id=f"text-{identity.fingerprint[:_ID_DIGITS]}")
     reference = SetReference.between(
-        latents.manifest.record.fingerprint, output_dir / record.id, latents.directory
+        latents.manifest.identity.fingerprint, output_dir / identity.id, latents.directory
     )
-    return replace(record, latents=reference)
+    return replace(identity, latents=reference)
 
 
 def _describe(
     catalog: int,
     encoder: Callable[[], CaptionEncoder],
     directory: Directory,
-    record: SetRecord,
+    identity: SetIdentity,
     indices: Iterable[ShardIndex],
 ) -> Manifest:
     if not directory.exists(EMPTY_RECORD_NAME):
-        metadata = {FINGERPRINT: record.fingerprint}
+        metadata = {FINGERPRINT: identity.fingerprint}
         content = encode_record(text_tensors(encoder()("")), metadata)
         until_not_swept(directory, partial(directory.publish_bytes, EMPTY_RECORD_NAME, content))
     empty = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
     digest = hashlib.sha256(empty).hexdigest()
-    return Manifest.build(record, catalog, indices, empty_sha256=digest)
+    return Manifest.build(identity, catalog, indices, empty_sha256=digest)

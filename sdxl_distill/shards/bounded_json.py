@@ -96,7 +96,7 @@ def _is_shallow(value: Any, num_levels: int) -> bool:
     )
 
 
-FORMAT_VERSION: Final = 1
+SET_FORMAT_VERSION: Final = 1
 _DIGEST: Final = "digest"
 
 
@@ -126,10 +126,10 @@ def unseal(content: bytes, where: str, max_bytes: int) -> dict[str, Any]:
             action="copy the set anew, or rebuild it by its builder with --repair",
         )
     version = fields.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
+    if type(version) is int and version > SET_FORMAT_VERSION:
         raise IncompatibleError(
             f"format version {version}",
-            expected=f"at most {FORMAT_VERSION}",
+            expected=f"at most {SET_FORMAT_VERSION}",
             where=where,
             action="install a newer sdxl_distill",
         )

@@ -23,7 +23,7 @@ from sdxl_distill.shards.safetensors_layout import (
     parse_header,
 )
 
-FORMAT_VERSION: Final = 1
+INDEX_FORMAT_VERSION: Final = 1
 ACTION: Final = "rebuild this shard: run its builder with --repair"
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -45,7 +45,7 @@ _NUMPY_DTYPES: Final = {"U8": np.dtype("u1"), "I64": np.dtype("<i8"), "U64": np.
 def encode_index(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
     """Return the bytes of an index file, the format version added."""
     shapes = {name: (dtype_of(tensor), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    header = build_header(shapes, {**metadata, "format_version": str(FORMAT_VERSION)})
+    header = build_header(shapes, {**metadata, "format_version": str(INDEX_FORMAT_VERSION)})
     return join_tensors(header.content, header.places, tensors)
 
 
@@ -57,7 +57,7 @@ def index_bytes(
     metadata = {
         "digest": digest,
         "fingerprint": digest,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(INDEX_FORMAT_VERSION),
         "num_records": str(num_records),
         "tar_bytes": str(tar_bytes),
         "tar_sha256": digest,
@@ -123,7 +123,7 @@ def known_index(
         has_noise: whether there are digests of noise that is not stored.
     """
     shapes = _shapes(int(metadata["num_records"]), header_bytes, num_tensors, has_noise)
-    layout = build_header(shapes, {**metadata, "format_version": str(FORMAT_VERSION)})
+    layout = build_header(shapes, {**metadata, "format_version": str(INDEX_FORMAT_VERSION)})
     if len(content) != layout.num_bytes or not content.startswith(layout.content):
         return None
     return _tensors(content, layout)
@@ -140,10 +140,10 @@ def _tensors(content: bytes, layout: SafetensorsHeader) -> dict[str, npt.NDArray
 
 def _check_metadata(metadata: dict[str, str], where: str) -> None:
     version = metadata.get("format_version", "")
-    if _METADATA["format_version"].fullmatch(version) and int(version) > FORMAT_VERSION:
+    if _METADATA["format_version"].fullmatch(version) and int(version) > INDEX_FORMAT_VERSION:
         raise IncompatibleError(
             f"an index of format version {version}",
-            expected=f"at most {FORMAT_VERSION}",
+            expected=f"at most {INDEX_FORMAT_VERSION}",
             where=where,
             action="install a newer sdxl_distill",
         )

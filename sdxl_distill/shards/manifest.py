@@ -25,7 +25,7 @@ from sdxl_distill.limits import (
 )
 from sdxl_distill.shards.bounded_json import require_names, seal, unseal
 from sdxl_distill.shards.index import ShardIndex
-from sdxl_distill.shards.set_record import FIELDS, SetRecord, is_counter, is_sha256
+from sdxl_distill.shards.set_identity import FIELDS, SetIdentity, is_counter, is_sha256
 from sdxl_distill.shards.shard_name import ShardName, is_bucket_side
 
 _ID: Final = re.compile(r"[0-9a-f]{32}")
@@ -102,7 +102,7 @@ def check_entries(entries: Sequence[ShardEntry], where: str) -> None:
             or (row >= draws and entries[row - draws][:3] >= first[:3])
         ):
             raise CorruptError(
-                f"shard {_spell(entry)} is twice, unsorted, or holds other keys than its draw 0",
+                f"shard {_describe(entry)} is twice, unsorted, or holds other keys than its draw 0",
                 expected=f"each shard once in each of {draws} draws, with the same keys",
                 where=where,
             )
@@ -133,7 +133,9 @@ def entries_from_columns(value: Any, where: str) -> tuple[ShardEntry, ...]:
     entries = tuple(map(ShardEntry._make, zip(*columns, strict=True)))
     for entry in entries:
         if not _has_consistent_ids(entry):
-            raise CorruptError(f"shard {_spell(entry)} has absurd first and last ids", where=where)
+            raise CorruptError(
+                f"shard {_describe(entry)} has absurd first and last ids", where=where
+            )
     return entries
 
 
@@ -176,7 +178,7 @@ def _has_consistent_ids(entry: ShardEntry) -> bool:
     return first < last if entry.num_records > 1 else first == last and entry.num_records == 1
 
 
-def _spell(entry: ShardEntry) -> str:
+def _describe(entry: ShardEntry) -> str:
     return f"{entry.number} of {entry.width}x{entry.height}, draw {entry.draw}"
 
 
@@ -189,14 +191,14 @@ class Manifest:
     """All that is known of a complete set before a shard is opened.
 
     Attributes:
-        record: the set record, repeated in the manifest.
+        identity: the set record, repeated in the manifest.
         catalog: number n of the catalog whose images the set holds.
         shards: sorted by bucket, number and draw.
         undecodable: keys of the catalog's images that did not decode (latents sets), sorted.
         empty_sha256: of `empty.safetensors`, the empty caption's record (text sets).
     """
 
-    record: SetRecord
+    identity: SetIdentity
     catalog: int
     shards: tuple[ShardEntry, ...]
     undecodable: tuple[str, ...] = ()
@@ -205,7 +207,7 @@ class Manifest:
     @classmethod
     def build(
         cls,
-        record: SetRecord,
+        identity: SetIdentity,
         catalog: int,
         indices: Iterable[ShardIndex],
         undecodable: Iterable[str] = (),
@@ -219,22 +221,22 @@ class Manifest:
         """
         shards: list[ShardEntry] = []
         for index in indices:
-            if index.header.fingerprint != record.fingerprint:
+            if index.header.fingerprint != identity.fingerprint:
                 raise CorruptError(
                     f"an index of set {index.header.fingerprint[:12]}…",
-                    expected=f"{record.fingerprint[:12]}…",
-                    where=f"set {record.id}, {index.name.idx}",
+                    expected=f"{identity.fingerprint[:12]}…",
+                    where=f"set {identity.id}, {index.name.idx}",
                     action="rebuild this shard: run its builder with --repair",
                 )
             shards.append(ShardEntry.of(index))
         manifest = cls(
-            record,
+            identity,
             catalog,
             tuple(sorted(shards, key=lambda entry: entry[:4])),
             tuple(sorted(undecodable)),
             empty_sha256,
         )
-        manifest._check(f"set {record.id}")
+        manifest._check(f"set {identity.id}")
         return manifest
 
     @property
@@ -254,7 +256,7 @@ class Manifest:
 
     def names(self) -> list[ShardName]:
         """Return the names of all shards, in order."""
-        return [entry.name(self.record.id) for entry in self.shards]
+        return [entry.name(self.identity.id) for entry in self.shards]
 
     def entry(self, name: ShardName) -> ShardEntry:
         """Return what is known of a shard; KeyError when the set has none of that name."""
@@ -266,7 +268,7 @@ class Manifest:
 
     def _fields(self) -> dict[str, Any]:
         return {
-            **self.record.to_json(),
+            **self.identity.to_json(),
             "catalog": self.catalog,
             "draws": self.draws,
             "empty_sha256": self.empty_sha256,
@@ -286,7 +288,7 @@ class Manifest:
                 f"a manifest of {len(content):,} bytes: {len(self.shards):,} shards, "
                 f"{len(self.undecodable):,} images that did not decode",
                 expected=f"at most {MAX_MANIFEST_BYTES:,} bytes",
-                where=f"set {self.record.id}",
+                where=f"set {self.identity.id}",
                 action="remove images that do not decode from data.image_dir, or raise "
                 "data.records_per_shard, and build the latents again",
             )
@@ -307,7 +309,7 @@ class Manifest:
         if not is_counter(fields["catalog"]):
             raise CorruptError("an absurd catalog number", where=where)
         manifest = cls(
-            record=SetRecord.from_json({name: fields[name] for name in FIELDS}, where),
+            identity=SetIdentity.from_json({name: fields[name] for name in FIELDS}, where),
             catalog=fields["catalog"],
             shards=entries_from_columns(fields["shards"], where),
             undecodable=_parse_keys(fields["undecodable"], where),
@@ -319,7 +321,7 @@ class Manifest:
         return manifest
 
     def _check(self, where: str) -> None:
-        kind = self.record.kind
+        kind = self.identity.kind
         if (
             (self.empty_sha256 is not None) != (kind == "text")
             or (self.undecodable and kind != "latents")

@@ -59,9 +59,9 @@ class ShardReader:
             ValueError: when `out` has another size or dtype, or is not contiguous.
         """
         column = self.index.header.column(tensor_name)
-        self.read_run(record, column, [_bytes_of(out, self.index.header.places[column], 1)])
+        self.read_span(record, column, [_bytes_of(out, self.index.header.places[column], 1)])
 
-    def read_run(self, record: int, first_column: int, buffers: Sequence[memoryview]) -> bool:
+    def read_span(self, record: int, first_column: int, buffers: Sequence[memoryview]) -> bool:
         """Copy tensors that lie side by side in one record, by one call of the system.
 
         Args:
@@ -95,7 +95,7 @@ class ShardReader:
         buffer = _bytes_of(out, place, len(records))
         for row, record in enumerate(records):
             begin = row * place.num_bytes
-            self.read_run(record, column, [buffer[begin : begin + place.num_bytes]])
+            self.read_span(record, column, [buffer[begin : begin + place.num_bytes]])
 
     def read_record(self, record: int) -> dict[str, torch.Tensor]:
         """Return all tensors of one record, its header and its sidecar checked too.
@@ -170,7 +170,7 @@ class ShardReader:
         return f"set {name.set_id}, shard {name.tar}, key {self.index.key(record)}"
 
 
-class RunReader:
+class SpanReader:
     """Tensors that lie side by side in the records of a shard, and no more of its index than that.
 
     A join keeps thousands of these: 8 bytes a record and tensor.
@@ -200,13 +200,13 @@ class RunReader:
         self._reopen = reopen
 
     def read(self, record: int, buffers: Sequence[memoryview]) -> bool:
-        """Copy the tensors of one record; otherwise as `ShardReader.read_run`."""
+        """Copy the tensors of one record; otherwise as `ShardReader.read_span`."""
         try:
             was_cached = _read_side_by_side(self._file, buffers, int(self._offsets[record]), "")
         except CorruptError:
-            return self._reopen().read_run(record, self._first_column, buffers)
+            return self._reopen().read_span(record, self._first_column, buffers)
         if list(map(bytes_digest, buffers)) != self._digests[record].tolist():
-            return self._reopen().read_run(record, self._first_column, buffers)
+            return self._reopen().read_span(record, self._first_column, buffers)
         return was_cached
 
     def announce(self, record: int) -> None:

@@ -46,7 +46,7 @@ _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
 _KEPT_LAYOUTS: Final = 256  # shards of one bucket and number of records share one
 
-_spell: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_describe: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 AnyTensor: TypeAlias = "torch.Tensor | npt.NDArray[Any]"
 
@@ -79,7 +79,7 @@ def build_header(
 ) -> SafetensorsHeader:
     """Lay out tensors given as name → (dtype, shape): widest dtypes first, then by name."""
     laid_out = _lay_out(tuple(tensors.items()))
-    text = _spell(dict(sorted(metadata.items())))
+    text = _describe(dict(sorted(metadata.items())))
     text = f'{{"{_METADATA}":{text}{laid_out.text}}}'.encode()
     text += b" " * (-len(text) % 8)
     content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
@@ -107,7 +107,7 @@ def _lay_out(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> _L
     for name, (dtype, shape) in ordered:
         end = begin + ITEM_BYTES[dtype] * prod(shape)
         field = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        fields.append(f",{_spell(name)}:{_spell(field)}")
+        fields.append(f",{_describe(name)}:{_describe(field)}")
         places.append(TensorPlace(name, dtype, shape, begin, end - begin))
         begin = end
     return _LaidOut("".join(fields), tuple(places))

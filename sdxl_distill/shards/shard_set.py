@@ -22,14 +22,14 @@ from sdxl_distill.limits import (
     MAX_INDEX_BYTES,
     MAX_MANIFEST_BYTES,
     MAX_RECORD_BYTES,
-    MAX_SET_RECORD_BYTES,
+    MAX_SET_IDENTITY_BYTES,
 )
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.open_file import OPEN_FILES, OpenFile
 from sdxl_distill.storage.path_text import require_path
@@ -56,19 +56,19 @@ def open_shard_set(path: str | Path, *, max_open_shards: int = 64) -> ShardSet:
     """
     require_path(path)
     directory = Path(path)
-    record = SetRecord.from_bytes(
-        _read_or_explain(directory, SET_RECORD_NAME, MAX_SET_RECORD_BYTES),
-        str(directory / SET_RECORD_NAME),
+    identity = SetIdentity.from_bytes(
+        _read_or_explain(directory, SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES),
+        str(directory / SET_IDENTITY_NAME),
     )
     manifest = Manifest.from_bytes(
         _read_or_explain(directory, MANIFEST_NAME, MAX_MANIFEST_BYTES),
         str(directory / MANIFEST_NAME),
     )
-    if manifest.record != record:
+    if manifest.identity != identity:
         raise IncompatibleError(
-            f"a manifest of generation {manifest.record.generation} of set "
-            f"{manifest.record.fingerprint[:12]}…",
-            expected=f"generation {record.generation} of {record.fingerprint[:12]}…",
+            f"a manifest of generation {manifest.identity.generation} of set "
+            f"{manifest.identity.fingerprint[:12]}…",
+            expected=f"generation {identity.generation} of {identity.fingerprint[:12]}…",
             where=str(directory / MANIFEST_NAME),
             action="finish building this set, or copy it anew",
         )
@@ -100,7 +100,7 @@ class ShardSet:
     @property
     def id(self) -> str:
         """Name of the set."""
-        return self.manifest.record.id
+        return self.manifest.identity.id
 
     def index(self, name: ShardName) -> ShardIndex:
         """Return the index of a shard, checked against the manifest; the last ones are kept.
@@ -154,9 +154,9 @@ class ShardSet:
             ConfigError: when there is no recorded place, or nothing at it.
             IncompatibleError: when another set lies there.
         """
-        record = self.manifest.record
-        reference = record.latents if kind == "latents" else record.text
-        assert reference is not None, f"a {record.kind} set has no {kind} set"
+        identity = self.manifest.identity
+        reference = identity.latents if kind == "latents" else identity.text
+        assert reference is not None, f"a {identity.kind} set has no {kind} set"
         directory = Path(place) if place is not None else reference.resolve(self.directory)
         if directory is None:
             raise ConfigError(
@@ -189,9 +189,9 @@ class ShardSet:
 
     def _checked_index(self, content: bytes, name: ShardName, entry: ShardEntry) -> ShardIndex:
         """Return the index in a file, whose bytes the manifest vouches for by their digest."""
-        record = self.manifest.record
+        identity = self.manifest.identity
         header = RecordHeader.build(
-            record.schema, entry.width, entry.height, record.fingerprint, entry.source_sha256
+            identity.schema, entry.width, entry.height, identity.fingerprint, entry.source_sha256
         )
         index = ShardIndex.from_known_bytes(
             content,
@@ -251,7 +251,7 @@ class ShardSet:
 
 def _open_as(directory: Path, reference: SetReference, kind: str, set_id: str) -> ShardSet:
     opened = open_shard_set(directory)
-    found = opened.manifest.record.fingerprint
+    found = opened.manifest.identity.fingerprint
     if found != reference.fingerprint:
         raise IncompatibleError(
             f"set {opened.id} has fingerprint {found[:12]}…",

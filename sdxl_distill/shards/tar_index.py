@@ -124,7 +124,7 @@ def index_of_tar(
         # After its sidecar: what reads on may move what was read before.
         record = tar.read(member.offset, member.num_bytes)
         if bytes(record[: len(header.content)]) != header.content:
-            raise _corrupt(name, f"{member.name} has another header", _spell(header))
+            raise _corrupt(name, f"{member.name} has another header", _describe(header))
         rows.add(image_id, record, content, recreated_noise_digest(header, name, record))
         if look is not None:
             look(image_id, record, content)
@@ -213,7 +213,7 @@ def _wrong_size(name: ShardName, member: TarMember, expected: str) -> CorruptErr
     return _corrupt(name, f"{member.name} of {member.num_bytes} bytes", expected)
 
 
-def _spell(header: RecordHeader) -> str:
+def _describe(header: RecordHeader) -> str:
     source = header.source_sha256
     made_from = f" made from latents shard {source[:12]}…" if source else ""
     return f"records of set {header.fingerprint[:12]}…{made_from}"

@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.shards.manifest import ShardEntry
-from sdxl_distill.shards.set_record import Kind
+from sdxl_distill.shards.set_identity import Kind
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.joined_sets import JoinedSets
@@ -40,7 +40,7 @@ class AlignedShard(NamedTuple):
 
     def name(self, shard_set: ShardSet, draw: int) -> ShardName:
         """Return the shard's name in a set; only predictions sets have draws."""
-        own_draw = draw if shard_set.manifest.record.kind == "predictions" else 0
+        own_draw = draw if shard_set.manifest.identity.kind == "predictions" else 0
         return ShardName(shard_set.id, *self.bucket, self.number, own_draw)
 
 
@@ -67,7 +67,7 @@ def align(sets: JoinedSets, on_missing: OnMissing) -> tuple[AlignedShard, ...]:
     if missing and on_missing == "error":
         raise _missing(missing)
     for shard_set, counts in missing.items():
-        _log.warning("left out: %s lacks %s", shard_set.id, _spell(counts))
+        _log.warning("left out: %s lacks %s", shard_set.id, _describe(counts))
     if not common:
         raise ConfigError(
             "there is no shard that all sets have",
@@ -91,7 +91,7 @@ def _count_buckets(places: set[tuple[int, int, int]]) -> Counter[Bucket]:
     return Counter(Bucket(width, height) for width, height, _ in sorted(places))
 
 
-def _spell(counts: Counter[Bucket]) -> str:
+def _describe(counts: Counter[Bucket]) -> str:
     return ", ".join(
         f"{count} {'shard' if count == 1 else 'shards'} of {bucket}"
         for bucket, count in counts.items()
@@ -101,7 +101,7 @@ def _spell(counts: Counter[Bucket]) -> str:
 def _missing(missing: Mapping[ShardSet, Counter[Bucket]]) -> IncompatibleError:
     return IncompatibleError(
         "shards are missing: "
-        + "; ".join(f"{each.id} lacks {_spell(counts)}" for each, counts in missing.items()),
+        + "; ".join(f"{each.id} lacks {_describe(counts)}" for each, counts in missing.items()),
         expected="the same shards in every set",
         where=", ".join(str(shard_set.directory) for shard_set in missing),
         action=f"build them: {_commands(missing)}; or train on what all sets have with "
@@ -111,7 +111,7 @@ def _missing(missing: Mapping[ShardSet, Counter[Bucket]]) -> IncompatibleError:
 
 def _commands(shard_sets: Mapping[ShardSet, object], options: str = "") -> str:
     return " && ".join(
-        f"{_BUILDERS[each.manifest.record.kind]} <the configuration of {each.id}>{options}"
+        f"{_BUILDERS[each.manifest.identity.kind]} <the configuration of {each.id}>{options}"
         for each in shard_sets
     )
 
@@ -132,7 +132,7 @@ def _require_fresh(sets: JoinedSets, common: set[tuple[int, int, int]]) -> None:
     if stale:
         raise IncompatibleError(
             "shards are stale, made from other latents than today's: "
-            + "; ".join(f"{each.id} has {_spell(counts)}" for each, counts in stale.items()),
+            + "; ".join(f"{each.id} has {_describe(counts)}" for each, counts in stale.items()),
             expected=f"shards made from those of set {sets.latents.id}",
             where=", ".join(str(shard_set.directory) for shard_set in stale),
             action=f"build these shards anew: {_commands(stale, ' --repair')}",

@@ -37,14 +37,14 @@ class Place(NamedTuple):
         return slice(self.offset + row * self.row_bytes, self.offset + (row + 1) * self.row_bytes)
 
 
-class Layout(NamedTuple):
+class BatchLayout(NamedTuple):
     """Where the tensors of a batch lie in its block."""
 
     places: tuple[Place, ...]
     num_bytes: int
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[torch.dtype, tuple[int, ...], int]]) -> Layout:
+    def of(cls, tensors: Iterable[tuple[torch.dtype, tuple[int, ...], int]]) -> BatchLayout:
         """Lay out contiguous tensors one after the other.
 
         A processor copies three to six times slower when the target lies less than a cache line
@@ -86,7 +86,7 @@ class BatchMemory:
         self._pin_memory = pin_memory
         self._free: list[np.ndarray] = []
 
-    def take(self, layout: Layout) -> Block:
+    def take(self, layout: BatchLayout) -> Block:
         """Return a block of undefined content; it is free again when its tensors are gone."""
         if self._pin_memory:
             flat = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=True)

@@ -16,23 +16,23 @@ import torch
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.image_id import record_key
 from sdxl_distill.core.noise import noise
-from sdxl_distill.order.stream_order import Batch
+from sdxl_distill.order.stream_order import PlannedBatch
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES, byte_view
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
-from sdxl_distill.stream.batch import BatchMemory, JoinedBatch, Layout
-from sdxl_distill.stream.joined_sets import JoinedSets, holds_text, recipe_of, text_fingerprint_of
-from sdxl_distill.stream.open_shard import OpenShard, Run, open_shard, room_for
-from sdxl_distill.stream.question import (
-    Question,
-    expected_question,
+from sdxl_distill.stream.batch import BatchLayout, BatchMemory, JoinedBatch
+from sdxl_distill.stream.draw_parameters import (
+    DrawParameters,
+    expected_draw,
     require_close_text,
+    require_draw,
     require_noise,
-    require_question,
 )
+from sdxl_distill.stream.joined_sets import JoinedSets, holds_text, recipe_of, text_fingerprint_of
+from sdxl_distill.stream.open_shard import OpenShard, TensorSpan, open_shard, room_for
 
 _MAX_LAYOUTS: Final = 128
 
@@ -48,8 +48,8 @@ class UnfilledBatch(NamedTuple):
     """
 
     batch: JoinedBatch
-    read: Batch
-    layout: Layout
+    read: PlannedBatch
+    layout: BatchLayout
     content: memoryview
 
 
@@ -85,25 +85,25 @@ class Join:
             for each in full
             if each is not sets.text and text_fingerprint_of(each) == text_fingerprint_of(sets.text)
         ]
-        slots = self._slots()
-        self._runs = [run for each in sets.all for run in _runs(each, slots)]
+        batch_columns = self._batch_columns()
+        self._spans = [span for each in sets.all for span in _spans(each, batch_columns)]
         self._layout = lru_cache(_MAX_LAYOUTS)(self._new_layout)
-        self.room = room_for(self._runs, shards, num_in_use, sets.num_draws)
+        self.room = room_for(self._spans, shards, num_in_use, sets.num_draws)
         self._open = lru_cache(self.room.num_shards)(self._open_shard)
         # Announcing costs a tenth of the time when nothing has to be waited for.
         self._waits_for_disk = True
 
-    def allocate(self, read: Batch) -> UnfilledBatch:
+    def allocate(self, read: PlannedBatch) -> UnfilledBatch:
         """Return a batch for `fill`."""
         bucket = self._shards[read.shards[0]].bucket
-        layout = self._layout(bucket, len(read.slots))
+        layout = self._layout(bucket, len(read.positions))
         block = self._memory.take(layout)
         latents, time_ids, hidden_states, pooled, *predictions, own_noise, timesteps = block.tensors
         batch = JoinedBatch(
             epoch=read.epoch,
             step=read.step,
             bucket=bucket,
-            keys=("",) * len(read.slots),
+            keys=("",) * len(read.positions),
             draws=tuple(read.draws.tolist()),
             latents=latents,
             noise=own_noise,
@@ -133,7 +133,9 @@ class Join:
         batch, read, layout, content = unfilled
         shards, records, draws = read.shards.tolist(), read.records.tolist(), read.draws.tolist()
         places = [(place.offset, place.row_bytes) for place in layout.places]
-        spans = [[places[slot] for slot in run.slots] for run in self._runs]
+        spans = [
+            [places[batch_column] for batch_column in span.batch_columns] for span in self._spans
+        ]
         if self._waits_for_disk:
             self._announce(read, rows)
         was_cached = True
@@ -141,15 +143,15 @@ class Join:
         for row in rows:
             record, draw = records[row], draws[row]
             shard = self._open(shards[row], draw)
-            for run, own_spans in zip(shard.runs, spans, strict=True):
+            for span, own_spans in zip(shard.spans, spans, strict=True):
                 buffers = [
                     content[offset + row * size : offset + (row + 1) * size]
                     for offset, size in own_spans
                 ]
-                was_cached &= run.read(record, buffers)
+                was_cached &= span.read(record, buffers)
             image_id = shard.image_id(record)
-            question = expected_question(image_id, self._recipe, draw)
-            self._fill_question(unfilled, row, shard, question)
+            parameters = expected_draw(image_id, self._recipe, draw)
+            self._fill_draw(unfilled, row, shard, parameters)
             keys.append(record_key(image_id, *batch.bucket))
         self._waits_for_disk = not was_cached
         return keys
@@ -158,14 +160,14 @@ class Join:
         """Let go of the shards that are kept open."""
         self._open.cache_clear()
 
-    def _announce(self, read: Batch, rows: Sequence[int]) -> None:
+    def _announce(self, read: PlannedBatch, rows: Sequence[int]) -> None:
         """Let the disk start on all rows, while the first ones are waited for."""
         for row in rows:
             shard = self._open(int(read.shards[row]), int(read.draws[row]))
-            for run in shard.runs:
-                run.announce(int(read.records[row]))
+            for span in shard.spans:
+                span.announce(int(read.records[row]))
 
-    def _slots(self) -> dict[tuple[ShardSet, str], int]:
+    def _batch_columns(self) -> dict[tuple[ShardSet, str], int]:
         """Return which tensor of a batch each tensor that is read fills; see `_new_layout`."""
         sets = self._sets
         names = [
@@ -177,47 +179,47 @@ class Join:
         ]
         if self._noise_source is not None:
             names.append((self._noise_source, "noise"))
-        return {name: slot for slot, name in enumerate(names)}
+        return {name: batch_column for batch_column, name in enumerate(names)}
 
-    def _new_layout(self, bucket: Bucket, num_records: int) -> Layout:
-        """Lay out what is read as `_slots` says, then noise and timesteps."""
+    def _new_layout(self, bucket: Bucket, num_records: int) -> BatchLayout:
+        """Lay out what is read as `_batch_columns` says, then noise and timesteps."""
         tensors: list[tuple[torch.dtype, tuple[int, ...], int]] = []
-        for shard_set, name in self._slots():
+        for shard_set, name in self._batch_columns():
             place = _header(shard_set, bucket).place(name)
             tensors.append((TORCH_DTYPES[place.dtype], (num_records, *place.shape), place.offset))
         if self._noise_source is None:
             latents_shape = tensors[0][1]
             tensors.append((torch.float16, latents_shape, 0))
-        return Layout.of([*tensors, (torch.int64, (num_records,), 0)])
+        return BatchLayout.of([*tensors, (torch.int64, (num_records,), 0)])
 
     def _open_shard(self, row: int, draw: int) -> OpenShard:
         """Open a row of the shard table."""
         sets = self._sets
         return open_shard(
-            self._shards[row], draw, self._runs, sets.predictions, sets.text, self._other_texts
+            self._shards[row], draw, self._spans, sets.predictions, sets.text, self._other_texts
         )
 
-    def _fill_question(
-        self, unfilled: UnfilledBatch, row: int, shard: OpenShard, question: Question
+    def _fill_draw(
+        self, unfilled: UnfilledBatch, row: int, shard: OpenShard, parameters: DrawParameters
     ) -> None:
         """Fill in what follows from the id, and check that every teacher was asked the same."""
         batch, record = unfilled.batch, int(unfilled.read.records[row])
         timesteps = unfilled.layout.places[-1].row(row)
-        unfilled.content[timesteps] = question.timestep.to_bytes(8, "little")
+        unfilled.content[timesteps] = parameters.timestep.to_bytes(8, "little")
         noise_digest = None
         if self._noise_source is None:
-            made = noise(question.seed, *batch.bucket, batch.noise.shape[1])
+            made = noise(parameters.seed, *batch.bucket, batch.noise.shape[1])
             unfilled.content[unfilled.layout.places[-2].row(row)] = byte_view(made)
             noise_digest = tensor_digest(made)
-        if not shard.was_asked(record, question, noise_digest):
-            self._require_question(unfilled.read, row, question, noise_digest)
+        if not shard.was_asked(record, parameters, noise_digest):
+            self._require_draw(unfilled.read, row, parameters, noise_digest)
         for other, records in shard.unequal_texts.items():
             if record in records:
                 text = self._reader(self._sets.text, unfilled.read, row)
                 require_close_text(text, self._reader(other, unfilled.read, row), record)
 
-    def _require_question(
-        self, read: Batch, row: int, question: Question, noise_digest: int | None
+    def _require_draw(
+        self, read: PlannedBatch, row: int, parameters: DrawParameters, noise_digest: int | None
     ) -> None:
         """Raise for the teacher that was asked something else, by the indices of all."""
         record, origin = int(read.records[row]), "the seed"
@@ -228,32 +230,34 @@ class Join:
             noise_digest = index.tensor_digest("noise", record)
         for teacher in self._sets.predictions:
             index = self._reader(teacher, read, row).index
-            require_question(index, record, question)
+            require_draw(index, record, parameters)
             require_noise(index, record, noise_digest, origin)
 
-    def _reader(self, shard_set: ShardSet, read: Batch, row: int) -> ShardReader:
+    def _reader(self, shard_set: ShardSet, read: PlannedBatch, row: int) -> ShardReader:
         """Return a shard with its whole index: for what is seldom asked."""
         shard = self._shards[int(read.shards[row])]
         return shard_set.reader(shard.name(shard_set, int(read.draws[row])))
 
 
-def _runs(shard_set: ShardSet, slots: Mapping[tuple[ShardSet, str], int]) -> list[Run]:
-    """Return what is read of one set, in as few runs as the places in a record allow."""
+def _spans(
+    shard_set: ShardSet, batch_columns: Mapping[tuple[ShardSet, str], int]
+) -> list[TensorSpan]:
+    """Return what is read of one set, in as few spans as the places in a record allow."""
     # The order of the tensors is the same in every bucket.
     header = _header(shard_set, Bucket(*shard_set.manifest.shards[0][:2]))
-    runs: list[Run] = []
+    spans: list[TensorSpan] = []
     for column, place in enumerate(header.places):
-        slot = slots.get((shard_set, place.name))
-        if slot is None:
+        batch_column = batch_columns.get((shard_set, place.name))
+        if batch_column is None:
             continue
-        if runs and runs[-1].first_column + len(runs[-1].slots) == column:
-            runs[-1] = runs[-1]._replace(slots=(*runs[-1].slots, slot))
+        if spans and spans[-1].first_column + len(spans[-1].batch_columns) == column:
+            spans[-1] = spans[-1]._replace(batch_columns=(*spans[-1].batch_columns, batch_column))
         else:
-            runs.append(Run(shard_set, column, (slot,)))
-    return runs
+            spans.append(TensorSpan(shard_set, column, (batch_column,)))
+    return spans
 
 
 def _header(shard_set: ShardSet, bucket: Bucket) -> RecordHeader:
     """Return a header of one bucket; those of its shards differ in the source's digits alone."""
-    record, source = shard_set.manifest.record, shard_set.manifest.shards[0].source_sha256
-    return RecordHeader.build(record.schema, *bucket, record.fingerprint, source)
+    identity, source = shard_set.manifest.identity, shard_set.manifest.shards[0].source_sha256
+    return RecordHeader.build(identity.schema, *bucket, identity.fingerprint, source)

@@ -12,33 +12,33 @@ from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import ConfigError, DistillError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields
-from sdxl_distill.shards.set_record import Kind, NoiseRecipe
+from sdxl_distill.shards.set_identity import Kind, NoiseRecipe
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 
 
 def recipe_of(predictions: ShardSet) -> NoiseRecipe:
     """Return from what the noise and timesteps of a predictions set follow."""
-    recipe = predictions.manifest.record.noise
+    recipe = predictions.manifest.identity.noise
     assert recipe is not None, predictions.id
     return recipe
 
 
 def noise_schedule_of(predictions: ShardSet) -> NoiseSchedule:
     """Return the noise schedule of a predictions set's teacher."""
-    schedule = predictions.manifest.record.noise_schedule
+    schedule = predictions.manifest.identity.noise_schedule
     assert schedule is not None, predictions.id
     return schedule
 
 
 def text_fingerprint_of(shard_set: ShardSet) -> str | None:
     """Return the fingerprint of the text encoders behind a text or predictions set."""
-    return shard_set.manifest.record.content.get("text")
+    return shard_set.manifest.identity.content.get("text")
 
 
 def holds_text(shard_set: ShardSet) -> bool:
     """Whether the records of a set hold text embeddings."""
-    record = shard_set.manifest.record
-    return record.kind == "text" or record.layout == "full"
+    identity = shard_set.manifest.identity
+    return identity.kind == "text" or identity.layout == "full"
 
 
 def require_kind(shard_set: ShardSet, kind: Kind) -> None:
@@ -47,7 +47,7 @@ def require_kind(shard_set: ShardSet, kind: Kind) -> None:
     Raises:
         ConfigError: when it is one.
     """
-    found = shard_set.manifest.record.kind
+    found = shard_set.manifest.identity.kind
     if found != kind:
         raise ConfigError(
             f"set {shard_set.id} is a {found} set",
@@ -73,7 +73,7 @@ def require_distinct_ids(shard_sets: Sequence[ShardSet]) -> None:
             )
 
 
-def require_same_question(predictions: Sequence[ShardSet]) -> None:
+def require_same_draws(predictions: Sequence[ShardSet]) -> None:
     """Refuse teachers that were asked about different noise, timesteps or ᾱ.
 
     Raises:
@@ -101,8 +101,8 @@ def require_same_question(predictions: Sequence[ShardSet]) -> None:
             == noise_schedule_of(other).table_fingerprint()
         )
         _require_equal(
-            _question(other, with_table=not has_same_table),
-            _question(first, with_table=not has_same_table),
+            _draw_fields(other, with_table=not has_same_table),
+            _draw_fields(first, with_table=not has_same_table),
             other,
             first,
         )
@@ -120,15 +120,15 @@ def require_same_latents(shard_set: ShardSet, first: ShardSet, latents: ShardSet
         IncompatibleError: naming VAE, resolutions or whatever field of the two latents sets
             differs, where both can still be opened; else their fingerprints.
     """
-    own, expected = (each.manifest.record.latents for each in (shard_set, first))
+    own, expected = (each.manifest.identity.latents for each in (shard_set, first))
     assert own is not None and expected is not None
     if own.fingerprint == expected.fingerprint:
         return
     own_latents, first_latents = _latents_or_none(shard_set), latents or _latents_or_none(first)
     if own_latents is not None and first_latents is not None:
         _require_equal(
-            {"latents": own_latents.manifest.record.content_fields()},
-            {"latents": first_latents.manifest.record.content_fields()},
+            {"latents": own_latents.manifest.identity.content_fields()},
+            {"latents": first_latents.manifest.identity.content_fields()},
             shard_set,
             first,
         )
@@ -151,7 +151,7 @@ def require_same_shapes(latents: ShardSet, text: ShardSet, predictions: Sequence
             _require_equal(_text_shapes(shard_set), _text_shapes(text), shard_set, text)
 
 
-def _question(predictions: ShardSet, *, with_table: bool) -> dict[str, Any]:
+def _draw_fields(predictions: ShardSet, *, with_table: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"noise": asdict(recipe_of(predictions))}
     if with_table:
         schedule = noise_schedule_of(predictions).to_json()
@@ -161,7 +161,7 @@ def _question(predictions: ShardSet, *, with_table: bool) -> dict[str, Any]:
 
 
 def _shapes(shard_set: ShardSet) -> dict[str, list[int | str]]:
-    return {spec.name: list(spec.shape) for spec in shard_set.manifest.record.schema.tensors}
+    return {spec.name: list(spec.shape) for spec in shard_set.manifest.identity.schema.tensors}
 
 
 def _text_shapes(shard_set: ShardSet) -> dict[str, list[int | str]]:
@@ -237,7 +237,7 @@ class JoinedSets:
         for shard_set in predictions:
             require_kind(shard_set, "predictions")
         require_distinct_ids(predictions)
-        require_same_question(predictions)
+        require_same_draws(predictions)
         first = predictions[0]
         for shard_set in predictions[1:]:
             require_same_latents(shard_set, first, latents)
@@ -268,7 +268,7 @@ def _latents_of(first: ShardSet, latents: ShardSet | None) -> ShardSet:
     if latents is None:
         return first.open_referenced("latents")
     require_kind(latents, "latents")
-    found, expected = latents.manifest.record.fingerprint, _latents_fingerprint(first)
+    found, expected = latents.manifest.identity.fingerprint, _latents_fingerprint(first)
     if found != expected:
         raise IncompatibleError(
             f"latents set {latents.id} has fingerprint {found[:12]}…",
@@ -318,7 +318,7 @@ def _find_text(predictions: Sequence[ShardSet], wanted: str | None) -> ShardSet:
 
 
 def _latents_fingerprint(shard_set: ShardSet) -> str:
-    reference = shard_set.manifest.record.latents
+    reference = shard_set.manifest.identity.latents
     assert reference is not None, shard_set.id
     return reference.fingerprint
 

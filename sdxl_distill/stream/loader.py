@@ -12,7 +12,8 @@ from itertools import chain, count
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.order.shard_table import ShardTable
-from sdxl_distill.order.stream_order import Batch, Schedule
+from sdxl_distill.order.stream_order import PlannedBatch, StreamOrder
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.storage.open_file import OPEN_FILES
 from sdxl_distill.stream.alignment import AlignedShard, OnMissing, align
@@ -51,7 +52,7 @@ class JoinedStream:
         window: W, how many records of a bucket are mixed with each other.
         validation_fraction: share of the images that is held out, by their ids.
         on_missing: `error` refuses shards that some set lacks, `intersect` leaves them out.
-        rank, world: whose share of each global batch is read.
+        world: the rank whose share of each global batch is read.
         num_threads: that read beside the caller, who reads when he would have to wait.
         prefetch: batches of this rank that are read ahead.
         pin_memory: whether batches lie in page-locked memory.
@@ -79,8 +80,7 @@ class JoinedStream:
         window: int = 16384,
         validation_fraction: float = 0.0,
         on_missing: OnMissing = "error",
-        rank: int = 0,
-        world: int = 1,
+        world: World | None = None,
         num_threads: int = 4,
         prefetch: int = 4,
         pin_memory: bool = False,
@@ -90,7 +90,7 @@ class JoinedStream:
         )
         shards = align(self._sets, on_missing)
         table = _shard_table(self._sets.latents, shards, validation_fraction)
-        self.schedule = Schedule(
+        self.order = StreamOrder(
             table,
             seed=seed,
             global_batch=global_batch,
@@ -98,19 +98,19 @@ class JoinedStream:
             window=window,
             num_draws=self._sets.num_draws,
         )
-        self.schedule.batches(0, 0, 0, rank=rank, world=world)  # refuses an impossible world now
+        self._world = world or World()
+        self._planned(0, 0, 0)  # refuses an impossible world now
         self.num_validation_records = int(table.first.sum())
-        self._rank, self._world = rank, world
         self._opened = [
             each for each in self._sets.all if each not in {*predictions, latents, text}
         ]
         # One batch is handed out, and its successor may be asked for before it is dropped.
         memory = BatchMemory(max_free=prefetch + 2, pin_memory=pin_memory)
-        num_in_use = self.schedule.num_shards_in_use(world)
+        num_in_use = self.order.num_shards_in_use(self._world.size)
         self._join = Join(self._sets, shards, memory, num_in_use=num_in_use)
         self._ahead = ReadAhead(self._join, num_threads=num_threads, num_batches=prefetch)
-        if rank == 0:
-            _report_small_buckets(self.schedule)
+        if self._world.is_main:
+            _report_small_buckets(self.order)
             _report_room(self._join.room, len(shards) * self._sets.num_draws)
 
     @property
@@ -135,7 +135,7 @@ class JoinedStream:
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of every joined set by its id, latents and text included."""
-        return {each.id: each.manifest.record.fingerprint for each in self._sets.all}
+        return {each.id: each.manifest.identity.fingerprint for each in self._sets.all}
 
     def epoch(self, epoch: int, step: int = 0) -> Iterator[JoinedBatch]:
         """Return this rank's batches of an epoch, from a step on.
@@ -167,9 +167,9 @@ class JoinedStream:
         Raises:
             CorruptError, IncompatibleError, StorageError: as `epoch`.
         """
-        table = self.schedule.table
+        table = self.order.table
         return self._ahead.batches(
-            validation_reads(table, max_records, rank=self._rank, world=self._world)
+            validation_reads(table, max_records, rank=self._world.rank, world=self._world.size)
         )
 
     def close(self) -> None:
@@ -185,9 +185,12 @@ class JoinedStream:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _reads(self, epoch: int, step: int) -> Iterator[Batch]:
-        stop = self.schedule.steps(epoch)
-        return self.schedule.batches(epoch, step, stop, rank=self._rank, world=self._world)
+    def _reads(self, epoch: int, step: int) -> Iterator[PlannedBatch]:
+        return self._planned(epoch, step, self.order.steps(epoch))
+
+    def _planned(self, epoch: int, step: int, stop: int) -> Iterator[PlannedBatch]:
+        world = self._world
+        return self.order.batches(epoch, step, stop, rank=world.rank, world=world.size)
 
 
 def _shard_table(latents: ShardSet, shards: Sequence[AlignedShard], fraction: float) -> ShardTable:
@@ -210,13 +213,13 @@ def _report_room(room: Room, num_shards: int) -> None:
     )
 
 
-def _report_small_buckets(schedule: Schedule) -> None:
-    for part in schedule.describe():
+def _report_small_buckets(order: StreamOrder) -> None:
+    for part in order.describe():
         if part.smaller_than_batch and part.num_records:
             _log.warning(
                 "bucket %dx%d has %d records, fewer than the global batch of %d: it has no step "
                 "in some epochs",
                 *part.bucket,
                 part.num_records,
-                schedule.global_batch,
+                order.global_batch,
             )

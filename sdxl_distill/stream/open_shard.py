@@ -16,10 +16,15 @@ import numpy.typing as npt
 
 from sdxl_distill.shards.digest import bytes_digest
 from sdxl_distill.shards.index import UInt64
-from sdxl_distill.shards.reader import RunReader
+from sdxl_distill.shards.reader import SpanReader
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
-from sdxl_distill.stream.question import QUESTION_TENSORS, TEXT_TENSORS, Question, differing_records
+from sdxl_distill.stream.draw_parameters import (
+    DRAW_TENSORS,
+    TEXT_TENSORS,
+    DrawParameters,
+    differing_records,
+)
 
 MOST_BYTES: Final = 1 << 30
 """Memory for open shards at most; what is not kept is read again when it is needed."""
@@ -30,59 +35,59 @@ _OBJECT_BYTES: Final = 2_500
 """Python's objects for a shard in one set, its open file included; measured."""
 
 
-class Run(NamedTuple):
+class TensorSpan(NamedTuple):
     """Tensors that lie side by side in the records of a set, so that one call reads them.
 
     Attributes:
         shard_set: that holds them.
         first_column: of the first one in the header of a record.
-        slots: which tensors of a batch they fill, see `Join._slots`.
+        batch_columns: which tensors of a batch they fill, see `Join._batch_columns`.
     """
 
     shard_set: ShardSet
     first_column: int
-    slots: tuple[int, ...]
+    batch_columns: tuple[int, ...]
 
 
 class OpenShard(NamedTuple):
     """A shard in one draw, and where its sets do not agree.
 
     Attributes:
-        runs: readers in the order of the join's runs.
+        spans: readers in the order of the join's spans.
         ids: uint8 [n, 16], image ids.
-        questions: uint64 [n, 3], digests of seed, timestep and noise in the first predictions
+        draws: uint64 [n, 3], digests of seed, timestep and noise in the first predictions
             set.
-        unequal_questions: records for which the digests of these are not alike in all
+        unequal_draws: records for which the digests of these are not alike in all
             predictions sets.
         unequal_texts: set of the same text encoders → records whose text has other digests than
             the text that is read; sets without such records are left out.
     """
 
-    runs: tuple[RunReader, ...]
+    spans: tuple[SpanReader, ...]
     ids: npt.NDArray[np.uint8]
-    questions: UInt64
-    unequal_questions: frozenset[int]
+    draws: UInt64
+    unequal_draws: frozenset[int]
     unequal_texts: Mapping[ShardSet, frozenset[int]]
 
     def image_id(self, record: int) -> str:
         """Return the image id of a record, 32 hex digits."""
         return self.ids[record].tobytes().hex()
 
-    def was_asked(self, record: int, question: Question, noise_digest: int | None) -> bool:
+    def was_asked(self, record: int, parameters: DrawParameters, noise_digest: int | None) -> bool:
         """Whether every teacher was asked this, by the digests.
 
         Args:
             record: number of the record in the shard.
-            question: what follows from its id.
+            parameters: what follows from its id.
             noise_digest: of the noise in the batch; None where it was read from one of the sets,
                 so that it is that of all sets which agree.
         """
-        if record in self.unequal_questions:
+        if record in self.unequal_draws:
             return False
-        seed, timestep, noise = self.questions[record].tolist()
+        seed, timestep, noise = self.draws[record].tolist()
         return (
-            seed == bytes_digest(question.seed.to_bytes(8, "little"))
-            and timestep == bytes_digest(question.timestep.to_bytes(8, "little"))
+            seed == bytes_digest(parameters.seed.to_bytes(8, "little"))
+            and timestep == bytes_digest(parameters.timestep.to_bytes(8, "little"))
             and noise_digest in (noise, None)
         )
 
@@ -90,7 +95,7 @@ class OpenShard(NamedTuple):
 def open_shard(
     shard: AlignedShard,
     draw: int,
-    runs: Sequence[Run],
+    spans: Sequence[TensorSpan],
     predictions: Sequence[ShardSet],
     text: ShardSet,
     other_texts: Sequence[ShardSet],
@@ -100,7 +105,7 @@ def open_shard(
     Args:
         shard: that all sets have.
         draw: of the predictions.
-        runs: what is read.
+        spans: what is read.
         predictions: the sets of all teachers.
         text: the set whose text is read.
         other_texts: other sets with text of the same encoders.
@@ -110,28 +115,28 @@ def open_shard(
     """
     names = {
         each: shard.name(each, draw)
-        for each in dict.fromkeys([*predictions, text, *(run.shard_set for run in runs)])
+        for each in dict.fromkeys([*predictions, text, *(span.shard_set for span in spans)])
     }
     readers = {each: each.open_reader(name) for each, name in names.items()}
-    questions = [readers[teacher].index for teacher in predictions]
-    first = questions[0]
+    teachers = [readers[teacher].index for teacher in predictions]
+    first = teachers[0]
     texts = {
         other: differing_records((readers[text].index, readers[other].index), TEXT_TENSORS)
         for other in other_texts
     }
     return OpenShard(
-        runs=tuple(
-            RunReader(
-                readers[run.shard_set],
-                run.first_column,
-                len(run.slots),
-                partial(run.shard_set.reader, names[run.shard_set]),
+        spans=tuple(
+            SpanReader(
+                readers[span.shard_set],
+                span.first_column,
+                len(span.batch_columns),
+                partial(span.shard_set.reader, names[span.shard_set]),
             )
-            for run in runs
+            for span in spans
         ),
         ids=first.ids.copy(),
-        questions=np.stack([first.tensor_digests(name) for name in QUESTION_TENSORS], axis=1),
-        unequal_questions=differing_records(questions, QUESTION_TENSORS),
+        draws=np.stack([first.tensor_digests(name) for name in DRAW_TENSORS], axis=1),
+        unequal_draws=differing_records(teachers, DRAW_TENSORS),
         unequal_texts={other: records for other, records in texts.items() if records},
     )
 
@@ -151,18 +156,18 @@ class Room(NamedTuple):
 
 
 def room_for(
-    runs: Sequence[Run], shards: Sequence[AlignedShard], num_in_use: int, num_draws: int = 1
+    spans: Sequence[TensorSpan], shards: Sequence[AlignedShard], num_in_use: int, num_draws: int = 1
 ) -> Room:
     """Return the room for the shards in use at once, and for some that take their place.
 
     Args:
-        runs: what is read of a shard.
+        spans: what is read of a shard.
         shards: all that are joined.
         num_in_use: of them, each draw counted.
         num_draws: of each shard.
     """
-    num_sets = len({run.shard_set for run in runs})
-    num_digests = len(QUESTION_TENSORS) + sum(len(run.slots) for run in runs)
+    num_sets = len({span.shard_set for span in spans})
+    num_digests = len(DRAW_TENSORS) + sum(len(span.batch_columns) for span in spans)
     # Offsets differ by record where there are sidecars: in the latents set.
     bytes_per_record = _ID_BYTES + _DIGEST_BYTES * (num_digests + 1)
     mean_records = sum(shard.num_records for shard in shards) / len(shards)

@@ -11,7 +11,7 @@ from threading import Lock
 
 import numpy as np
 
-from sdxl_distill.order.stream_order import Batch
+from sdxl_distill.order.stream_order import PlannedBatch
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.join import Join, UnfilledBatch
 
@@ -35,7 +35,7 @@ class ReadAhead:
             ThreadPoolExecutor(num_threads, thread_name_prefix="stream") if num_threads else None
         )
 
-    def batches(self, reads: Iterator[Batch]) -> Iterator[JoinedBatch]:
+    def batches(self, reads: Iterator[PlannedBatch]) -> Iterator[JoinedBatch]:
         """Yield the batch of each read, in order; reading begins with the first `next`.
 
         Raises:
@@ -60,7 +60,7 @@ class ReadAhead:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, read: Batch) -> _BatchInFlight:
+    def _start(self, read: PlannedBatch) -> _BatchInFlight:
         # A thread that gets the records of one shard together opens it once.
         order = np.lexsort((read.draws, read.shards)).tolist()
         num_rows = -(-len(order) // self._num_pieces)
@@ -73,12 +73,12 @@ class ReadAhead:
 class _BatchInFlight:
     """A batch that is filled piece by piece; it takes memory only when the first one begins."""
 
-    def __init__(self, join: Join, read: Batch) -> None:
+    def __init__(self, join: Join, read: PlannedBatch) -> None:
         self._join = join
         self._read = read
         self._lock = Lock()
         self._unfilled: UnfilledBatch | None = None
-        self._keys = [""] * len(read.slots)
+        self._keys = [""] * len(read.positions)
         self._pieces: list[tuple[list[int], Future[None]]] = []
 
     def add_piece(self, rows: list[int], pool: ThreadPoolExecutor | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdxl_distill.order.permutation import Int64s
 from sdxl_distill.order.shard_table import ShardTable
-from sdxl_distill.order.stream_order import Batch
+from sdxl_distill.order.stream_order import PlannedBatch
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.alignment import AlignedShard
 
@@ -37,7 +37,7 @@ def num_held_out(latents: ShardSet, shard: AlignedShard, fraction: float) -> int
 
 def validation_reads(
     table: ShardTable, max_records: int, *, rank: int, world: int
-) -> Iterator[Batch]:
+) -> Iterator[PlannedBatch]:
     """Yield what one rank reads to validate: every `world`-th held-out record, in draw 0.
 
     Args:
@@ -62,9 +62,9 @@ def validation_reads(
             step += 1
 
 
-def _draw_0(step: int, bucket: int, shards: Int64s, records: Int64s) -> Batch:
-    slots = np.arange(len(shards))
-    return Batch(0, step, bucket, shards, records, np.zeros_like(records), slots)
+def _draw_0(step: int, bucket: int, shards: Int64s, records: Int64s) -> PlannedBatch:
+    positions = np.arange(len(shards))
+    return PlannedBatch(0, step, bucket, shards, records, np.zeros_like(records), positions)
 
 
 def _prefix(image_id: str) -> int:

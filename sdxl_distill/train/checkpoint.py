@@ -94,7 +94,7 @@ def _foreign(found: str, where: str) -> CorruptError:
     )
 
 
-FORMAT_VERSION = 1
+CHECKPOINT_FORMAT_VERSION = 1
 _FILES = "files.json"
 _STATE = "state.json"
 _LATEST = "latest"
@@ -275,7 +275,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     digests = {path.name: _sha256_flushed(path) for path in sorted(folder.iterdir())}
     with Directory(folder) as directory:
         directory.replace_bytes(
-            _FILES, canonical_json({"format_version": FORMAT_VERSION, "sha256": digests})
+            _FILES, canonical_json({"format_version": CHECKPOINT_FORMAT_VERSION, "sha256": digests})
         )
 
 
@@ -306,10 +306,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     _require_folder(path)
     files = _read_json(path / _FILES)
-    if files.get("format_version") != FORMAT_VERSION or not isinstance(files.get("sha256"), dict):
+    if files.get("format_version") != CHECKPOINT_FORMAT_VERSION or not isinstance(
+        files.get("sha256"), dict
+    ):
         raise CorruptError(
             f"format version {files.get('format_version')}",
-            expected=str(FORMAT_VERSION),
+            expected=str(CHECKPOINT_FORMAT_VERSION),
             where=str(path / _FILES),
         )
     for required in (_STATE, "student.safetensors", "optimizer.safetensors"):

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from sdxl_distill.errors import IncompatibleError
-from sdxl_distill.optimizer.bounded_runs import bounded_runs
+from sdxl_distill.optimizer.bounded_groups import bounded_groups
 
 _MAX_ELEMENTS = 1 << 25
 
@@ -54,7 +54,7 @@ class Ema:
         """
         rate = 1.0 - ema_decay_at(step, self.ema_decay)
         # All in float32 at once would double the memory.
-        for group in bounded_runs(parameters, lambda each: each[1].numel(), _MAX_ELEMENTS):
+        for group in bounded_groups(parameters, lambda each: each[1].numel(), _MAX_ELEMENTS):
             averages = [self.averages[name] for name, _ in group]
             # In their own dtype: a bfloat16 weight takes half the way of its float32 copy.
             weights = [

@@ -24,7 +24,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.core.prediction import MIN_SIGNAL
 from sdxl_distill.errors import ConfigError, DistillError, IncompatibleError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import compile_unet, load_unet
 from sdxl_distill.runtime.device import allow_tf32, resolve_device
 from sdxl_distill.runtime.world import World
@@ -72,7 +72,7 @@ def train_student(
         folder.require_new()
     accelerator = make_accelerator(config)
     with open_teachers(config) as teachers, open_stream(config, teachers, accelerator) as stream:
-        checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+        checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
         noise_schedule = checkpoint.noise_schedule()
         require_same_table(noise_schedule, stream)
         require_convertible(noise_schedule, teachers)
@@ -85,7 +85,7 @@ def train_student(
             student = load_student(config, checkpoint, accelerator.device)
             if config.training.compile:
                 # And one for the rehearsal of data parallelism.
-                compile_unet(student, len(stream.schedule.table.buckets) + 1)
+                compile_unet(student, len(stream.order.table.buckets) + 1)
             trainer = Trainer(
                 config,
                 student,
@@ -99,7 +99,7 @@ def train_student(
                 trainer.resume(start)
                 _log.info("resumed at step %d", trainer.position.global_step)
             if accelerator.is_main_process:
-                identity = {**trainer.identity, "stream": stream.schedule.identity()}
+                identity = {**trainer.identity, "stream": stream.order.identity()}
                 folder.write(config, identity)
             with signals.deferred() as stop:
                 return trainer.run(stop)
@@ -199,19 +199,19 @@ def _stream(
 ) -> JoinedStream:
     training = config.training
     per_rank = training.batch_size * training.gradient_accumulation_steps
+    world = World.from_environment()
     return JoinedStream(
         teachers,
         latents=latents,
-        text_fingerprint=Checkpoint.resolve(config.text_source).text_fingerprint(),
-        global_batch=per_rank * accelerator.num_processes,
+        text_fingerprint=ModelFolder.resolve(config.text_source).text_fingerprint(),
+        global_batch=per_rank * world.size,
         seed=training.seed,
         lanes=config.data.lanes,
         window=config.data.window,
         validation_fraction=training.validation.fraction,
         on_missing=config.data.on_missing,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        num_threads=config.data.reader_threads or usual_reader_threads(World.from_environment()),
+        world=world,
+        num_threads=config.data.reader_threads or usual_reader_threads(world),
         prefetch=config.data.prefetch_batches,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -227,7 +227,7 @@ def usual_reader_threads(world: World) -> int:
 
 
 def load_student(
-    config: DistillConfig, checkpoint: Checkpoint, device: torch.device
+    config: DistillConfig, checkpoint: ModelFolder, device: torch.device
 ) -> torch.nn.Module:
     """Load the UNet that is trained, in training mode and with gradients.
 
@@ -279,8 +279,8 @@ def require_convertible(student: NoiseSchedule, teachers: Sequence[ShardSet]) ->
 
 def warn_of_memorising(stream: JoinedStream, num_steps: int) -> None:
     """Warn when a run sees each (timestep, noise) pair of an image more than 8 times."""
-    num_epochs, _ = stream.schedule.position_of(num_steps)
-    num_draws = stream.schedule.num_draws
+    num_epochs, _ = stream.order.position_of(num_steps)
+    num_draws = stream.order.num_draws
     if num_epochs > _MAX_VIEWS_OF_A_DRAW * num_draws:
         _log.warning(
             "%d steps are %d epochs over images of %d draws: the student will memorise them, and "

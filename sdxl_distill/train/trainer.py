@@ -209,7 +209,7 @@ class Trainer:
         state = RunState(
             self.position,
             self.identity,
-            self.stream.schedule.identity(),
+            self.stream.order.identity(),
             self.optimizer.state_scalars(),
         )
         self.checkpoints.save(self.position.global_step, Checkpoint(state.to_json(), tensors))
@@ -232,7 +232,7 @@ class Trainer:
 
     def _position_in_stream(self, state: RunState, where: str) -> Position:
         """Return where to go on: in changed data, if that is allowed, at the next epoch."""
-        now = self.stream.schedule.identity()
+        now = self.stream.order.identity()
         if self.config.data.on_change == "next_epoch":
             changed = {name: now[name] for name in ("buckets", "num_draws")}
             require_equal({**state.stream, **changed}, now, where)
@@ -334,7 +334,7 @@ class Trainer:
 
     def _after(self, batch: JoinedBatch) -> Position:
         done = self.position.global_step + 1
-        if batch.step + 1 < self.stream.schedule.steps(batch.epoch):
+        if batch.step + 1 < self.stream.order.steps(batch.epoch):
             return Position(done, batch.epoch, batch.step + 1)
         return Position(done, batch.epoch + 1, 0)
 

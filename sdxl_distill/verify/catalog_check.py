@@ -18,7 +18,7 @@ from sdxl_distill.catalog.segment import RESTORE_CATALOG, segment_name, segment_
 from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
 from sdxl_distill.verify.finding import Finding, FindingList
@@ -31,7 +31,7 @@ NO_CATALOG: Final = (
 
 def check_catalog(
     directory: Directory,
-    record: SetRecord,
+    identity: SetIdentity,
     manifest: Manifest | None,
     names: Iterable[ShardName],
     *,
@@ -41,12 +41,12 @@ def check_catalog(
 
     Args:
         directory: of the set.
-        record: of the set.
+        identity: of the set.
         manifest: of the set; None when it is not complete.
         names: of the shards that are committed.
         quick: leave out what is computed again for each row.
     """
-    findings = FindingList(record.id)
+    findings = FindingList(identity.id)
     if not (directory.path / CATALOG_FOLDER).is_dir():
         findings.add(_fault("is missing", "the folder of its segments"))
         return findings.all()

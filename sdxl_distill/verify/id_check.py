@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.safetensors_layout import byte_view
-from sdxl_distill.shards.set_record import REBUILDING, SetRecord
+from sdxl_distill.shards.set_identity import REBUILDING, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.verify.finding import Finding, FindingList
 
@@ -28,8 +28,8 @@ class IdCheck:
         undecodable: keys that no shard may hold.
     """
 
-    def __init__(self, record: SetRecord, undecodable: Iterable[str]) -> None:
-        self._record = record
+    def __init__(self, identity: SetIdentity, undecodable: Iterable[str]) -> None:
+        self._identity = identity
         self._undecodable = frozenset(undecodable)
         self._folded = array("Q")
         self._names: list[ShardName] = []
@@ -49,20 +49,20 @@ class IdCheck:
         Args:
             read: the index of a shard again; None when it can no longer be read.
         """
-        findings = FindingList(self._record.id)
+        findings = FindingList(self._identity.id)
         for image_id in self._twice(read):
             findings.add(
                 CorruptError(
                     f"image {image_id} is in more than one shard",
                     expected="every image once",
-                    action=REBUILDING[self._record.kind],
+                    action=REBUILDING[self._identity.kind],
                 )
             )
         for key in sorted(self._held):
             findings.add(
                 CorruptError(
                     "a record of an image that the manifest says did not decode",
-                    action=REBUILDING[self._record.kind],
+                    action=REBUILDING[self._identity.kind],
                 ),
                 key,
             )

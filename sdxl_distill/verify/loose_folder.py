@@ -17,12 +17,12 @@ from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.loose.folder import LooseFolder, LooseRecord
 from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, Kind, NoiseRecipe, SetRecord
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, Kind, NoiseRecipe, SetIdentity
 from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.storage.fsio import Directory
 from sdxl_distill.verify.finding import FindingList
 from sdxl_distill.verify.record_values import RecordPlace, wrong_values
-from sdxl_distill.verify.set_check import check_recipe, read_set_record
+from sdxl_distill.verify.set_check import check_recipe, read_identity
 from sdxl_distill.verify.whole_set import Progress, Verification, show_nothing
 
 _MAX_FINDINGS: Final = 50
@@ -74,13 +74,13 @@ def verify_loose(
         names = directory.names()
         folder = LooseFolder.of(names)
         result = Verification(directory.path.resolve().name)
-        record: SetRecord | None = None
-        if SET_RECORD_NAME in names:
-            record, result.findings = read_set_record(directory)
-        if record is not None:
-            result.findings += check_recipe(record)
-            recipe = recipe or record.noise
-        check = partial(_check_file, directory, folder, record, recipe)
+        identity: SetIdentity | None = None
+        if SET_IDENTITY_NAME in names:
+            identity, result.findings = read_identity(directory)
+        if identity is not None:
+            result.findings += check_recipe(identity)
+            recipe = recipe or identity.noise
+        check = partial(_check_file, directory, folder, identity, recipe)
         findings = FindingList(result.set_id, limit=_MAX_FINDINGS)
         sets: Counter[str] = Counter()
         files = ordered_map(check, folder.records, num_threads, "verify")
@@ -92,7 +92,7 @@ def verify_loose(
                 result.kind = result.kind or _kind(file.header)
             result.num_bytes += file.num_bytes
             on_progress(num_done, len(folder.records))
-    for error in (*_strangers(folder), *_not_together(sets, record), *_not_once(folder)):
+    for error in (*_strangers(folder), *_not_together(sets, identity), *_not_once(folder)):
         findings.add(error)
     result.findings += findings.all()
     if result.kind == "predictions" and recipe is None:
@@ -105,7 +105,7 @@ def verify_loose(
 def _check_file(
     directory: Directory,
     folder: LooseFolder,
-    record: SetRecord | None,
+    identity: SetIdentity | None,
     recipe: NoiseRecipe | None,
     loose: LooseRecord,
 ) -> _LooseCheck:
@@ -116,7 +116,7 @@ def _check_file(
         content = bytearray(directory.read(loose.file_name, MAX_RECORD_BYTES))
         num_bytes = len(content)
         header = RecordHeader.parse(bytes(content), loose.file_name)
-        _require_form(header, num_bytes, loose, record)
+        _require_form(header, num_bytes, loose, identity)
         place = RecordPlace(loose.image_id, loose.width, loose.height, loose.draw)
         errors += wrong_values(header.decode(content), place, recipe, _ACTION)
         if _kind(header) == "latents":
@@ -131,13 +131,13 @@ def _check_file(
 
 
 def _require_form(
-    header: RecordHeader, num_bytes: int, loose: LooseRecord, record: SetRecord | None
+    header: RecordHeader, num_bytes: int, loose: LooseRecord, identity: SetIdentity | None
 ) -> None:
     if num_bytes != header.record_bytes:
         raise CorruptError(f"{num_bytes} bytes", expected=f"{header.record_bytes}", action=_ACTION)
-    if record is not None and header.fingerprint == record.fingerprint:
+    if identity is not None and header.fingerprint == identity.fingerprint:
         expected = RecordHeader.build(
-            record.schema, loose.width, loose.height, record.fingerprint, header.source_sha256
+            identity.schema, loose.width, loose.height, identity.fingerprint, header.source_sha256
         )
         if header.content != expected.content:
             raise CorruptError("other tensors than the schema in set.json says", action=_ACTION)
@@ -174,8 +174,8 @@ def _strangers(folder: LooseFolder) -> Iterable[DistillError]:
         )
 
 
-def _not_together(sets: Counter[str], record: SetRecord | None) -> Iterable[DistillError]:
-    expected = set(sets) if record is None else {record.fingerprint}
+def _not_together(sets: Counter[str], identity: SetIdentity | None) -> Iterable[DistillError]:
+    expected = set(sets) if identity is None else {identity.fingerprint}
     if len(sets) > 1 or not expected.issuperset(sets):
         counts = ", ".join(f"{count} of set {key[:12]}…" for key, count in sets.most_common())
         yield IncompatibleError(

@@ -15,9 +15,9 @@ import torch
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.runtime.device import resolve_device
-from sdxl_distill.sets.predictions_content import Teacher, TeacherInput, read_question
+from sdxl_distill.sets.predictions_content import Teacher, TeacherInput, read_teacher_input
 from sdxl_distill.sets.predictions_set import load_teacher
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_name import ShardName
@@ -67,10 +67,10 @@ def recompute_records(
         IncompatibleError: when the configuration describes another teacher than the set's.
         CorruptError, StorageError: when the checkpoint or a sibling cannot be read.
     """
-    record = predictions.manifest.record
-    if record.kind != "predictions":
+    identity = predictions.manifest.identity
+    if identity.kind != "predictions":
         raise ConfigError(
-            f"set {predictions.id} is a {record.kind} set",
+            f"set {predictions.id} is a {identity.kind} set",
             expected="a predictions set, to be computed again by its teacher",
             where=str(predictions.directory),
             action="leave out --recompute, or name a teacher's folder",
@@ -78,9 +78,9 @@ def recompute_records(
     _require_same_teacher(config, predictions)
     latents = predictions.open_referenced("latents", config.data.latent_cache.cache_dir)
     # In layout `full` a set is its own text set.
-    text = predictions if record.text is None else predictions.open_referenced("text")
-    assert record.noise_schedule is not None
-    teacher = load_teacher(config, record.noise_schedule, resolve_device(config.device, 0))
+    text = predictions if identity.text is None else predictions.open_referenced("text")
+    assert identity.noise_schedule is not None
+    teacher = load_teacher(config, identity.noise_schedule, resolve_device(config.device, 0))
     asked = _Asked(predictions, latents, text, replace(teacher, dtype=torch.float32))
     bound = MAX_DIFFERENCE_BF16 if config.teacher.use_bf16 else MAX_DIFFERENCE_FP32
     chosen = choose_records(predictions.manifest, num_records, seed)
@@ -117,10 +117,10 @@ def choose_records(manifest: Manifest, num_records: int, seed: int) -> list[tupl
 
 
 def _require_same_teacher(config: BuilderConfig, predictions: ShardSet) -> None:
-    record = predictions.manifest.record
-    assert record.noise_schedule is not None
+    identity = predictions.manifest.identity
+    assert identity.noise_schedule is not None
     teacher = config.teacher
-    checkpoint = Checkpoint.resolve(teacher.checkpoint_path)
+    checkpoint = ModelFolder.resolve(teacher.checkpoint_path)
     found = {
         "teacher": checkpoint.unet_fingerprint(),
         "use_bf16": teacher.use_bf16,
@@ -128,8 +128,8 @@ def _require_same_teacher(config: BuilderConfig, predictions: ShardSet) -> None:
             teacher.prediction_type, teacher.zero_terminal_snr
         ).to_json(),
     }
-    expected = {name: record.content.get(name) for name in ("teacher", "use_bf16")}
-    expected["noise_schedule"] = record.noise_schedule.to_json()
+    expected = {name: identity.content.get(name) for name in ("teacher", "use_bf16")}
+    expected["noise_schedule"] = identity.noise_schedule.to_json()
     differences = differing_fields(found, expected)
     if differences:
         raise IncompatibleError(
@@ -158,30 +158,30 @@ class _Asked(NamedTuple):
             IncompatibleError: when the latents shard holds other keys.
             NumericalError: when the teacher answers NaN.
         """
-        recipe = self.predictions.manifest.record.noise
+        recipe = self.predictions.manifest.identity.noise
         assert recipe is not None
         reader = self.predictions.reader(name)
-        question = read_question(self.latents, self.text, recipe, name, [number])
-        if question.keys != [reader.index.key(number)]:
+        teacher_input = read_teacher_input(self.latents, self.text, recipe, name, [number])
+        if teacher_input.keys != [reader.index.key(number)]:
             raise IncompatibleError(
                 "the latents shard has another key at this place",
                 expected="the same keys in the same order",
                 action="verify with --against and the folder of the latents set",
             )
         stored = reader.read_record(number)
-        _require_same_question(stored, question)
-        fresh = self.teacher.predict(question)[0]
+        _require_same_input(stored, teacher_input)
+        fresh = self.teacher.predict(teacher_input)[0]
         norm = torch.linalg.vector_norm
         return float(norm(stored["teacher_pred"].to(torch.float32) - fresh) / norm(fresh))
 
 
-def _require_same_question(stored: dict[str, torch.Tensor], question: TeacherInput) -> None:
+def _require_same_input(stored: dict[str, torch.Tensor], teacher_input: TeacherInput) -> None:
     asked = {
-        "seed": question.seeds,
-        "timestep": question.timesteps,
-        "noise": question.noise[0],
-        "encoder_hidden_states": question.encoder_hidden_states[0],
-        "pooled_embeds": question.pooled_embeds[0],
+        "seed": teacher_input.seeds,
+        "timestep": teacher_input.timesteps,
+        "noise": teacher_input.noise[0],
+        "encoder_hidden_states": teacher_input.encoder_hidden_states[0],
+        "pooled_embeds": teacher_input.pooled_embeds[0],
     }
     wrong = [name for name in asked.keys() & stored if not torch.equal(stored[name], asked[name])]
     if wrong:

@@ -17,7 +17,7 @@ from sdxl_distill.core.noise import noise, noise_seed, timestep
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.safetensors_layout import byte_view
-from sdxl_distill.shards.set_record import NoiseRecipe
+from sdxl_distill.shards.set_identity import NoiseRecipe
 
 _MAX_SEED = 1 << 32
 # Bits of the positive and, read as unsigned, of the negative infinity.
@@ -120,7 +120,7 @@ def _unequal(
     found = _integers(tensors[name])
     if found != expected:
         yield CorruptError(
-            f"{name} is {_spell(found)}", expected=f"{_spell(expected)}", action=action
+            f"{name} is {_describe(found)}", expected=f"{_describe(expected)}", action=action
         )
 
 
@@ -152,5 +152,5 @@ def _integers(tensor: torch.Tensor) -> list[int]:
     return [int(value) for value in tensor]
 
 
-def _spell(values: list[int]) -> str:
+def _describe(values: list[int]) -> str:
     return str(values[0]) if len(values) == 1 else str(values)

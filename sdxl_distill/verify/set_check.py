@@ -13,11 +13,11 @@ from typing import Final
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_SET_RECORD_BYTES
+from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_SET_IDENTITY_BYTES
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SET_RECORD_NAME, SetRecord
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import Directory
@@ -27,19 +27,19 @@ from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 _FINISH: Final = "run its builder until it reports the set complete"
 
 
-def read_set_record(directory: Directory) -> tuple[SetRecord | None, list[Finding]]:
+def read_identity(directory: Directory) -> tuple[SetIdentity | None, list[Finding]]:
     """Read `set.json`; None when it is missing or damaged."""
-    findings = FindingList(_folder_name(directory), SET_RECORD_NAME)
+    findings = FindingList(_folder_name(directory), SET_IDENTITY_NAME)
     with findings.collecting():
         try:
-            content = directory.read(SET_RECORD_NAME, MAX_SET_RECORD_BYTES)
+            content = directory.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"there is no {SET_RECORD_NAME}",
+                f"there is no {SET_IDENTITY_NAME}",
                 expected="the folder of a shard set, {output_dir}/{teacher_id}",
                 action="check the path; if the set lost the file, copy it anew",
             ) from error
-        return SetRecord.from_bytes(content, SET_RECORD_NAME), []
+        return SetIdentity.from_bytes(content, SET_IDENTITY_NAME), []
     return None, findings.all()
 
 
@@ -55,9 +55,9 @@ def read_manifest(directory: Directory) -> tuple[Manifest | None, list[Finding]]
     return None, findings.all()
 
 
-def incomplete(record: SetRecord, names: Collection[str]) -> tuple[list[ShardName], Finding]:
+def incomplete(identity: SetIdentity, names: Collection[str]) -> tuple[list[ShardName], Finding]:
     """Return the committed shards of a set without a manifest, and the finding that says so."""
-    shards = sorted(filter(None, (ShardName.parse(name, record.id) for name in names)))
+    shards = sorted(filter(None, (ShardName.parse(name, identity.id) for name in names)))
     committed = [name for name in dict.fromkeys(shards) if name.idx in names]
     num_open = len(set(shards)) - len(committed)
     error = ConfigError(
@@ -66,18 +66,18 @@ def incomplete(record: SetRecord, names: Collection[str]) -> tuple[list[ShardNam
         expected=f"a file {MANIFEST_NAME}",
         action=_FINISH,
     )
-    return committed, Finding(error, record.id)
+    return committed, Finding(error, identity.id)
 
 
-def check_identity(record: SetRecord, manifest: Manifest) -> list[Finding]:
+def check_identity(identity: SetIdentity, manifest: Manifest) -> list[Finding]:
     """Check that manifest and set record belong together, and what the manifest says itself."""
-    findings = FindingList(record.id, MANIFEST_NAME)
-    if manifest.record != record:
-        found = manifest.record
+    findings = FindingList(identity.id, MANIFEST_NAME)
+    if manifest.identity != identity:
+        found = manifest.identity
         findings.add(
             IncompatibleError(
                 f"a manifest of generation {found.generation} of set {found.fingerprint[:12]}…",
-                expected=f"generation {record.generation} of {record.fingerprint[:12]}…",
+                expected=f"generation {identity.generation} of {identity.fingerprint[:12]}…",
                 action="finish building this set, or copy it anew",
             )
         )
@@ -95,10 +95,10 @@ def check_identity(record: SetRecord, manifest: Manifest) -> list[Finding]:
     return findings.all()
 
 
-def check_recipe(record: SetRecord) -> list[Finding]:
+def check_recipe(identity: SetIdentity) -> list[Finding]:
     """Check that noise and timesteps of a predictions set can be computed again here."""
-    findings = FindingList(record.id, SET_RECORD_NAME)
-    recipe, schedule = record.noise, record.noise_schedule
+    findings = FindingList(identity.id, SET_IDENTITY_NAME)
+    recipe, schedule = identity.noise, identity.noise_schedule
     if recipe is None or schedule is None:
         return []
     if recipe.algorithm != NOISE_ALGORITHM:
@@ -121,14 +121,14 @@ def check_recipe(record: SetRecord) -> list[Finding]:
 
 
 def check_strangers(
-    record: SetRecord, names: Iterable[str], shards: Collection[ShardName], *, complete: bool
+    identity: SetIdentity, names: Iterable[str], shards: Collection[ShardName], *, complete: bool
 ) -> list[Finding]:
     """Report files that do not belong to the set; names with a leading dot are the builders'."""
-    known = {SET_RECORD_NAME, MANIFEST_NAME, *chain.from_iterable((s.tar, s.idx) for s in shards)}
-    known |= {"latents": {CATALOG_FOLDER}, "text": {EMPTY_RECORD_NAME}}.get(record.kind, set())
-    findings = FindingList(record.id)
+    known = {SET_IDENTITY_NAME, MANIFEST_NAME, *chain.from_iterable((s.tar, s.idx) for s in shards)}
+    known |= {"latents": {CATALOG_FOLDER}, "text": {EMPTY_RECORD_NAME}}.get(identity.kind, set())
+    findings = FindingList(identity.id)
     for name in sorted(set(names) - known):
-        is_own = ShardName.parse(name, record.id) is not None
+        is_own = ShardName.parse(name, identity.id) is not None
         if name.startswith(".") or (is_own and not complete):
             continue
         findings.add(
@@ -142,10 +142,10 @@ def check_strangers(
 
 
 def check_empty_record(
-    directory: Directory, record: SetRecord, manifest: Manifest | None
+    directory: Directory, identity: SetIdentity, manifest: Manifest | None
 ) -> list[Finding]:
     """Check the embeddings of the empty caption, which a text set holds beside its shards."""
-    findings = FindingList(record.id, EMPTY_RECORD_NAME)
+    findings = FindingList(identity.id, EMPTY_RECORD_NAME)
     with findings.collecting():
         try:
             content = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
@@ -158,11 +158,11 @@ def check_empty_record(
                 expected=f"{str(manifest.empty_sha256)[:12]}…, as the manifest says",
                 action=ACTION,
             )
-        header = RecordHeader.build(record.schema, 8, 8, record.fingerprint)
+        header = RecordHeader.build(identity.schema, 8, 8, identity.fingerprint)
         if not content.startswith(header.content) or len(content) != header.record_bytes:
             raise CorruptError(
                 "another header or size than a record of this set has",
-                expected=f"{header.record_bytes} bytes, fingerprint {record.fingerprint[:12]}…",
+                expected=f"{header.record_bytes} bytes, fingerprint {identity.fingerprint[:12]}…",
                 action=ACTION,
             )
         place = RecordPlace("", 8, 8, 0)

@@ -19,7 +19,7 @@ from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import ShardEntry
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.shards.tar_index import header_of_tar, index_of_tar
@@ -46,7 +46,7 @@ class CheckedShard:
 
 def check_shard(
     directory: Directory,
-    record: SetRecord,
+    identity: SetIdentity,
     name: ShardName,
     entry: ShardEntry | None,
     *,
@@ -56,49 +56,51 @@ def check_shard(
 
     Args:
         directory: of the set.
-        record: of the set.
+        identity: of the set.
         name: of the shard.
         entry: what the manifest says of it; None where there is no manifest.
         quick: look at the index and at the size of the tar only.
     """
-    findings = FindingList(record.id, name.tar)
+    findings = FindingList(identity.id, name.tar)
     stored: ShardIndex | None = None
     with findings.collecting():
-        stored = _stored_index(directory, record, name, entry)
+        stored = _stored_index(directory, identity, name, entry)
     index = stored
     with findings.collecting(), os.fdopen(_open_tar(directory, name), "rb") as tar:
         _require_size(tar.fileno(), entry, stored)
         if not quick:
-            index = _check_content(tar.fileno(), record, name, entry, stored, findings)
+            index = _check_content(tar.fileno(), identity, name, entry, stored, findings)
     return CheckedShard(name, index, findings.all())
 
 
-def index_there(directory: Directory, record: SetRecord, name: ShardName) -> ShardIndex | None:
+def existing_index(
+    directory: Directory, identity: SetIdentity, name: ShardName
+) -> ShardIndex | None:
     """Return the index of a shard again, the tar's where it is damaged; None without either."""
     try:
-        return _stored_index(directory, record, name, None)
+        return _stored_index(directory, identity, name, None)
     except DistillError:
         pass
     try:
         with os.fdopen(_open_tar(directory, name), "rb") as tar:
             source = _source_sha256(tar.fileno(), name, None, None)
-            return index_of_tar(tar.fileno(), name, _header(record, name, source))
+            return index_of_tar(tar.fileno(), name, _header(identity, name, source))
     except DistillError:
         return None
 
 
 def _stored_index(
-    directory: Directory, record: SetRecord, name: ShardName, entry: ShardEntry | None
+    directory: Directory, identity: SetIdentity, name: ShardName, entry: ShardEntry | None
 ) -> ShardIndex:
     try:
         content = directory.read(name.idx, MAX_INDEX_BYTES)
     except FileNotFoundError as error:
         raise CorruptError("the index is missing", expected=name.idx, action=ACTION) from error
     index = ShardIndex.from_bytes(content, name)
-    if index.header.content != _header(record, name, index.header.source_sha256).content:
+    if index.header.content != _header(identity, name, index.header.source_sha256).content:
         raise CorruptError(
             f"the index is one of records of set {index.header.fingerprint[:12]}…",
-            expected=f"records of set {record.fingerprint[:12]}… with its schema",
+            expected=f"records of set {identity.fingerprint[:12]}… with its schema",
             action=ACTION,
         )
     found = ShardEntry.of(index)
@@ -132,7 +134,7 @@ def _require_size(descriptor: int, entry: ShardEntry | None, stored: ShardIndex 
 
 def _check_content(
     descriptor: int,
-    record: SetRecord,
+    identity: SetIdentity,
     name: ShardName,
     entry: ShardEntry | None,
     stored: ShardIndex | None,
@@ -147,10 +149,10 @@ def _check_content(
     wrong: list[tuple[str, CorruptError]] = []
     with findings.collecting():
         source = _source_sha256(descriptor, name, entry, stored)
-        header = _header(record, name, source)
+        header = _header(identity, name, source)
 
         def look(image_id: str, content: memoryview, sidecar: bytes) -> None:
-            errors = _wrong_content(record, name, image_id, header.decode(content), sidecar)
+            errors = _wrong_content(identity, name, image_id, header.decode(content), sidecar)
             wrong.extend((name.key(image_id), error) for error in errors)
 
         computed = index_of_tar(descriptor, name, header, look)
@@ -163,7 +165,7 @@ def _check_content(
         return index
     # Something is damaged: the index tells which records are.
     num_before = len(findings)
-    _check_records(descriptor, record, index, findings)
+    _check_records(descriptor, identity, index, findings)
     is_explained = len(findings) > num_before
     if computed is not None and not is_explained:
         findings.add(
@@ -177,7 +179,7 @@ def _check_content(
 
 
 def _check_records(
-    descriptor: int, record: SetRecord, index: ShardIndex, findings: FindingList
+    descriptor: int, identity: SetIdentity, index: ShardIndex, findings: FindingList
 ) -> None:
     tar = OpenFile(partial(os.dup, descriptor), index.name.tar)
     reader = ShardReader(tar, index, diagnose=lambda error: error)
@@ -185,12 +187,12 @@ def _check_records(
         key, image_id = index.key(number), index.image_id(number)
         with findings.collecting(key):
             tensors, sidecar = reader.read_record(number), reader.read_sidecar(number)
-            for error in _wrong_content(record, index.name, image_id, tensors, sidecar):
+            for error in _wrong_content(identity, index.name, image_id, tensors, sidecar):
                 findings.add(error, key)
 
 
 def _wrong_content(
-    record: SetRecord,
+    identity: SetIdentity,
     name: ShardName,
     image_id: str,
     tensors: Mapping[str, torch.Tensor],
@@ -198,8 +200,8 @@ def _wrong_content(
 ) -> Iterator[CorruptError]:
     """Yield what is wrong with a record whose bytes are those of its digests."""
     place = RecordPlace(image_id, name.width, name.height, name.draw)
-    yield from wrong_values(tensors, place, record.noise, ACTION)
-    if record.kind == "latents":
+    yield from wrong_values(tensors, place, identity.noise, ACTION)
+    if identity.kind == "latents":
         try:
             parse_captions(sidecar, ACTION)
         except CorruptError as error:
@@ -215,7 +217,7 @@ def _source_sha256(
     return None if header is None else header.source_sha256
 
 
-def _header(record: SetRecord, name: ShardName, source_sha256: str | None) -> RecordHeader:
+def _header(identity: SetIdentity, name: ShardName, source_sha256: str | None) -> RecordHeader:
     return RecordHeader.build(
-        record.schema, name.width, name.height, record.fingerprint, source_sha256
+        identity.schema, name.width, name.height, identity.fingerprint, source_sha256
     )

@@ -12,12 +12,12 @@ from typing import Final
 from sdxl_distill.errors import DistillError, IncompatibleError
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import ShardEntry
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord
+from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.stream.joined_sets import (
     require_distinct_ids,
+    require_same_draws,
     require_same_latents,
-    require_same_question,
 )
 from sdxl_distill.verify.finding import Finding, FindingList
 
@@ -49,22 +49,22 @@ def compare_sets(shard_set: ShardSet, other: ShardSet) -> list[Finding]:
 
 
 def _are_predictions(*shard_sets: ShardSet) -> bool:
-    return all(each.manifest.record.kind == "predictions" for each in shard_sets)
+    return all(each.manifest.identity.kind == "predictions" for each in shard_sets)
 
 
 def _require_same_sources(shard_sets: list[ShardSet]) -> None:
     """Check that both sets follow the same latents, and name the same text set."""
     shard_set, other = shard_sets
-    record, other_record = shard_set.manifest.record, other.manifest.record
-    if "latents" not in (record.kind, other_record.kind):
+    identity, other_identity = shard_set.manifest.identity, other.manifest.identity
+    if "latents" not in (identity.kind, other_identity.kind):
         require_same_latents(shard_set, other, None)
-    elif _latents_fingerprint(record) != _latents_fingerprint(other_record):
+    elif _latents_fingerprint(identity) != _latents_fingerprint(other_identity):
         raise IncompatibleError(
-            f"latents {_latents_fingerprint(record)[:12]}…",
-            expected=f"{_latents_fingerprint(other_record)[:12]}…, those of set {other.id}",
+            f"latents {_latents_fingerprint(identity)[:12]}…",
+            expected=f"{_latents_fingerprint(other_identity)[:12]}…, those of set {other.id}",
             action="name the latents set that the other set was made from, or rebuild that one",
         )
-    for one, two in ((record, other_record), (other_record, record)):
+    for one, two in ((identity, other_identity), (other_identity, identity)):
         if one.text is not None and two.kind == "text" and one.text.fingerprint != two.fingerprint:
             raise IncompatibleError(
                 f"set {one.id} was made from text set {one.text.fingerprint[:12]}…",
@@ -73,8 +73,8 @@ def _require_same_sources(shard_sets: list[ShardSet]) -> None:
             )
 
 
-def _latents_fingerprint(record: SetRecord) -> str:
-    return record.fingerprint if record.latents is None else record.latents.fingerprint
+def _latents_fingerprint(identity: SetIdentity) -> str:
+    return identity.fingerprint if identity.latents is None else identity.latents.fingerprint
 
 
 def _require_same_draws(shard_sets: list[ShardSet]) -> None:
@@ -90,7 +90,7 @@ def _require_same_draws(shard_sets: list[ShardSet]) -> None:
 def _require_same_recipe(shard_sets: list[ShardSet]) -> None:
     shard_set, other = shard_sets
     if _are_predictions(shard_set, other):
-        require_same_question([other, shard_set])
+        require_same_draws([other, shard_set])
 
 
 def _missing_shards(shard_set: ShardSet, other: ShardSet) -> Iterator[DistillError]:
@@ -117,7 +117,7 @@ def _pairs(shard_set: ShardSet, other: ShardSet) -> Iterator[tuple[ShardEntry, S
     """Yield the shards that are joined; latents and text have one draw for all of the others'."""
     by_draw = _are_predictions(shard_set, other)
     counterparts = {entry[:4]: entry for entry in other.manifest.shards}
-    is_wider = not by_draw and other.manifest.record.kind == "predictions"
+    is_wider = not by_draw and other.manifest.identity.kind == "predictions"
     draws = range(other.manifest.draws) if is_wider else range(1)
     for entry in shard_set.manifest.shards:
         for draw in [entry.draw] if by_draw else draws:
@@ -149,21 +149,21 @@ def _compare_shards(
         )
     elif _are_predictions(shard_set, other) and _recipe(shard_set) == _recipe(other):
         with findings.collecting():
-            _compare_questions(shard_set.index(name), other.index(other_name), findings)
+            _compare_draws(shard_set.index(name), other.index(other_name), findings)
     return findings.all()
 
 
 def _latents_sha256(shard_set: ShardSet, entry: ShardEntry) -> str | None:
     """Return the SHA-256 of the latents shard behind a shard: its own, if it is one."""
-    is_latents = shard_set.manifest.record.kind == "latents"
+    is_latents = shard_set.manifest.identity.kind == "latents"
     return entry.tar_sha256 if is_latents else entry.source_sha256
 
 
 def _recipe(shard_set: ShardSet) -> NoiseRecipe | None:
-    return shard_set.manifest.record.noise
+    return shard_set.manifest.identity.noise
 
 
-def _compare_questions(index: ShardIndex, other: ShardIndex, findings: FindingList) -> None:
+def _compare_draws(index: ShardIndex, other: ShardIndex, findings: FindingList) -> None:
     """Compare by digest what every teacher was asked alike."""
     for tensor in ("seed", "timestep", "noise"):
         differs = index.tensor_digests(tensor) != other.tensor_digests(tensor)
@@ -171,7 +171,7 @@ def _compare_questions(index: ShardIndex, other: ShardIndex, findings: FindingLi
             findings.add(
                 IncompatibleError(
                     f"another {tensor} than in {other.name.tar}",
-                    expected="the same question for every teacher",
+                    expected="the same seed, timestep and noise for every teacher",
                     action="verify both sets alone: the wrong one is reported there",
                 ),
                 index.key(int(record)),

@@ -24,10 +24,10 @@ from sdxl_distill.verify.set_check import (
     check_recipe,
     check_strangers,
     incomplete,
+    read_identity,
     read_manifest,
-    read_set_record,
 )
-from sdxl_distill.verify.shard_check import CheckedShard, check_shard, index_there
+from sdxl_distill.verify.shard_check import CheckedShard, check_shard, existing_index
 
 Progress = Callable[[int, int], None]
 """Called with how many shards (or files) are done, and how many there are."""
@@ -90,34 +90,36 @@ def verify_set(
     """
     with Directory(path) as directory:
         names = directory.names()
-        record, findings = read_set_record(directory)
+        identity, findings = read_identity(directory)
         manifest, more = read_manifest(directory)
         result = Verification(directory.path.resolve().name, findings=findings + more)
         if manifest is not None:
-            result.findings += check_identity(record or manifest.record, manifest)
-            record = manifest.record
+            result.findings += check_identity(identity or manifest.identity, manifest)
+            identity = manifest.identity
             entries = dict(zip(manifest.names(), manifest.shards, strict=True))
-        elif record is not None:
-            committed, finding = incomplete(record, names)
+        elif identity is not None:
+            committed, finding = incomplete(identity, names)
             result.findings += [] if more else [finding]
             entries = dict.fromkeys(committed)
         else:
             return result
-        result.set_id, result.kind = record.id, record.kind
-        result.findings += check_strangers(record, names, entries, complete=manifest is not None)
-        if record.kind == "text":
-            result.findings += check_empty_record(directory, record, manifest)
-        unknown_noise = check_recipe(record)
+        result.set_id, result.kind = identity.id, identity.kind
+        result.findings += check_strangers(identity, names, entries, complete=manifest is not None)
+        if identity.kind == "text":
+            result.findings += check_empty_record(directory, identity, manifest)
+        unknown_noise = check_recipe(identity)
         result.findings += unknown_noise
-        check = partial(check_shard, directory, record, quick=quick or bool(unknown_noise))
-        ids = IdCheck(record, () if manifest is None else manifest.undecodable)
+        check = partial(check_shard, directory, identity, quick=quick or bool(unknown_noise))
+        ids = IdCheck(identity, () if manifest is None else manifest.undecodable)
         _check_all(result, ids, check, entries, num_threads, on_progress)
-        result.findings += ids.findings(partial(index_there, directory, record))
-        if record.kind == "latents":
+        result.findings += ids.findings(partial(existing_index, directory, identity))
+        if identity.kind == "latents":
             if is_without_catalog(directory, manifest):
                 result.notes.append(NO_CATALOG)
             else:
-                result.findings += check_catalog(directory, record, manifest, entries, quick=quick)
+                result.findings += check_catalog(
+                    directory, identity, manifest, entries, quick=quick
+                )
     return result
 
 

@@ -115,7 +115,7 @@ class Trial:
         with open_shard_set(self.path) as shard_set:
             indices = [shard_set.reader(name).index for name in shard_set.manifest.names()]
         assert len(indices) == NUM_SHARDS
-        assert Manifest.build(built.manifest.record, 0, indices).to_bytes() == content
+        assert Manifest.build(built.manifest.identity, 0, indices).to_bytes() == content
         left = [
             place
             for place in self.path.rglob("*")

@@ -13,13 +13,18 @@ import numpy as np
 import pytest
 from support.toy_set import ToyContent, build, describe, keys_of, planned, toy_record
 
-from sdxl_distill.builder.commit import adopt_shard, commit_shard, publish_set_record, shard_header
+from sdxl_distill.builder.commit import (
+    adopt_shard,
+    commit_shard,
+    publish_set_identity,
+    shard_header,
+)
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.errors import CorruptError, IncompatibleError, StorageError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory, StagedFile
@@ -214,22 +219,22 @@ def test_a_tar_with_other_keys_is_refused(directory: Directory) -> None:
 
 
 def test_the_set_record_is_written_once(directory: Directory) -> None:
-    publish_set_record(directory, toy_record())
+    publish_set_identity(directory, toy_record())
     before = (directory.path / "set.json").stat()
-    assert publish_set_record(directory, toy_record()) == toy_record()
+    assert publish_set_identity(directory, toy_record()) == toy_record()
     assert os.path.samestat(before, (directory.path / "set.json").stat())
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(directory: Directory) -> None:
-    publish_set_record(directory, toy_record(seed=1))
+    publish_set_identity(directory, toy_record(seed=1))
     with pytest.raises(IncompatibleError, match=r"content\.seed 1, not 2"):
-        publish_set_record(directory, toy_record(seed=2))
+        publish_set_identity(directory, toy_record(seed=2))
 
 
 def test_a_damaged_set_record_names_repair(directory: Directory) -> None:
     (directory.path / "set.json").write_bytes(b'{"kind": "latents"}')
     with pytest.raises(CorruptError, match="--repair"):
-        publish_set_record(directory, toy_record())
+        publish_set_identity(directory, toy_record())
 
 
 def test_nothing_is_loaded_for_a_folder_of_another_configuration(tmp_path: Path) -> None:
@@ -289,9 +294,9 @@ def test_a_finisher_that_slept_does_not_replace_the_manifest_of_a_later_catalog(
     later: list[Manifest] = []
 
     def describe_and_sleep(
-        directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+        directory: Directory, identity: SetIdentity, indices: Iterable[ShardIndex]
     ) -> Manifest:
-        manifest = describe(directory, record, indices)
+        manifest = describe(directory, identity, indices)
         (path / ".build/claims/finish.0").unlink()  # as if it had slept too long
         later.append(build_grown(path).manifest)
         return manifest
@@ -302,7 +307,7 @@ def test_a_finisher_that_slept_does_not_replace_the_manifest_of_a_later_catalog(
     assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == later[0]
 
 
-def other_record(indices: list[ShardIndex]) -> Manifest:
+def other_identity(indices: list[ShardIndex]) -> Manifest:
     return Manifest.build(replace(toy_record(), generation=2), 1, indices)
 
 
@@ -316,7 +321,7 @@ def fewer_shards(indices: list[ShardIndex]) -> Manifest:
     return Manifest.build(toy_record(), 1, indices[:2])
 
 
-@pytest.mark.parametrize("make", [other_record, other_sources, fewer_shards])
+@pytest.mark.parametrize("make", [other_identity, other_sources, fewer_shards])
 def test_a_manifest_of_a_greater_catalog_that_lacks_what_was_built_does_not_come_back(
     tmp_path: Path, make: Callable[[list[ShardIndex]], Manifest]
 ) -> None:
@@ -324,14 +329,14 @@ def test_a_manifest_of_a_greater_catalog_that_lacks_what_was_built_does_not_come
     num_calls = 0
 
     def describe_beside_another(
-        directory: Directory, record: SetRecord, indices: Iterable[ShardIndex]
+        directory: Directory, identity: SetIdentity, indices: Iterable[ShardIndex]
     ) -> Manifest:
         nonlocal num_calls
         num_calls += 1
         assert num_calls == 1, "what was written did not stay"
         all_indices = list(indices)
         directory.replace_bytes("manifest.json", make(all_indices).to_bytes())
-        return describe(directory, record, all_indices)
+        return describe(directory, identity, all_indices)
 
     built = build_set(path, toy_record(), planned(3), ToyContent, describe_beside_another, World())
     assert built.manifest.catalog == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.toy_set import ToyContent, build, toy_record
 
-from sdxl_distill.builder.existing_manifest import ManifestThere
+from sdxl_distill.builder.existing_manifest import ExistingManifest
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
@@ -98,18 +98,18 @@ def test_a_manifest_is_parsed_again_only_when_it_is_another_file(
 
     monkeypatch.setattr(Manifest, "from_bytes", counted)
     with Directory(tmp_path / "toy") as directory:
-        there = ManifestThere(directory)
+        existing = ExistingManifest(directory)
         for _ in range(5):
-            assert there.read() == first
+            assert existing.read() == first
         assert len(parsed) == 1
         later = replace(first, catalog=1)
         directory.replace_bytes(MANIFEST_NAME, later.to_bytes())
-        assert [there.read(), there.read()] == [later, later]
+        assert [existing.read(), existing.read()] == [later, later]
         assert len(parsed) == 2
         directory.remove(MANIFEST_NAME)
-        assert there.read() is None
+        assert existing.read() is None
         directory.replace_bytes(MANIFEST_NAME, b"damaged")
-        assert [there.read(), there.read()] == [None, None]
+        assert [existing.read(), existing.read()] == [None, None]
         assert len(parsed) == 3
 
 

@@ -30,6 +30,7 @@ def refuse():
     raise ConfigError("no images", expected="images", where="here", action="add some")
 answers = [launch.decide("n", lambda: {"catalog": world.rank + 7})]
 answers.append(launch.decide("none", lambda: None))
+answers.append(str(launch.decide("place", Path, encode=str, decode=Path)))
 try:
     launch.decide("refused", refuse)
 except DistillError as error:
@@ -41,7 +42,7 @@ while world.is_main and len(list(place.glob("*.json"))) < world.size:
     time.sleep(0.05)  # without an agent, the store lives in rank 0
 """
 EXPECTED = (
-    '[{"catalog": 7}, null, ["ConfigError", '
+    '[{"catalog": 7}, null, ".", ["ConfigError", '
     '"here: no images; expected images\\n  \\u2192 add some"], false]'
 )
 
@@ -75,7 +76,8 @@ def test_ranks_without_an_agent_are_served_by_rank_0(tmp_path: Path) -> None:
 
 
 def test_a_plain_process_decides_for_itself() -> None:
-    assert Launch(World(), {}).decide("n", lambda: 3) == 3
+    decided = object()  # neither encoded nor decoded
+    assert Launch(World(), {}).decide("n", lambda: decided) is decided
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_of_two_configurations_exactly_one_publishes(tmp_path: Path, attempt: in
     with open_shard_set(path) as shard_set:
         for name in shard_set.manifest.names():
             header = shard_set.reader(name).index.header
-            assert header.fingerprint == shard_set.manifest.record.fingerprint
+            assert header.fingerprint == shard_set.manifest.identity.fingerprint
 
 
 @pytest.mark.multiprocess

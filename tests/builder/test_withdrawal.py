@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 from support.toy_set import ToyContent, build, planned, toy_record
 
-from sdxl_distill.builder.commit import publish_set_record
+from sdxl_distill.builder.commit import publish_set_identity
 from sdxl_distill.builder.launch import Launch
 from sdxl_distill.builder.repair import RepairSummary, repair_set
 from sdxl_distill.builder.set_builder import build_set
@@ -117,7 +117,7 @@ def test_a_job_array_withdraws_nothing_but_continues_a_withdrawal(path: Path) ->
 
 def test_another_configuration_may_replace_a_set(path: Path) -> None:
     withdraw_for_rebuild(Launch(World(), {}), path)
-    assert build(path, 3, ToyContent(seed=5)).manifest.record.content == {"seed": 5}
+    assert build(path, 3, ToyContent(seed=5)).manifest.identity.content == {"seed": 5}
 
 
 def test_files_of_others_survive_a_withdrawal(path: Path) -> None:
@@ -338,4 +338,4 @@ def test_a_worker_that_slept_through_it_all_before_its_first_step_is_told(path: 
         withdraw_set(path)
         build(path, 3)
         with pytest.raises(StorageError, match="withdrawn or moved"):
-            publish_set_record(zombie, toy_record())
+            publish_set_identity(zombie, toy_record())

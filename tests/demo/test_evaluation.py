@@ -5,7 +5,7 @@ import torch
 
 from sdxl_distill.demo.evaluation import Evaluation, evaluate, mean_of_weights
 from sdxl_distill.demo.family import write_teacher
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import load_unet
 
 pytestmark = pytest.mark.processors
@@ -17,7 +17,7 @@ def _evaluate(photo_folders, family, student, teachers=None, **options):
 
 
 def _unet(folder):
-    return load_unet(Checkpoint.resolve(str(folder)), torch.float32, "cpu")
+    return load_unet(ModelFolder.resolve(str(folder)), torch.float32, "cpu")
 
 
 def test_the_base_as_student_is_as_far_as_the_base(photo_folders, tiny_family):

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl_distill.demo.family import Recipe, build_family, build_untrained_family
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 
 SHORT = Recipe(vae_steps=2, base_steps=4, teacher_steps={"sepia": 2, "night": 3, "vivid": 2})
 
@@ -67,8 +67,8 @@ def test_an_untrained_family_is_a_function_of_its_seed(tiny_family, tmp_path):
     assert _content(build_untrained_family(tmp_path / "again").base.parent) == _content(root)
     other = build_untrained_family(tmp_path / "other", seed=1)
     assert (
-        Checkpoint.resolve(str(other.base)).unet_fingerprint()
-        != Checkpoint.resolve(str(tiny_family.base)).unet_fingerprint()
+        ModelFolder.resolve(str(other.base)).unet_fingerprint()
+        != ModelFolder.resolve(str(tiny_family.base)).unet_fingerprint()
     )
 
 
@@ -105,5 +105,5 @@ def test_training_reports_every_step_of_the_base_and_the_end_of_every_teacher(fe
 def test_an_untrained_family_may_predict_something_else_than_noise(tmp_path):
     family = build_untrained_family(tmp_path, prediction_type="v_prediction", num_teachers=1)
     for folder in (family.base, *family.teachers):
-        schedule = Checkpoint.resolve(str(folder)).noise_schedule()
+        schedule = ModelFolder.resolve(str(folder)).noise_schedule()
         assert schedule.prediction_type == "v_prediction"

@@ -11,7 +11,7 @@ from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.estimate.build import estimate_predictions
 from sdxl_distill.estimate.rate import measure_build_rate
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import TextEncoders
 
 
@@ -32,14 +32,14 @@ def test_only_what_is_missing_is_to_be_done(built_template):
     estimate = estimate_predictions(built_template.config("cache.draws=5"))
     num_shards = len(list(built_template.latents.glob("*.tar")))
     assert estimate.predictions.num_shards == 5 * num_shards
-    assert estimate.num_shards_there == 2 * num_shards
+    assert estimate.num_existing_shards == 2 * num_shards
     assert estimate.num_forwards == 3 * 13
 
 
 def test_a_set_that_will_be_replaced_is_to_be_done_again(built_template):
     config = built_template.config("cache.draws=2", "cache.skip_existing=false")
     estimate = estimate_predictions(config)
-    assert (estimate.num_shards_there, estimate.num_forwards) == (0, 2 * 13)
+    assert (estimate.num_existing_shards, estimate.num_forwards) == (0, 2 * 13)
 
 
 def test_without_latents_every_image_file_counts(workshop):
@@ -68,7 +68,7 @@ def test_without_latents_and_images_there_is_nothing_to_estimate(workshop):
 
 def test_text_encoders_are_counted_in_float32(workshop):
     encoders = TextEncoders.load(
-        Checkpoint.resolve(str(workshop.family.base)), torch.device("cpu")
+        ModelFolder.resolve(str(workshop.family.base)), torch.device("cpu")
     ).encoders
     num_bytes = sum(weight.nbytes for encoder in encoders for weight in encoder.parameters())
     assert estimate_predictions(workshop.config()).text_encoder_bytes == num_bytes

@@ -16,15 +16,15 @@ from sdxl_distill.estimate.network_memory import (
     prediction_memory,
     weightless,
 )
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import load_unet, predict, unet_geometry
 
 SIZES = [(4, (256, 128)), (3, (256, 192))]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_family) -> Checkpoint:
-    return Checkpoint.resolve(str(tiny_family.base))
+def checkpoint(tiny_family) -> ModelFolder:
+    return ModelFolder.resolve(str(tiny_family.base))
 
 
 def allocated_bytes(work: Callable[[], object]) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def test_half_the_bytes_per_weight_is_half_the_memory(checkpoint):
 
 @pytest.mark.slow
 def test_sdxl_predicts_in_12_gigabytes():
-    sdxl = Checkpoint.resolve(str(Path(__file__).parents[2] / "benchmarks/sdxl_base"))
+    sdxl = ModelFolder.resolve(str(Path(__file__).parents[2] / "benchmarks/sdxl_base"))
     memory = prediction_memory(sdxl, torch.bfloat16, 4, (1024, 1024), 77)
     assert memory.weights_bytes == 2 * 2_567_463_684
     assert memory.peak_bytes < 12e9

@@ -10,7 +10,7 @@ import torch
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.estimate.training import estimate_training, training_memory
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
@@ -38,7 +38,7 @@ def config_of(tiny_family, tmp_path):
 
 
 def memory_of(config: DistillConfig):
-    checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+    checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     return training_memory(config, checkpoint, Bucket(128, 128), 77)
 
 
@@ -51,7 +51,7 @@ def test_states_are_as_large_as_the_optimizers(config_of, use_bf16, optimizer, e
         student={"use_bf16": use_bf16},
         training={"optimizer": optimizer, "exact_masters": exact_masters},
     )
-    checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+    checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     student = load_student(config, checkpoint, torch.device("cpu"))
     states = make_optimizer(config, student, "cpu").state_tensors()
     del states["steps"]
@@ -63,7 +63,7 @@ def test_states_are_as_large_as_the_optimizers(config_of, use_bf16, optimizer, e
 
 def test_the_average_is_as_large_as_it_is(config_of, tiny_family):
     config = config_of()
-    student = load_student(config, Checkpoint.resolve(str(tiny_family.base)), torch.device("cpu"))
+    student = load_student(config, ModelFolder.resolve(str(tiny_family.base)), torch.device("cpu"))
     averages = Ema(student.named_parameters(), 0.9).averages
     assert memory_of(config).ema == sum(tensor.nbytes for tensor in averages.values())
     assert memory_of(config_of(student={"use_ema": False})).ema == 0
@@ -125,7 +125,7 @@ def test_sdxl_trains_in_20_gigabytes(config_of):
         student={"checkpoint_path": SDXL, "ema_device": "cpu"},
         training={"batch_size": 4},
     )
-    memory = training_memory(config, Checkpoint.resolve(SDXL), Bucket(1024, 1024), 77)
+    memory = training_memory(config, ModelFolder.resolve(SDXL), Bucket(1024, 1024), 77)
     assert memory.weights == memory.gradients == 2 * 2_567_463_684
     assert memory.ema == 4 * 2_567_463_684
     assert 16e9 < memory.peak < 20e9

@@ -19,7 +19,7 @@ from support.oracles import loaded_export
 
 from sdxl_distill.demo.family import Family
 from sdxl_distill.export.diffusers_folder import use_of
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.tensor_files import read_tensors
 from sdxl_distill.train.run_folder import RunFolder
 
@@ -56,14 +56,14 @@ def test_the_other_environment_has_the_lowest_versions(seen: Path) -> None:
 
 def test_identities_are_the_same_there(export: Path) -> None:
     code = (
-        "import sys; from sdxl_distill.models.checkpoint import Checkpoint\n"
-        "checkpoint = Checkpoint.resolve(sys.argv[1])\n"
+        "import sys; from sdxl_distill.models.model_folder import ModelFolder\n"
+        "checkpoint = ModelFolder.resolve(sys.argv[1])\n"
         "print(checkpoint.text_fingerprint(), checkpoint.unet_fingerprint())"
     )
     command = [PYTHON, "-c", code, export]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
-    ours = Checkpoint.resolve(str(export))
+    ours = ModelFolder.resolve(str(export))
     assert ended.stdout.split() == [ours.text_fingerprint(), ours.unet_fingerprint()]
 
 
@@ -71,7 +71,7 @@ def test_it_loads_the_student_tensor_by_tensor(
     seen: Path, distill_cache: DistillCache, trained_run: Path, tiny_family: Family
 ) -> None:
     _, saved = RunFolder.of(distill_cache.config(trained_run)).checkpoints().load_latest()
-    base = Checkpoint.resolve(str(tiny_family.base))
+    base = ModelFolder.resolve(str(tiny_family.base))
     expected = {
         f"unet/{name}": tensor.half().float() for name, tensor in saved.tensors["ema"].items()
     }

@@ -16,7 +16,7 @@ from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, StorageError
 from sdxl_distill.export.student import DTYPES, export_student
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.predictions_set import build_predictions_set
 from sdxl_distill.train.checkpoint import load_checkpoint
@@ -71,7 +71,7 @@ def test_the_unet_holds_the_chosen_weights_in_the_chosen_dtype(
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor, expected[name].to(DTYPES[dtype]).float())
-    stored = Checkpoint.resolve(str(folder)).unet.tensors
+    stored = ModelFolder.resolve(str(folder)).unet.tensors
     assert {tensor.dtype for tensor in stored.values()} == {
         {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}[dtype]
     }
@@ -102,10 +102,10 @@ def test_text_encoders_are_those_that_the_student_was_conditioned_on(
     config = distill_cache.config(
         trained_run, f"student.text_encoder_id={other}", "export.dtype=fp32"
     )
-    exported = Checkpoint.resolve(str(export_student(config, destination=tmp_path / "export")))
-    assert exported.text_fingerprint() == Checkpoint.resolve(str(other)).text_fingerprint()
+    exported = ModelFolder.resolve(str(export_student(config, destination=tmp_path / "export")))
+    assert exported.text_fingerprint() == ModelFolder.resolve(str(other)).text_fingerprint()
     assert (
-        exported.text_fingerprint() != Checkpoint.resolve(str(tiny_family.base)).text_fingerprint()
+        exported.text_fingerprint() != ModelFolder.resolve(str(tiny_family.base)).text_fingerprint()
     )
 
 

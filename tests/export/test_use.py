@@ -17,7 +17,7 @@ from sdxl_distill.demo.family import Family
 from sdxl_distill.demo.weights import draw_weights
 from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.export.diffusers_folder import export_diffusers_folder, use_of
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.tensor_files import read_header
 from sdxl_distill.train.session import train_student
 
@@ -60,9 +60,9 @@ def export_with_attention(tiny_family: Family, tmp_path_factory: pytest.TempPath
 
 def export_of(base: Path, destination: Path, text: Path | None = None) -> Path:
     """Export a base as if it had been trained for no step."""
-    checkpoint = Checkpoint.resolve(str(base))
+    checkpoint = ModelFolder.resolve(str(base))
     weights = checkpoint.unet.load(torch.float32, "cpu").state_dict()
-    source = Checkpoint.resolve(str(text or base))
+    source = ModelFolder.resolve(str(text or base))
     export_diffusers_folder(destination, checkpoint, source, weights, torch.float16)
     return destination
 
@@ -102,8 +102,8 @@ def test_text_encoders_and_vae_are_their_sources_bit_for_bit(
     is_half: bool, tiny_family: Family, half_base: Path, tmp_path: Path
 ) -> None:
     base = half_base if is_half else tiny_family.base
-    ours = Checkpoint.resolve(str(export_of(base, tmp_path / "export")))
-    theirs = Checkpoint.resolve(str(base))
+    ours = ModelFolder.resolve(str(export_of(base, tmp_path / "export")))
+    theirs = ModelFolder.resolve(str(base))
     assert ours.text_fingerprint() == theirs.text_fingerprint()
     assert ours.vae_fingerprint() == theirs.vae_fingerprint()
 
@@ -125,7 +125,9 @@ def test_files_with_and_without_the_prefix_are_the_same_text_source(
         path = folder / "text_encoder" / "model.safetensors"
         plain = {name.removeprefix("text_model."): each for name, each in load_file(path).items()}
         save_file({prefix + name: tensor for name, tensor in plain.items()}, path)
-    assert len({Checkpoint.resolve(str(each)).text_fingerprint() for each in (bare, prefixed)}) == 1
+    assert (
+        len({ModelFolder.resolve(str(each)).text_fingerprint() for each in (bare, prefixed)}) == 1
+    )
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -14,7 +14,7 @@ from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader, latents_schema, predictions_schema
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 
@@ -24,8 +24,8 @@ IDENTITY = image_id(b"golden image")
 
 def build() -> dict[str, Any]:
     """Write latents and one compact predictions shard of one record each."""
-    latents = SetRecord("latents", "latents", latents_schema(), {"vae": "1" * 64})
-    predictions = SetRecord(
+    latents = SetIdentity("latents", "latents", latents_schema(), {"vae": "1" * 64})
+    predictions = SetIdentity(
         "predictions",
         "teacher",
         predictions_schema("compact", "F16", 4, 77, 2048, 1280),
@@ -70,22 +70,22 @@ def _predictions() -> tuple[dict[str, np.ndarray], None, int]:
 
 
 def _build_shard(
-    record: SetRecord,
+    identity: SetIdentity,
     source: str | None,
     tensors: dict[str, np.ndarray],
     sidecar: bytes | None,
     noise_digest: int | None,
 ) -> dict[str, Any]:
-    name = ShardName(record.id, SIDE_PX, SIDE_PX, 0)
-    header = RecordHeader.build(record.schema, SIDE_PX, SIDE_PX, record.fingerprint, source)
+    name = ShardName(identity.id, SIDE_PX, SIDE_PX, 0)
+    header = RecordHeader.build(identity.schema, SIDE_PX, SIDE_PX, identity.fingerprint, source)
     content = header.encode(tensors)
     index = _write(name, header, content, sidecar, noise_digest)
     return {
-        "set_record": record.to_bytes().decode(),
+        "set_record": identity.to_bytes().decode(),
         "record_hex": content.hex(),
         "index_hex": index.to_bytes().hex(),
         "tar_sha256": index.tar_sha256,
-        "manifest": Manifest.build(record, 0, [index]).to_bytes().decode(),
+        "manifest": Manifest.build(identity, 0, [index]).to_bytes().decode(),
     }
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from sdxl_distill.order.stream_order import Schedule, ShardTable
+from sdxl_distill.order.stream_order import ShardTable, StreamOrder
 
 ROWS = [
     (1024, 1024, 0, 2, 60),
@@ -26,23 +26,23 @@ SETTINGS = {
 
 def build() -> dict[str, object]:
     """Return per setting: fingerprint, first batch, and SHA-256 of the batches of three epochs."""
-    return {name: _order(Schedule(_table(), seed=42, **s)) for name, s in SETTINGS.items()}
+    return {name: _order(StreamOrder(_table(), seed=42, **s)) for name, s in SETTINGS.items()}
 
 
 def _table() -> ShardTable:
     return ShardTable.from_rows(ROWS)
 
 
-def _order(schedule: Schedule) -> dict[str, object]:
-    batches = [b for e in range(3) for b in schedule.batches(e, 0, schedule.steps(e))]
+def _order(order: StreamOrder) -> dict[str, object]:
+    batches = [b for e in range(3) for b in order.batches(e, 0, order.steps(e))]
     digest = hashlib.sha256()
     for batch in batches:
-        columns = [np.full(batch.slots.shape, batch.bucket), *batch[3:]]
+        columns = [np.full(batch.positions.shape, batch.bucket), *batch[3:]]
         digest.update(np.stack(columns).astype("<i8").tobytes())
     first = batches[0]
     return {
-        "fingerprint": schedule.fingerprint(),
-        "steps": [schedule.steps(epoch) for epoch in range(3)],
+        "fingerprint": order.fingerprint(),
+        "steps": [order.steps(epoch) for epoch in range(3)],
         "first_batch": {
             "bucket": first.bucket,
             "shards": first.shards[:8].tolist(),

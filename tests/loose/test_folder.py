@@ -12,7 +12,7 @@ from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.loose.folder import LooseFolder, LooseRecord, is_loose
 from sdxl_distill.loose.pack import pack_set
 from sdxl_distill.loose.unpack import unpack_set
-from sdxl_distill.shards.set_record import NoiseRecipe
+from sdxl_distill.shards.set_identity import NoiseRecipe
 from sdxl_distill.verify.loose_folder import verify_loose
 from sdxl_distill.verify.whole_set import verify_set
 
@@ -29,15 +29,15 @@ def records(path):
 
 
 @pytest.fixture
-def loose(cache, tmp_path):
+def loose(valid_sets, tmp_path):
     """The loose folder of a teacher with two draws."""
-    unpack_set(cache.build("full"), tmp_path / "loose")
+    unpack_set(valid_sets.build("full"), tmp_path / "loose")
     return tmp_path / "loose"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_unpacked_folder_holds_what_tar_finds_in_the_shards(cache, tmp_path, kind):
-    path = cache.build(kind)
+def test_an_unpacked_folder_holds_what_tar_finds_in_the_shards(valid_sets, tmp_path, kind):
+    path = valid_sets.build(kind)
     unpack_set(path, tmp_path / "loose", num_threads=2)
     expected = {"set.json": (path / "set.json").read_bytes()}
     if kind == "text":
@@ -50,11 +50,11 @@ def test_an_unpacked_folder_holds_what_tar_finds_in_the_shards(cache, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packing_what_was_unpacked_gives_the_same_files(cache, tmp_path, kind):
-    path = cache.build(kind)
+def test_packing_what_was_unpacked_gives_the_same_files(valid_sets, tmp_path, kind):
+    path = valid_sets.build(kind)
     unpack_set(path, tmp_path / "loose")
     packed = path.parent / "packed"
-    pack_set(tmp_path / "loose", packed, cache.root / "latents")
+    pack_set(tmp_path / "loose", packed, valid_sets.root / "latents")
     assert files(packed) == files(path)
 
 
@@ -65,34 +65,34 @@ def test_a_packed_set_is_valid_and_refers_to_the_latents_from_where_it_lies(loos
     assert b'"place":"../../../latents"' in (packed / "set.json").read_bytes()
 
 
-def test_latents_are_cut_anew_where_no_latents_set_is_named(cache, tmp_path):
-    unpack_set(cache.latents(), tmp_path / "loose")
+def test_latents_are_cut_anew_where_no_latents_set_is_named(valid_sets, tmp_path):
+    unpack_set(valid_sets.latents(), tmp_path / "loose")
     manifest = pack_set(tmp_path / "loose", tmp_path / "packed", records_per_shard=4)
     shards = [(entry.width, entry.height, entry.num_records) for entry in manifest.shards]
     assert shards == [(64, 64, 4), (64, 64, 2), (64, 128, 2)]
     assert verify_set(tmp_path / "packed").findings == []
 
 
-def test_a_shard_without_records_survives_the_way_there_and_back(cache, tmp_path):
-    cache.shard_sizes = {(64, 64, 0): 0, (64, 64, 1): 2}
-    path = cache.build("compact")
+def test_a_shard_without_records_survives_the_way_there_and_back(valid_sets, tmp_path):
+    valid_sets.shard_sizes = {(64, 64, 0): 0, (64, 64, 1): 2}
+    path = valid_sets.build("compact")
     unpack_set(path, tmp_path / "loose")
     pack_set(tmp_path / "loose", path.parent / "packed", tmp_path / "latents")
     assert files(path.parent / "packed") == files(path)
 
 
-def test_nothing_is_written_into_a_folder_that_holds_something(cache, loose, tmp_path):
+def test_nothing_is_written_into_a_folder_that_holds_something(valid_sets, loose, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_bytes(b"mine")
     with pytest.raises(ConfigError, match="holds 1 files"):
-        unpack_set(cache.root / "latents", tmp_path / "full")
+        unpack_set(valid_sets.root / "latents", tmp_path / "full")
     with pytest.raises(ConfigError, match="holds 1 files"):
         pack_set(loose, tmp_path / "full", tmp_path / "latents")
     assert files(tmp_path / "full") == {"x": b"mine"}
 
 
-def test_a_damaged_record_is_not_unpacked(cache, tmp_path):
-    path = cache.build("full")
+def test_a_damaged_record_is_not_unpacked(valid_sets, tmp_path):
+    path = valid_sets.build("full")
     flip(next(path.glob("*.tar")), 1800)
     with pytest.raises(CorruptError, match="is damaged"):
         unpack_set(path, tmp_path / "loose")
@@ -120,8 +120,8 @@ def test_files_that_are_no_records_are_refused(loose, tmp_path, name):
         pack_set(loose, tmp_path / "packed", tmp_path / "latents")
 
 
-def test_records_of_another_set_are_refused_with_their_number(cache, loose, tmp_path):
-    other = cache.teacher("teacher_b", draws=2)
+def test_records_of_another_set_are_refused_with_their_number(valid_sets, loose, tmp_path):
+    other = valid_sets.teacher("teacher_b", draws=2)
     unpack_set(other, tmp_path / "other")
     for record in records(loose)[:3]:
         record.write_bytes((tmp_path / "other" / record.name).read_bytes())
@@ -130,15 +130,15 @@ def test_records_of_another_set_are_refused_with_their_number(cache, loose, tmp_
     assert not (tmp_path / "packed").exists()
 
 
-def test_records_made_from_other_latents_are_refused(cache, loose, tmp_path):
+def test_records_made_from_other_latents_are_refused(valid_sets, loose, tmp_path):
     # Same configuration, hence fingerprint, but other bytes in the shards.
-    later = type(cache)(tmp_path / "later", cache.shard_sizes)
+    later = type(valid_sets)(tmp_path / "later", valid_sets.shard_sizes)
     with pytest.raises(IncompatibleError, match="16 records were made from other latents"):
         pack_set(loose, tmp_path / "packed", later.latents(salt="later"))
 
 
-def test_a_latents_set_of_another_configuration_is_refused(cache, loose, tmp_path):
-    other = type(cache)(tmp_path / "other", cache.shard_sizes)
+def test_a_latents_set_of_another_configuration_is_refused(valid_sets, loose, tmp_path):
+    other = type(valid_sets)(tmp_path / "other", valid_sets.shard_sizes)
     with pytest.raises(IncompatibleError, match="set latents has fingerprint"):
         pack_set(loose, tmp_path / "packed", other.latents(vae="9" * 64))
 
@@ -163,17 +163,17 @@ def test_predictions_are_not_packed_without_the_latents_they_follow(loose, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_good_loose_folder_of_every_kind_has_no_finding(cache, tmp_path, kind):
-    unpack_set(cache.build(kind), tmp_path / "loose")
+def test_a_good_loose_folder_of_every_kind_has_no_finding(valid_sets, tmp_path, kind):
+    unpack_set(valid_sets.build(kind), tmp_path / "loose")
     result = verify_loose(tmp_path / "loose", num_threads=2)
     assert [str(finding) for finding in result.findings] == []
     draws = 2 if kind in ("full", "compact") else 1
     assert (result.num_records, result.num_draws, result.notes) == (8 * draws, draws, [])
 
 
-def test_a_folder_is_loose_when_it_holds_records_and_no_shards(cache, loose):
+def test_a_folder_is_loose_when_it_holds_records_and_no_shards(valid_sets, loose):
     assert is_loose(files(loose))
-    assert not is_loose(files(cache.root / "latents"))
+    assert not is_loose(files(valid_sets.root / "latents"))
     assert not is_loose({*files(loose), "teacher_a-64x64-000000.tar"})
     assert not is_loose({"notes.txt"})
 
@@ -250,8 +250,10 @@ def test_without_set_json_seeds_are_computed_again_from_a_recipe_or_a_note_says_
     assert len(verify_loose(loose, recipe=wrong).findings) >= 16
 
 
-def test_records_of_another_set_among_the_loose_are_found_with_their_number(cache, loose, tmp_path):
-    unpack_set(cache.teacher("teacher_b", draws=2), tmp_path / "other")
+def test_records_of_another_set_among_the_loose_are_found_with_their_number(
+    valid_sets, loose, tmp_path
+):
+    unpack_set(valid_sets.teacher("teacher_b", draws=2), tmp_path / "other")
     record = records(loose)[0]
     record.write_bytes((tmp_path / "other" / record.name).read_bytes())
     (finding,) = verify_loose(loose).findings
@@ -300,9 +302,9 @@ def test_a_header_with_our_metadata_and_hostile_shapes_is_a_finding_and_no_crash
 
 @pytest.mark.parametrize("sidecar_bytes", [22, 4000])
 def test_packing_refuses_shards_that_no_reader_takes_before_one_is_written(
-    cache, tmp_path, monkeypatch, sidecar_bytes
+    valid_sets, tmp_path, monkeypatch, sidecar_bytes
 ):
-    unpack_set(cache.build("latents"), tmp_path / "loose")
+    unpack_set(valid_sets.build("latents"), tmp_path / "loose")
     for sidecar in (tmp_path / "loose").glob("*_*.json"):
         sidecar.write_text('{"captions":["a cat"]}'.ljust(sidecar_bytes))
     monkeypatch.setattr("sdxl_distill.shards.legal_set.MAX_SHARD_BYTES", 10_240)

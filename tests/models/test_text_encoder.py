@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import (
     TextEncoders,
     TextGeometry,
@@ -34,7 +34,7 @@ def pipeline(tiny_family):
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_family):
-    return Checkpoint.resolve(str(tiny_family.base))
+    return ModelFolder.resolve(str(tiny_family.base))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_encoders_computed_in_bfloat16_are_close(checkpoint, encoders):
 def test_tokenizers_and_encoders_that_do_not_fit_are_incompatible(folder, name, fields, message):
     change_config(folder, name, **fields)
     with pytest.raises(IncompatibleError, match=message):
-        TextEncoders.load(Checkpoint.resolve(str(folder)), "cpu")
+        TextEncoders.load(ModelFolder.resolve(str(folder)), "cpu")
 
 
 def test_text_encoders_of_the_family_fit_its_unet(checkpoint):

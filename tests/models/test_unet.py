@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from sdxl_distill.errors import IncompatibleError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import load_unet, predict, unet_geometry
 
 pytestmark = pytest.mark.processors
@@ -36,7 +36,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_family):
-    return Checkpoint.resolve(str(tiny_family.base))
+    return ModelFolder.resolve(str(tiny_family.base))
 
 
 def call_diffusers(unet, inputs, dtype):
@@ -150,4 +150,4 @@ def test_another_kind_of_unet_is_incompatible(folder, fields, message):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(IncompatibleError, match=message):
-        load_unet(Checkpoint.resolve(str(folder)), torch.float32, "cpu")
+        load_unet(ModelFolder.resolve(str(folder)), torch.float32, "cpu")

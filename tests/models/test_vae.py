@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from sdxl_distill.errors import IncompatibleError, NumericalError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.vae import decode_latents, encode_images, latent_channels, load_vae
 
 pytestmark = pytest.mark.processors
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.processors
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_family):
-    return Checkpoint.resolve(str(tiny_family.base))
+    return ModelFolder.resolve(str(tiny_family.base))
 
 
 @pytest.fixture(scope="module")
@@ -105,4 +105,4 @@ def test_another_kind_of_vae_is_incompatible(folder, fields, message):
     path = folder / "vae" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(IncompatibleError, match=message):
-        load_vae(Checkpoint.resolve(str(folder)), torch.float32, "cpu")
+        load_vae(ModelFolder.resolve(str(folder)), torch.float32, "cpu")

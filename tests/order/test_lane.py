@@ -16,8 +16,8 @@ def lap_on_line(lanes: Lanes, num_records: int, lap: int, world: int = 1) -> dic
     places = np.arange(lap * num_records, (lap + 1) * num_records)
     found: dict[int, int] = {}
     for rank in range(world):
-        slots = lanes.slots(rank, world)
-        own = places[np.isin(places % lanes.num_lanes, slots % lanes.num_lanes)]
+        positions = lanes.positions(rank, world)
+        own = places[np.isin(places % lanes.num_lanes, positions % lanes.num_lanes)]
         column = own[:, np.newaxis]
         on_line = lanes.place_on_line(
             column,
@@ -91,8 +91,8 @@ def test_a_window_per_lane_is_a_power_of_two_that_covers_batch_and_window(
 
 def test_a_rank_owns_neighbouring_lanes_in_the_order_of_slots() -> None:
     lanes = Lanes(6, global_batch=12, window=1, seed=0)
-    assert lanes.slots(0, 1).tolist() == list(range(12))
-    assert [lanes.slots(rank, 3).tolist() for rank in range(3)] == [
+    assert lanes.positions(0, 1).tolist() == list(range(12))
+    assert [lanes.positions(rank, 3).tolist() for rank in range(3)] == [
         [0, 1, 6, 7],
         [2, 3, 8, 9],
         [4, 5, 10, 11],
@@ -125,10 +125,10 @@ def test_lanes_that_do_not_divide_the_batch_are_refused_with_those_that_do(num_l
 @pytest.mark.parametrize("world", [0, 3, 8])
 def test_a_world_that_does_not_divide_the_lanes_is_refused(world: int) -> None:
     with pytest.raises(ConfigError, match=r"processes for 4 lanes; expected one of \[1, 2, 4\]"):
-        Lanes(4, global_batch=12, window=1, seed=0).slots(0, world)
+        Lanes(4, global_batch=12, window=1, seed=0).positions(0, world)
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
     with pytest.raises(ConfigError, match=f"rank {rank} of 2"):
-        Lanes(4, global_batch=12, window=1, seed=0).slots(rank, 2)
+        Lanes(4, global_batch=12, window=1, seed=0).positions(rank, 2)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sdxl_distill.order.stream_order import Batch, Schedule, ShardTable
+from sdxl_distill.order.stream_order import PlannedBatch, ShardTable, StreamOrder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIDES = (512, 640, 768)
@@ -27,7 +27,7 @@ Row = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of a schedule."""
+    """Arguments of a order."""
 
     rows: tuple[Row, ...]
     global_batch: int
@@ -36,8 +36,8 @@ class Case:
     seed: int = 1
     num_draws: int = 1
 
-    def schedule(self) -> Schedule:
-        return Schedule(
+    def order(self) -> StreamOrder:
+        return StreamOrder(
             ShardTable.from_rows(self.rows),
             seed=self.seed,
             global_batch=self.global_batch,
@@ -91,26 +91,26 @@ def one_bucket(num_shards: int, records: int, **arguments: int) -> Case:
     return Case(rows, **(defaults | arguments))
 
 
-def epochs(schedule: Schedule, num_epochs: int, **rank: int) -> Iterator[Batch]:
+def epochs(order: StreamOrder, num_epochs: int, **rank: int) -> Iterator[PlannedBatch]:
     for epoch in range(num_epochs):
-        yield from schedule.batches(epoch, 0, schedule.steps(epoch), **rank)
+        yield from order.batches(epoch, 0, order.steps(epoch), **rank)
 
 
-def plain(batches: Iterator[Batch]) -> list[list[Any]]:
+def plain(batches: Iterator[PlannedBatch]) -> list[list[Any]]:
     return [[*batch[:3], *(column.tolist() for column in batch[3:])] for batch in batches]
 
 
 def reads_by_lap(case: Case, num_laps: int) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
     """Return (row, record, draw) in the order of places, by (bucket index, lap)."""
-    schedule = case.schedule()
+    order = case.order()
     reads: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     turns: Counter[int] = Counter()
-    num_records = [case.num_records()[bucket] for bucket in schedule.table.buckets]
+    num_records = [case.num_records()[bucket] for bucket in order.table.buckets]
     # One epoch more: the last batch of a lap may lie in the next one.
-    for batch in epochs(schedule, num_laps + case.global_batch):
+    for batch in epochs(order, num_laps + case.global_batch):
         first = turns[batch.bucket] * case.global_batch
         turns[batch.bucket] += 1
-        columns = (first + batch.slots, batch.shards, batch.records, batch.draws)
+        columns = (first + batch.positions, batch.shards, batch.records, batch.draws)
         for place, *read in np.stack(columns, axis=1).tolist():
             lap = place // num_records[batch.bucket]
             reads.setdefault((batch.bucket, lap), []).append((read[0], read[1], read[2]))
@@ -123,12 +123,12 @@ def reads_by_lap(case: Case, num_laps: int) -> dict[tuple[int, int], list[tuple[
 @settings(max_examples=30, deadline=None)
 @given(case=cases())
 def test_ranks_together_read_what_one_rank_reads(case: Case) -> None:
-    alone = plain(epochs(case.schedule(), 3))
+    alone = plain(epochs(case.order(), 3))
     for world in divisors(case.lanes):
-        ranks = [epochs(case.schedule(), 3, rank=r, world=world) for r in range(world)]
+        ranks = [epochs(case.order(), 3, rank=r, world=world) for r in range(world)]
         for expected, *parts in zip(alone, *ranks, strict=True):
             assert all(part[:3] == tuple(expected[:3]) for part in parts)
-            order = np.argsort(np.concatenate([part.slots for part in parts]))
+            order = np.argsort(np.concatenate([part.positions for part in parts]))
             merged = [
                 np.concatenate(columns)[order]
                 for columns in zip(*(p[3:] for p in parts), strict=True)
@@ -139,20 +139,20 @@ def test_ranks_together_read_what_one_rank_reads(case: Case) -> None:
 @settings(max_examples=30, deadline=None)
 @given(case=cases(), size=st.integers(1, 70))
 def test_the_size_of_chunks_changes_nothing(case: Case, size: int) -> None:
-    schedule = case.schedule()
-    steps = schedule.steps(0)
+    order = case.order()
+    steps = order.steps(0)
     chunks = [
         batch
         for start in range(0, steps, size)
-        for batch in schedule.batches(0, start, min(start + size, steps))
+        for batch in order.batches(0, start, min(start + size, steps))
     ]
-    assert plain(iter(chunks)) == plain(schedule.batches(0, 0, steps))
+    assert plain(iter(chunks)) == plain(order.batches(0, 0, steps))
 
 
 def test_threads_on_one_schedule_read_what_one_thread_reads() -> None:
     case = one_bucket(40, 100, global_batch=8, lanes=8, window=64)
-    expected = [plain(case.schedule().batches(e, 0, case.schedule().steps(e))) for e in range(8)]
-    shared = case.schedule()
+    expected = [plain(case.order().batches(e, 0, case.order().steps(e))) for e in range(8)]
+    shared = case.order()
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda e: plain(shared.batches(e, 0, shared.steps(e))), range(8))
         assert list(found) == expected
@@ -166,11 +166,11 @@ def test_threads_on_one_schedule_read_what_one_thread_reads() -> None:
 def test_a_fresh_schedule_knows_any_step_without_walking_there(
     case: Case, position: st.DataObject
 ) -> None:
-    walked = plain(epochs(case.schedule(), 4))
+    walked = plain(epochs(case.order(), 4))
     if walked:
         expected = walked[position.draw(st.integers(0, len(walked) - 1))]
         epoch, step = expected[:2]
-        assert plain(case.schedule().batches(epoch, step, step + 1)) == [expected]
+        assert plain(case.order().batches(epoch, step, step + 1)) == [expected]
 
 
 # I3
@@ -179,37 +179,35 @@ def test_a_fresh_schedule_knows_any_step_without_walking_there(
 @settings(max_examples=50, deadline=None)
 @given(case=cases(), epoch=st.integers(0, 50))
 def test_an_epoch_is_one_pass_over_each_bucket_in_whole_batches(case: Case, epoch: int) -> None:
-    schedule = case.schedule()
-    found = Counter(b.bucket for b in schedule.batches(epoch, 0, schedule.steps(epoch)))
-    for index, bucket in enumerate(schedule.table.buckets):
+    order = case.order()
+    found = Counter(b.bucket for b in order.batches(epoch, 0, order.steps(epoch)))
+    for index, bucket in enumerate(order.table.buckets):
         records = case.num_records()[bucket]
         turns = [(epoch + i) * records // case.global_batch for i in (0, 1)]
         assert found[index] == turns[1] - turns[0]
-        assert schedule.describe(epoch)[index].num_steps == found[index]
+        assert order.describe(epoch)[index].num_steps == found[index]
 
 
 @settings(max_examples=50, deadline=None)
 @given(case=cases())
 def test_global_steps_count_the_steps_of_all_epochs(case: Case) -> None:
-    schedule = case.schedule()
-    positions = [(e, s) for e in range(30) for s in range(schedule.steps(e))]
-    assert [schedule.global_step(*position) for position in positions] == list(
-        range(len(positions))
-    )
-    assert [schedule.position_of(step) for step in range(len(positions))] == positions
+    order = case.order()
+    positions = [(e, s) for e in range(30) for s in range(order.steps(e))]
+    assert [order.global_step(*position) for position in positions] == list(range(len(positions)))
+    assert [order.position_of(step) for step in range(len(positions))] == positions
 
 
 def test_an_epoch_may_be_empty() -> None:
-    schedule = one_bucket(1, 3, global_batch=8, lanes=8).schedule()
-    assert [schedule.steps(epoch) for epoch in range(6)] == [0, 0, 1, 0, 0, 1]
-    assert list(schedule.batches(0, 0, 0)) == []
-    assert schedule.position_of(0) == (2, 0)
+    order = one_bucket(1, 3, global_batch=8, lanes=8).order()
+    assert [order.steps(epoch) for epoch in range(6)] == [0, 0, 1, 0, 0, 1]
+    assert list(order.batches(0, 0, 0)) == []
+    assert order.position_of(0) == (2, 0)
 
 
 def test_positions_are_found_far_from_the_start() -> None:
-    schedule = one_bucket(1000, 10**6).schedule()
-    position = schedule.position_of(10**15 + 7)
-    assert schedule.global_step(*position) == 10**15 + 7
+    order = one_bucket(1000, 10**6).order()
+    position = order.position_of(10**15 + 7)
+    assert order.global_step(*position) == 10**15 + 7
 
 
 # I4, I6
@@ -239,7 +237,7 @@ def test_a_lap_holds_every_record_once(case: Case) -> None:
 def test_views_of_any_two_records_differ_by_at_most_one(case: Case, num_epochs: int) -> None:
     views: Counter[tuple[int, int]] = Counter()
     turns: Counter[int] = Counter()
-    for batch in epochs(case.schedule(), num_epochs):
+    for batch in epochs(case.order(), num_epochs):
         turns[batch.bucket] += 1
         views.update(zip(batch.shards.tolist(), batch.records.tolist(), strict=True))
     buckets = sorted({row[:2] for row in case.rows})
@@ -260,9 +258,9 @@ def test_a_rank_of_eight_rereads_its_own_eighth_of_the_shards(num_shards: int) -
     num_records = num_shards * 512
     for rank in (0, 3, 7):
         laps: list[list[int]] = [[] for _ in range(4)]
-        for turn, batch in enumerate(epochs(case.schedule(), 4, rank=rank, world=8)):
+        for turn, batch in enumerate(epochs(case.order(), 4, rank=rank, world=8)):
             for lap, shard in zip(
-                (turn * 64 + batch.slots) // num_records, batch.shards, strict=True
+                (turn * 64 + batch.positions) // num_records, batch.shards, strict=True
             ):
                 laps[lap].append(int(shard))
         for reads, next_reads in pairwise(laps):
@@ -286,11 +284,11 @@ def test_memory_grows_with_the_shards_alone(num_buckets: int) -> None:
     table = large_table(num_buckets)
     tracemalloc.start()
     try:
-        schedule = Schedule(table, seed=1, global_batch=64)
+        order = StreamOrder(table, seed=1, global_batch=64)
         for epoch in range(3):
             # Around the border of two laps, both lines are in memory.
-            list(schedule.batches(epoch, 0, 128))
-            list(schedule.batches(epoch, schedule.steps(epoch) - 128, schedule.steps(epoch)))
+            list(order.batches(epoch, 0, 128))
+            list(order.batches(epoch, order.steps(epoch) - 128, order.steps(epoch)))
         held_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -302,7 +300,7 @@ def test_a_plan_of_a_hundred_thousand_shards_takes_a_fifth_of_a_second() -> None
     seconds = []
     for _ in range(5):
         start = time.process_time()
-        Schedule(table, seed=1, global_batch=64)
+        StreamOrder(table, seed=1, global_batch=64)
         seconds.append(time.process_time() - start)
     assert min(seconds) <= 0.2
 
@@ -321,14 +319,14 @@ def test_the_order_is_the_golden_one() -> None:
 def test_a_new_bucket_leaves_the_batches_of_the_others_alone() -> None:
     case = Case(((640, 512, 0, 0, 50), (640, 512, 1, 0, 30)), 4, 2, 8)
     grown = replace(case, rows=((512, 512, 0, 0, 9), *case.rows))
-    batches = [b for b in epochs(grown.schedule(), 3) if b.bucket == 1]
+    batches = [b for b in epochs(grown.order(), 3) if b.bucket == 1]
     reads = [[(b.shards - 1).tolist(), b.records.tolist()] for b in batches]
-    assert reads == [[b.shards.tolist(), b.records.tolist()] for b in epochs(case.schedule(), 3)]
+    assert reads == [[b.shards.tolist(), b.records.tolist()] for b in epochs(case.order(), 3)]
 
 
 def test_laps_and_seeds_differ_in_their_order() -> None:
     case = one_bucket(1, 64, global_batch=64, lanes=1)
-    first, second = (b.records for b in epochs(case.schedule(), 2))
-    other = next(epochs(replace(case, seed=2).schedule(), 1)).records
+    first, second = (b.records for b in epochs(case.order(), 2))
+    other = next(epochs(replace(case, seed=2).order(), 1)).records
     orders = [first, second, other, np.arange(64)]
     assert len({tuple(order.tolist()) for order in orders}) == 4

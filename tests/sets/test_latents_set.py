@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from support.damages import DAMAGES
+from support.oracles.draw import image_id_of
 from support.oracles.pipeline import PipelineOracle, cropped_picture, upright_picture
-from support.oracles.question import image_id_of
 from support.oracles.tars import read_set
 from support.photos import BAD_SOURCES, CAPTIONS, damage_pixels, write_image, write_images
 from support.workshop import BUCKETS, Workshop, identities, published_files, traces

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from support.oracles.draw import noise_of, seed_of, timestep_of
 from support.oracles.pipeline import PipelineOracle
-from support.oracles.question import noise_of, seed_of, timestep_of
 from support.oracles.tars import Record, read_set
 from support.workshop import TEACHER_ID
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 from sdxl_distill.sets.predictions_content import Teacher, TeacherInput
 
@@ -16,11 +16,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def checkpoint(tiny_family) -> Checkpoint:
-    return Checkpoint.resolve(str(tiny_family.teachers[0]))
+def checkpoint(tiny_family) -> ModelFolder:
+    return ModelFolder.resolve(str(tiny_family.teachers[0]))
 
 
-def question(checkpoint: Checkpoint, num_records: int) -> TeacherInput:
+def question(checkpoint: ModelFolder, num_records: int) -> TeacherInput:
     channels, hidden_size, pooled_size = unet_geometry(checkpoint)
     generator = torch.Generator().manual_seed(0)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.verified_sets import VerifiedSets
 
 from sdxl_distill.core.image_id import image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
@@ -25,7 +24,7 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
@@ -47,21 +46,21 @@ class SmallSet:
     """A set being built in `directory`, with all that was written kept to compare."""
 
     directory: Path
-    record: SetRecord
+    identity: SetIdentity
     written: dict[tuple[ShardName, int], Tensors]
     indices: list[ShardIndex]
 
     def header(self, name: ShardName) -> RecordHeader:
-        source = None if self.record.kind == "latents" else SOURCE
+        source = None if self.identity.kind == "latents" else SOURCE
         return RecordHeader.build(
-            self.record.schema, name.width, name.height, self.record.fingerprint, source
+            self.identity.schema, name.width, name.height, self.identity.fingerprint, source
         )
 
     def tensors(self, name: ShardName, identity: str) -> Tensors:
         seed = noise_seed(identity, 42, name.draw)
         generator = np.random.Generator(np.random.Philox(seed))
         values: dict[str, np.ndarray] = {}
-        for tensor, (dtype, shape) in self.record.schema.resolve(name.width, name.height).items():
+        for tensor, (dtype, shape) in self.identity.schema.resolve(name.width, name.height).items():
             values[tensor] = (9 * generator.standard_normal(shape)).astype(NUMPY[dtype])
         exact = {
             "seed": np.array([seed]),
@@ -91,7 +90,7 @@ class SmallSet:
         return index
 
     def sidecar(self, identity: str) -> bytes | None:
-        if self.record.kind != "latents":
+        if self.identity.kind != "latents":
             return None
         return json.dumps({"captions": ["a cat"] * (int(identity[0], 16) + 1)}).encode()
 
@@ -102,19 +101,19 @@ class SmallSet:
     def finish(self, catalog: int = 0) -> Manifest:
         empty = None
         with Directory(self.directory) as directory:
-            if self.record.kind == "text":
-                header = self.header(ShardName(self.record.id, 64, 64, 0))
-                tensors = self.tensors(ShardName(self.record.id, 64, 64, 0), sorted_ids(1)[0])
+            if self.identity.kind == "text":
+                header = self.header(ShardName(self.identity.id, 64, 64, 0))
+                tensors = self.tensors(ShardName(self.identity.id, 64, 64, 0), sorted_ids(1)[0])
                 content = encode_record(tensors, {"fingerprint": header.fingerprint})
                 directory.publish_bytes("empty.safetensors", content)
                 empty = hashlib.sha256(content).hexdigest()
-            manifest = Manifest.build(self.record, catalog, self.indices, (), empty)
-            directory.publish_bytes("set.json", self.record.to_bytes())
+            manifest = Manifest.build(self.identity, catalog, self.indices, (), empty)
+            directory.publish_bytes("set.json", self.identity.to_bytes())
             directory.publish_bytes("manifest.json", manifest.to_bytes())
         return manifest
 
 
-def set_record(kind: str, layout: str = "full", **changes: object) -> SetRecord:
+def set_record(kind: str, layout: str = "full", **changes: object) -> SetIdentity:
     latents, text = SetReference("1" * 64, "../latents"), SetReference("2" * 64, "../text")
     if kind == "latents":
         fields: dict = {"kind": kind, "id": "latents", "schema": latents_schema()}
@@ -133,7 +132,7 @@ def set_record(kind: str, layout: str = "full", **changes: object) -> SetRecord:
             "latents": latents,
             "text": text if layout == "compact" else None,
         }
-    return SetRecord(**{**fields, **changes})
+    return SetIdentity(**{**fields, **changes})
 
 
 class SetFactory:
@@ -143,10 +142,10 @@ class SetFactory:
         self.root = root
 
     def start(self, kind: str = "predictions", layout: str = "full", **changes: object) -> SmallSet:
-        record = set_record(kind, layout, **changes)
-        directory = self.root / record.id
+        identity = set_record(kind, layout, **changes)
+        directory = self.root / identity.id
         directory.mkdir()
-        return SmallSet(directory, record, {}, [])
+        return SmallSet(directory, identity, {}, [])
 
     def complete(
         self,
@@ -162,7 +161,7 @@ class SetFactory:
         for position, (width, height, count) in enumerate(shards):
             number = sum(1 for other in shards[:position] if other[:2] == (width, height))
             for draw in range(draws):
-                name = ShardName(small.record.id, width, height, number, draw)
+                name = ShardName(small.identity.id, width, height, number, draw)
                 small.add_shard(name, sorted_ids(count, salt=f"{position}-"))
         small.finish()
         return small
@@ -176,9 +175,3 @@ def sets(tmp_path: Path) -> SetFactory:
 @pytest.fixture
 def ids() -> Callable[..., list[str]]:
     return sorted_ids
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> VerifiedSets:
-    """A cache folder in which a test builds sets that are valid in every value."""
-    return VerifiedSets(tmp_path, {(64, 64, 0): 4, (64, 64, 1): 2, (64, 128, 0): 2})

@@ -17,14 +17,14 @@ from sdxl_distill.shards.shard_name import ShardName
 @pytest.fixture
 def index(sets, ids) -> ShardIndex:
     small = sets.start("predictions", "compact")
-    return small.add_shard(ShardName(small.record.id, 64, 64, 0, 1), ids(3))
+    return small.add_shard(ShardName(small.identity.id, 64, 64, 0, 1), ids(3))
 
 
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize(("kind", "layout"), [("latents", "full"), ("predictions", "compact")])
 def test_an_index_is_read_back(kind: str, layout: str, count: int, sets, ids) -> None:
     small = sets.start(kind, layout)
-    written = small.add_shard(ShardName(small.record.id, 64, 64, 0), ids(count))
+    written = small.add_shard(ShardName(small.identity.id, 64, 64, 0), ids(count))
     read = ShardIndex.from_bytes(written.to_bytes(), written.name)
     assert read.to_bytes() == written.to_bytes()
     assert read.header == written.header
@@ -103,7 +103,7 @@ def test_digests_find_equal_tensors_across_layouts(sets, ids) -> None:
 
 def test_digests_are_those_of_the_tensors_written(sets, ids) -> None:
     small = sets.start()
-    index = small.add_shard(ShardName(small.record.id, 64, 128, 0), ids(2))
+    index = small.add_shard(ShardName(small.identity.id, 64, 128, 0), ids(2))
     for record in range(2):
         for name, tensor in small.written[index.name, record].items():
             assert index.tensor_digests(name)[record] == tensor_digest(tensor)

@@ -23,7 +23,7 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 
@@ -87,7 +87,7 @@ def test_a_row_of_a_manifest_takes_no_more_than_is_planned_for():
     )
     one, two = (len(canonical_json(entries_to_columns([entry] * count))) for count in (1, 2))
     assert len(widest) == 12 and two - one == limits.MANIFEST_BYTES_PER_SHARD
-    planned = limits.MAX_SHARDS * limits.MANIFEST_BYTES_PER_SHARD + limits.MAX_SET_RECORD_BYTES
+    planned = limits.MAX_SHARDS * limits.MANIFEST_BYTES_PER_SHARD + limits.MAX_SET_IDENTITY_BYTES
     assert planned < 0.75 * limits.MAX_MANIFEST_BYTES
 
 
@@ -170,9 +170,9 @@ def test_a_writer_refuses_the_record_that_would_make_its_shard_too_large(monkeyp
 
 
 def test_a_manifest_that_no_reader_takes_is_not_written(monkeypatch):
-    record = SetRecord(kind="latents", id="latents", schema=latents_schema())
+    identity = SetIdentity(kind="latents", id="latents", schema=latents_schema())
     keys = [f"{number:032x}_64x64" for number in range(100)]
-    manifest = Manifest.build(record, 0, [], keys)
+    manifest = Manifest.build(identity, 0, [], keys)
     size = len(manifest.to_bytes())
     monkeypatch.setattr(manifest_module, "MAX_MANIFEST_BYTES", size)
     manifest.to_bytes()

@@ -22,7 +22,7 @@ KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predi
 def manifest(sets) -> Manifest:
     """Two draws of three shards, one of them empty."""
     small = sets.complete(shards=((64, 64, 3), (64, 64, 0), (64, 128, 1)), draws=2)
-    return Manifest.build(small.record, 0, small.indices)
+    return Manifest.build(small.identity, 0, small.indices)
 
 
 @pytest.mark.parametrize(("kind", "layout"), KINDS)
@@ -31,23 +31,23 @@ def test_a_manifest_is_read_back(kind: str, layout: str, sets) -> None:
     content = (small.directory / "manifest.json").read_bytes()
     manifest = Manifest.from_bytes(content, "x")
     assert manifest.to_bytes() == content
-    assert manifest.record == small.record
+    assert manifest.identity == small.identity
     assert manifest.names() == sorted(index.name for index in small.indices)
 
 
 def test_any_finisher_writes_the_same_bytes(sets) -> None:
     small = sets.complete(draws=2)
-    forwards = Manifest.build(small.record, 3, small.indices)
-    backwards = Manifest.build(small.record, 3, small.indices[::-1])
+    forwards = Manifest.build(small.identity, 3, small.indices)
+    backwards = Manifest.build(small.identity, 3, small.indices[::-1])
     assert forwards.to_bytes() == backwards.to_bytes()
 
 
 def test_an_entry_says_what_its_index_says(sets) -> None:
     small = sets.complete(shards=((64, 64, 3),))
     index = small.indices[0]
-    manifest = Manifest.build(small.record, 0, [index])
+    manifest = Manifest.build(small.identity, 0, [index])
     entry = manifest.entry(index.name)
-    assert entry.name(small.record.id) == index.name
+    assert entry.name(small.identity.id) == index.name
     assert entry.tar_bytes == (small.directory / index.name.tar).stat().st_size
     assert (entry.first_id, entry.last_id) == (index.image_id(0), index.image_id(2))
     assert (entry.index_digest, entry.keys_digest) == (index.digest, index.keys_digest)
@@ -56,17 +56,17 @@ def test_an_entry_says_what_its_index_says(sets) -> None:
 
 def test_draws_are_counted_from_the_shards(manifest: Manifest) -> None:
     assert manifest.draws == 2
-    assert Manifest.build(manifest.record, 0, []).draws == 1
+    assert Manifest.build(manifest.identity, 0, []).draws == 1
 
 
 def test_a_set_without_shards_has_a_manifest(manifest: Manifest) -> None:
-    empty = Manifest.build(manifest.record, 0, [])
+    empty = Manifest.build(manifest.identity, 0, [])
     assert Manifest.from_bytes(empty.to_bytes(), "x") == empty
 
 
 def test_an_index_of_another_set_is_refused(sets) -> None:
     small = sets.complete(shards=((64, 64, 1),))
-    other = replace(small.record, content={})
+    other = replace(small.identity, content={})
     with pytest.raises(CorruptError, match="an index of set"):
         Manifest.build(other, 0, small.indices)
 
@@ -75,25 +75,25 @@ def test_an_index_of_another_set_is_refused(sets) -> None:
 def test_shards_that_are_twice_or_lack_a_draw_are_refused(rows: list[int], sets) -> None:
     small = sets.complete(shards=((64, 64, 1), (64, 64, 1)), draws=2)
     with pytest.raises(CorruptError):
-        Manifest.build(small.record, 0, [small.indices[row] for row in rows])
+        Manifest.build(small.identity, 0, [small.indices[row] for row in rows])
 
 
 @pytest.mark.parametrize("kind", ["latents", "text"])
 def test_only_predictions_have_draws(kind: str, sets) -> None:
     small = sets.start(kind)
     for draw in range(2):
-        small.add_shard(ShardName(small.record.id, 64, 64, 0, draw), [])
+        small.add_shard(ShardName(small.identity.id, 64, 64, 0, draw), [])
     empty_sha256 = "0" * 64 if kind == "text" else None
     with pytest.raises(CorruptError, match=f"a {kind} set does not have"):
-        Manifest.build(small.record, 0, small.indices, (), empty_sha256)
+        Manifest.build(small.identity, 0, small.indices, (), empty_sha256)
 
 
 def test_draws_with_other_keys_are_refused(sets, ids) -> None:
     small = sets.start()
     for draw in range(2):
-        small.add_shard(ShardName(small.record.id, 64, 64, 0, draw), ids(2, salt=str(draw)))
+        small.add_shard(ShardName(small.identity.id, 64, 64, 0, draw), ids(2, salt=str(draw)))
     with pytest.raises(CorruptError, match="other keys"):
-        Manifest.build(small.record, 0, small.indices)
+        Manifest.build(small.identity, 0, small.indices)
 
 
 def test_every_flipped_byte_is_refused(manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from sdxl_distill.errors import (
     StorageError,
 )
 from sdxl_distill.shards.manifest import Manifest
-from sdxl_distill.shards.set_record import SetReference
+from sdxl_distill.shards.set_identity import SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 
@@ -57,7 +57,7 @@ def test_a_set_that_is_not_finished_is_a_config_error(sets) -> None:
 
 def test_a_manifest_of_another_generation_is_refused(sets) -> None:
     small = sets.complete()
-    newer = replace(small.record, generation=2)
+    newer = replace(small.identity, generation=2)
     (small.directory / "set.json").write_bytes(newer.to_bytes())
     with pytest.raises(IncompatibleError, match="generation 0"):
         open_shard_set(small.directory)
@@ -166,7 +166,7 @@ def test_a_set_replaced_while_it_is_read_is_no_corruption(is_gone: bool, sets) -
         manifest = small.directory / "manifest.json"
         manifest.unlink()
         if not is_gone:
-            manifest.write_bytes(Manifest.build(small.record, 7, small.indices).to_bytes())
+            manifest.write_bytes(Manifest.build(small.identity, 7, small.indices).to_bytes())
         with pytest.raises(StorageError, match="replaced while reading"):
             shard_set.reader(name)
 
@@ -211,13 +211,13 @@ def test_a_damaged_empty_record_is_refused(sets) -> None:
 
 def test_the_latents_set_is_found_from_the_predictions(sets) -> None:
     latents = sets.complete("latents")
-    reference = SetReference(latents.record.fingerprint, "../latents")
+    reference = SetReference(latents.identity.fingerprint, "../latents")
     small = sets.complete(latents=reference)
     with (
         open_shard_set(small.directory) as shard_set,
         shard_set.open_referenced("latents") as opened,
     ):
-        assert opened.manifest.record == latents.record
+        assert opened.manifest.identity == latents.identity
 
 
 def test_another_set_at_the_recorded_place_is_refused(sets) -> None:
@@ -232,7 +232,7 @@ def test_another_set_at_the_recorded_place_is_refused(sets) -> None:
 
 def test_a_reference_without_a_place_asks_for_one(sets) -> None:
     latents = sets.complete("latents")
-    small = sets.complete(latents=SetReference(latents.record.fingerprint, None))
+    small = sets.complete(latents=SetReference(latents.identity.fingerprint, None))
     with open_shard_set(small.directory) as shard_set:
         with pytest.raises(ConfigError, match="does not say where"):
             shard_set.open_referenced("latents")

@@ -38,7 +38,7 @@ class Tar:
 def make(sets, ids) -> Callable[..., tuple[Tar, bytes, ShardIndex]]:
     def build(kind: str, layout: str = "full", count: int = 2) -> tuple[Tar, bytes, ShardIndex]:
         small = sets.start(kind, layout)
-        name = ShardName(small.record.id, 64, 64, 0)
+        name = ShardName(small.identity.id, 64, 64, 0)
         index = small.add_shard(name, ids(count))
         content = (small.directory / name.tar).read_bytes()
         return Tar(content, name, small.header(name)), content, index

@@ -31,7 +31,7 @@ def test_the_writers_index_is_the_index_of_its_tar(
     kind: str, layout: str, draw: int, count: int, sets, ids
 ) -> None:
     small = sets.start(kind, layout)
-    name = ShardName(small.record.id, 64, 128, 3, draw)
+    name = ShardName(small.identity.id, 64, 128, 3, draw)
     index = small.add_shard(name, ids(count))
     with Directory(small.directory) as directory:
         descriptor = directory.open(name.tar)
@@ -57,7 +57,7 @@ def test_two_writers_of_the_same_records_write_the_same_bytes(sets, ids) -> None
 @pytest.mark.parametrize(("kind", "layout"), KINDS)
 def test_plain_webdataset_reads_a_shard(kind: str, layout: str, sets, ids) -> None:
     small = sets.start(kind, layout)
-    name = ShardName(small.record.id, 64, 64, 0)
+    name = ShardName(small.identity.id, 64, 64, 0)
     identities = ids(4)
     small.add_shard(name, identities)
     url = str(small.directory / name.tar)
@@ -74,7 +74,7 @@ def test_plain_webdataset_reads_a_shard(kind: str, layout: str, sets, ids) -> No
 @pytest.mark.parametrize(("draw", "suffix"), [(0, ""), (3, "_d3")])
 def test_unpacking_a_shard_gives_the_loose_layout(draw: int, suffix: str, sets, ids) -> None:
     small = sets.start()
-    name = ShardName(small.record.id, 64, 128, 0, draw)
+    name = ShardName(small.identity.id, 64, 128, 0, draw)
     small.add_shard(name, ids(3))
     with tarfile.open(small.directory / name.tar) as tar:
         names = tar.getnames()
@@ -93,7 +93,7 @@ def test_a_sidecar_follows_its_record(sets, ids) -> None:
 @pytest.mark.parametrize("order", [[1, 0], [0, 0]], ids=["unsorted", "twice"])
 def test_keys_out_of_order_give_no_index(order: list[int], sets, ids) -> None:
     small = sets.start()
-    name = ShardName(small.record.id, 64, 64, 0)
+    name = ShardName(small.identity.id, 64, 64, 0)
     with pytest.raises(CorruptError, match="unsorted or twice"):
         small.add_shard(name, [ids(2)[position] for position in order])
 

@@ -7,9 +7,9 @@ import tracemalloc
 
 import torch
 
-from sdxl_distill.stream.batch import BatchMemory, Layout
+from sdxl_distill.stream.batch import BatchLayout, BatchMemory
 
-LAYOUT = Layout.of(
+LAYOUT = BatchLayout.of(
     [
         (torch.float16, (3, 4, 5), 1208),
         (torch.int32, (3, 6), 8),
@@ -73,7 +73,7 @@ def test_a_view_of_one_tensor_keeps_the_block_in_use() -> None:
 def test_a_free_block_that_is_too_small_is_not_used() -> None:
     blocks = memory()
     blocks.take(LAYOUT)
-    large = Layout.of([(torch.uint8, (5 << 20,), 0)])
+    large = BatchLayout.of([(torch.uint8, (5 << 20,), 0)])
     gc.collect()
     content, (tensor,) = blocks.take(large)
     assert tensor.numel() == 5 << 20
@@ -82,7 +82,7 @@ def test_a_free_block_that_is_too_small_is_not_used() -> None:
 
 def test_no_more_free_blocks_are_kept_than_asked_for() -> None:
     blocks = memory(max_free=1)
-    layout = Layout.of([(torch.uint8, (8 << 20,), 0)])
+    layout = BatchLayout.of([(torch.uint8, (8 << 20,), 0)])
     tracemalloc.start()
     taken = [blocks.take(layout) for _ in range(3)]
     assert tracemalloc.get_traced_memory()[0] > 24 << 20

@@ -136,7 +136,7 @@ def test_a_text_set_that_is_given_is_used(sets: ShardSets) -> None:
     opened = [open_shard_set(sets.teacher("a"))]
     text = open_shard_set(sets.text())
     stream = JoinedStream(opened, global_batch=GLOBAL_BATCH, text=text)
-    assert stream.fingerprints()[text.id] == text.manifest.record.fingerprint
+    assert stream.fingerprints()[text.id] == text.manifest.identity.fingerprint
     next(stream.epoch(0))
 
 

@@ -16,6 +16,7 @@ from support.patience import PATIENCE_SECONDS
 from support.shard_sets import SHARD_SIZES, ShardSets
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
+from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
@@ -43,13 +44,13 @@ def test_the_order_is_the_same_for_every_world_and_thread_count(pair: list[Shard
         steps: dict[tuple[int, int], list[tuple[str, int]]] = {}
         for rank in range(world):
             stream = JoinedStream(
-                pair, global_batch=GLOBAL_BATCH, rank=rank, world=world, num_threads=num_threads
+                pair, global_batch=GLOBAL_BATCH, world=World(rank, world), num_threads=num_threads
             )
             with stream:
                 for batch in epochs(stream):
                     at = batch.epoch, batch.step
                     row = steps.setdefault(at, [("", 0)] * GLOBAL_BATCH)
-                    (read,) = stream.schedule.batches(*at, at[1] + 1, rank=rank, world=world)
+                    (read,) = stream.order.batches(*at, at[1] + 1, rank=rank, world=world)
                     for slot, key, draw in zip(read.slots, batch.keys, batch.draws, strict=True):
                         row[slot] = key, draw
         return [steps[at] for at in sorted(steps)]
@@ -85,7 +86,7 @@ def test_forever_skips_empty_epochs(sets: ShardSets) -> None:
         JoinedStream([teacher], global_batch=32) as stream,
     ):
         numbers = [batch.epoch for batch in islice(stream.forever(), 4)]
-        assert stream.schedule.steps(0) == 0
+        assert stream.order.steps(0) == 0
     assert numbers == sorted(numbers)
     assert numbers[0] > 0
 
@@ -102,7 +103,7 @@ def test_a_world_that_does_not_divide_the_lanes_is_refused_when_opened(
     pair: list[ShardSet],
 ) -> None:
     with pytest.raises(ConfigError, match="3 processes for 8 lanes"):
-        JoinedStream(pair, global_batch=GLOBAL_BATCH, world=3)
+        JoinedStream(pair, global_batch=GLOBAL_BATCH, world=World(0, 3))
 
 
 def test_each_batch_has_tensors_of_its_own(pair: list[ShardSet]) -> None:
@@ -159,7 +160,7 @@ def test_closing_lets_go_of_the_sets_that_the_stream_opened_and_of_no_other(
     before = num_open_files()
     stream = JoinedStream(pair, global_batch=GLOBAL_BATCH)
     opened = [each for each in stream._sets.all if each not in pair]
-    assert [each.manifest.record.kind for each in opened] == ["latents", "text"]
+    assert [each.manifest.identity.kind for each in opened] == ["latents", "text"]
     for shard_set in (*opened, *pair):
         shard_set.reader(shard_set.manifest.names()[0]).read_record(0)
     assert num_open_files() == before + len(opened) + len(pair)
@@ -230,7 +231,9 @@ def test_the_shares_of_all_ranks_are_every_validation_record_once(
     pair: list[ShardSet], world: int
 ) -> None:
     def held_out(rank: int, world: int) -> list[str]:
-        stream = JoinedStream(pair, global_batch=8, validation_fraction=0.5, rank=rank, world=world)
+        stream = JoinedStream(
+            pair, global_batch=8, validation_fraction=0.5, world=World(rank, world)
+        )
         with stream:
             return [key for batch in stream.validation_batches(2) for key in batch.keys]
 
@@ -272,7 +275,7 @@ def test_without_threads_the_caller_reads_all(pair: list[ShardSet]) -> None:
     with JoinedStream(pair, global_batch=GLOBAL_BATCH, num_threads=0) as stream:
         batches = list(stream.epoch(0))
         assert set(threading.enumerate()) == known
-    assert len(batches) == stream.schedule.steps(0)
+    assert len(batches) == stream.order.steps(0)
 
 
 def test_a_batch_that_was_dropped_gives_its_memory_to_the_next(pair: list[ShardSet]) -> None:

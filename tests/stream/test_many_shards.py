@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.shard_sets import ShardSets
 
-from sdxl_distill.order.stream_order import Schedule, ShardTable
+from sdxl_distill.order.stream_order import ShardTable, StreamOrder
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
 
@@ -69,7 +69,7 @@ def test_a_rank_reads_from_no_more_shards_at_once_than_said(world: int) -> None:
     table = ShardTable.from_rows(
         (64, height, number, 0, 4) for height in (64, 128) for number in range(100)
     )
-    schedule = Schedule(table, seed=3, global_batch=4, window=32, lanes=4)
+    schedule = StreamOrder(table, seed=3, global_batch=4, window=32, lanes=4)
     in_use = schedule.num_shards_in_use(world)
     assert in_use == 2 * 4 // world * 4  # two buckets, lanes of two shards and the ends of two
     for epoch in range(3):

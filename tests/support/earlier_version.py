@@ -19,7 +19,7 @@ def without_sources(path: Path) -> Manifest:
         for name in old.names():
             reader = shard_set.reader(name)
             header = RecordHeader.build(
-                old.record.schema, name.width, name.height, old.record.fingerprint
+                old.identity.schema, name.width, name.height, old.identity.fingerprint
             )
             with directory.stage() as staged:
                 writer = ShardWriter(staged.file, name, header)
@@ -28,7 +28,7 @@ def without_sources(path: Path) -> Manifest:
                     sidecar = reader.read_sidecar(number)
                     writer.write(reader.index.key(number), record, sidecar)
                 indices.append(_replace(directory, writer.close(), Path(staged.temporary_name)))
-        manifest = Manifest.build(old.record, old.catalog, indices, old.undecodable)
+        manifest = Manifest.build(old.identity, old.catalog, indices, old.undecodable)
         directory.replace_bytes("manifest.json", manifest.to_bytes())
     return manifest
 

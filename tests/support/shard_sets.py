@@ -23,7 +23,7 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
-from sdxl_distill.shards.set_record import NoiseRecipe, SetRecord, SetReference
+from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
 from sdxl_distill.shards.writer import ShardWriter
@@ -65,13 +65,13 @@ class ShardSets:
 
     def latents(self, *, without: Iterable[Place] = (), salt: str = "", **content: Any) -> Path:
         """Build the latents set; `salt` changes its tensors, nothing else."""
-        record = SetRecord(
+        identity = SetIdentity(
             kind="latents",
             id="latents",
             schema=latents_schema(NUM_CHANNELS),
             content={"vae": "2" * 64, "buckets": [[64, 64], [64, 128]], **content},
         )
-        return self._build(record, self.root / "latents", salt, without=without)
+        return self._build(identity, self.root / "latents", salt, without=without)
 
     def text(
         self,
@@ -83,14 +83,14 @@ class ShardSets:
         """Build the text set of a pair of encoders."""
         set_id = set_id or f"text-{encoders[:12]}"
         directory = self.root / "teachers" / set_id
-        record = SetRecord(
+        identity = SetIdentity(
             kind="text",
             id=set_id,
             schema=text_schema(NUM_TOKENS, HIDDEN_SIZE, POOLED_SIZE),
             content={"text": encoders},
             latents=self._reference("latents", directory),
         )
-        return self._build(record, directory, without=without)
+        return self._build(identity, directory, without=without)
 
     def teacher(
         self,
@@ -132,7 +132,7 @@ class ShardSets:
         }
         is_compact = layout == "compact"
         text_place = f"teachers/text-{encoders[:12]}"
-        record = SetRecord(
+        identity = SetIdentity(
             kind="predictions",
             id=set_id,
             schema=predictions_schema(layout, dtype, *sizes),
@@ -143,7 +143,7 @@ class ShardSets:
             latents=self._reference("latents", directory),
             text=self._reference(text_place, directory) if is_compact else None,
         )
-        return self._build(record, directory, draws=draws, change=change or {}, without=without)
+        return self._build(identity, directory, draws=draws, change=change or {}, without=without)
 
     def opened_teachers(self, *layouts: Layout, draws: int = 1) -> list[ShardSet]:
         """Build teachers called a, b, …, one for each layout given, and open them."""
@@ -156,11 +156,13 @@ class ShardSets:
 
     def _reference(self, place: str, directory: Path) -> SetReference:
         target = open_shard_set(self.root / place)
-        return SetReference.between(target.manifest.record.fingerprint, directory, target.directory)
+        return SetReference.between(
+            target.manifest.identity.fingerprint, directory, target.directory
+        )
 
     def _build(
         self,
-        record: SetRecord,
+        identity: SetIdentity,
         directory: Path,
         salt: str = "",
         *,
@@ -169,33 +171,33 @@ class ShardSets:
         without: Iterable[Place] = (),
     ) -> Path:
         sources = {}
-        if record.kind != "latents":
+        if identity.kind != "latents":
             sources = {
                 entry[:3]: entry.tar_sha256
                 for entry in open_shard_set(self.root / "latents").manifest.shards
             }
         indices: list[ShardIndex] = []
         with Directory(directory, create=True) as folder:
-            folder.publish_bytes("set.json", record.to_bytes())
+            folder.publish_bytes("set.json", identity.to_bytes())
             for place in set(self.shard_sizes) - set(without):
                 for draw in range(draws):
-                    name = ShardName(record.id, *place, draw)
+                    name = ShardName(identity.id, *place, draw)
                     header = RecordHeader.build(
-                        record.schema, *place[:2], record.fingerprint, sources.get(place)
+                        identity.schema, *place[:2], identity.fingerprint, sources.get(place)
                     )
-                    indices.append(self._write_shard(folder, record, name, header, salt, change))
-            empty = _empty_record(record) if record.kind == "text" else None
+                    indices.append(self._write_shard(folder, identity, name, header, salt, change))
+            empty = _empty_record(identity) if identity.kind == "text" else None
             if empty is not None:
                 folder.publish_bytes(EMPTY_RECORD_NAME, empty)
             digest = None if empty is None else hashlib.sha256(empty).hexdigest()
-            manifest = Manifest.build(record, 0, indices, empty_sha256=digest)
+            manifest = Manifest.build(identity, 0, indices, empty_sha256=digest)
             folder.publish_bytes("manifest.json", manifest.to_bytes())
         return directory
 
     def _write_shard(
         self,
         folder: Directory,
-        record: SetRecord,
+        identity: SetIdentity,
         name: ShardName,
         header: RecordHeader,
         salt: str,
@@ -203,15 +205,15 @@ class ShardSets:
     ) -> ShardIndex:
         with folder.stage() as staged:
             writer = ShardWriter(staged.file, name, header)
-            for identity in self.ids((name.width, name.height, name.number)):
-                tensors = record_tensors(record, name, identity, salt)
+            for record_id in self.ids((name.width, name.height, name.number)):
+                tensors = record_tensors(identity, name, record_id, salt)
                 digest = None
                 if header.recreates_noise:
                     digest = tensor_digest(noise(int(tensors["seed"][0]), name.width, name.height))
                 for tensor, function in (change or {}).items():
                     tensors[tensor] = function(tensors[tensor])
-                sidecar = b'{"captions":["a cat"]}' if record.kind == "latents" else None
-                writer.write(name.key(identity), header.encode(tensors), sidecar, digest)
+                sidecar = b'{"captions":["a cat"]}' if identity.kind == "latents" else None
+                writer.write(name.key(record_id), header.encode(tensors), sidecar, digest)
             index = writer.close()
             folder.publish(staged, name.tar)
         folder.publish_bytes(name.idx, index.to_bytes())
@@ -219,24 +221,24 @@ class ShardSets:
 
 
 def record_tensors(
-    record: SetRecord, name: ShardName, identity: str, salt: str = ""
+    identity: SetIdentity, name: ShardName, record_id: str, salt: str = ""
 ) -> dict[str, np.ndarray]:
     """Return the tensors of one record: random, but what the id or the caption determines."""
     values = {
         tensor: _random(
-            f"{salt}{_owner(record, tensor)}/{tensor}/{name.key(identity)}", shape
+            f"{salt}{_owner(identity, tensor)}/{tensor}/{name.key(record_id)}", shape
         ).astype(NUMPY[dtype])
-        for tensor, (dtype, shape) in record.schema.resolve(name.width, name.height).items()
+        for tensor, (dtype, shape) in identity.schema.resolve(name.width, name.height).items()
     }
-    recipe = record.noise
+    recipe = identity.noise
     if recipe is not None:
-        seed = noise_seed(identity, recipe.base_seed, name.draw)
+        seed = noise_seed(record_id, recipe.base_seed, name.draw)
         exact = {
             "seed": np.array([seed]),
             "timestep": np.array(
                 [
                     timestep(
-                        identity,
+                        record_id,
                         recipe.base_seed,
                         name.draw,
                         recipe.min_timestep,
@@ -252,11 +254,11 @@ def record_tensors(
     return values
 
 
-def _owner(record: SetRecord, tensor: str) -> str:
+def _owner(identity: SetIdentity, tensor: str) -> str:
     """Return what besides the image determines a tensor: the text encoders, or the set."""
     if tensor in ("encoder_hidden_states", "pooled_embeds"):
-        return record.content["text"]
-    return record.id
+        return identity.content["text"]
+    return identity.id
 
 
 def _random(label: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -264,7 +266,7 @@ def _random(label: str, shape: tuple[int, ...]) -> np.ndarray:
     return 9 * np.random.Generator(np.random.Philox(seed)).standard_normal(shape)
 
 
-def _empty_record(record: SetRecord) -> bytes:
-    header = RecordHeader.build(record.schema, 64, 64, record.fingerprint)
-    name = ShardName(record.id, 64, 64, 0)
-    return header.encode(record_tensors(record, name, image_id(b"")))
+def _empty_record(identity: SetIdentity) -> bytes:
+    header = RecordHeader.build(identity.schema, 64, 64, identity.fingerprint)
+    name = ShardName(identity.id, 64, 64, 0)
+    return header.encode(record_tensors(identity, name, image_id(b"")))

@@ -26,7 +26,7 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader, latents_schema
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory, StagedFile
 
@@ -85,12 +85,12 @@ def planned(num_shards: int) -> list[PlannedShard]:
     return [PlannedShard(ShardName("toy", 64, 128, i), NUM_RECORDS) for i in range(num_shards)]
 
 
-def toy_record(seed: int = 0) -> SetRecord:
-    return SetRecord("latents", "toy", latents_schema(1), {"seed": seed})
+def toy_record(seed: int = 0) -> SetIdentity:
+    return SetIdentity("latents", "toy", latents_schema(1), {"seed": seed})
 
 
-def describe(_: Directory, record: SetRecord, indices: Iterable[ShardIndex]) -> Manifest:
-    return Manifest.build(record, 0, indices)
+def describe(_: Directory, identity: SetIdentity, indices: Iterable[ShardIndex]) -> Manifest:
+    return Manifest.build(identity, 0, indices)
 
 
 def build(

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdxl_distill.shards.index import ShardIndex, tar_layout
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
 from support.shard_sets import ShardSets
@@ -43,17 +43,17 @@ class VerifiedSets(ShardSets):
     def _write_shard(
         self,
         folder: Directory,
-        record: SetRecord,
+        identity: SetIdentity,
         name: ShardName,
         header: RecordHeader,
         salt: str,
         change: Change | None,
     ) -> ShardIndex:
-        if record.kind == "latents":
+        if identity.kind == "latents":
             sizes = np.array([2 * name.height, 3 * name.width, 0, 3, name.height, name.width])
             time_ids = {"time_ids": lambda _: sizes.astype(np.int32)}
             change = {**time_ids, **self.latents_change}
-        return super()._write_shard(folder, record, name, header, salt, change)
+        return super()._write_shard(folder, identity, name, header, salt, change)
 
 
 def flip(path: Path, offset: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.estimate.training import batch_of_zeros, step_of
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
 from sdxl_distill.train.ema import BackgroundAverage, Ema
@@ -31,7 +31,7 @@ def config(tiny_family) -> DistillConfig:
 @pytest.mark.gpu
 def test_a_step_waits_for_nothing(config):
     device = torch.device("cuda", 0)
-    checkpoint = Checkpoint.resolve(config.student.checkpoint_path)
+    checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     student = load_student(config, checkpoint, device)
     weights = list(student.parameters())
     optimizer = make_optimizer(config, student, "cuda")

@@ -75,7 +75,7 @@ def test_the_run_folder_says_what_went_into_it(
     assert DistillConfig.model_validate(resolved).training.num_steps == 4
     fingerprints = json.loads((trained_run / "runs" / "run" / "fingerprints.json").read_text())
     with distill_cache.teachers() as teachers:
-        expected = {each.id: each.manifest.record.fingerprint for each in teachers}
+        expected = {each.id: each.manifest.identity.fingerprint for each in teachers}
     assert expected.items() <= fingerprints["sets"].items()
 
 

@@ -10,11 +10,11 @@ from support.verified_sets import synthetic_index
 
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader, latents_schema
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.verify.id_check import IdCheck
 
-RECORD = SetRecord(kind="latents", id="latents", schema=latents_schema())
+RECORD = SetIdentity(kind="latents", id="latents", schema=latents_schema())
 
 
 def _index(number: int, *ids: tuple[int, int]) -> ShardIndex:

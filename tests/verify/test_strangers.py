@@ -25,7 +25,7 @@ from sdxl_distill.loose.unpack import unpack_set
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest, ShardEntry
 from sdxl_distill.shards.record import RecordHeader, RecordSchema, encode_record, latents_schema
-from sdxl_distill.shards.set_record import FIELDS, SetRecord
+from sdxl_distill.shards.set_identity import FIELDS, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.shards.sidecar import parse_captions
@@ -57,7 +57,7 @@ def _use(root: Path, changed: Path) -> int:
         for name in SETS:
             with suppress(DistillError):
                 opened.append(stack.enter_context(open_shard_set(root / name)))
-        teachers = [each for each in opened if each.manifest.record.kind == "predictions"]
+        teachers = [each for each in opened if each.manifest.identity.kind == "predictions"]
         for chosen in (teachers, teachers[-1:]):
             with (
                 suppress(DistillError),
@@ -225,8 +225,8 @@ def test_a_schema_of_huge_records_is_corrupt_before_memory_is_taken() -> None:
 
 def test_a_set_of_huge_records_is_refused_by_every_reader(own_cache: Path) -> None:
     target = own_cache / "latents"
-    record = SetRecord.from_bytes((target / "set.json").read_bytes(), "")
-    fields = {**record.to_json()}
+    identity = SetIdentity.from_bytes((target / "set.json").read_bytes(), "")
+    fields = {**identity.to_json()}
     fields["schema"] = [*fields["schema"], {"name": "x", "dtype": "I64", "shape": [1 << 20] * 2}]
     manifest = json.loads((target / "manifest.json").read_bytes())
     _replace(target / "set.json", _sealed(fields))
@@ -259,7 +259,7 @@ def test_loose_records_with_odd_tensors_are_findings(tmp_path: Path, recipe_know
         (tmp_path / f"{stem}.json").write_bytes(b'{"captions":["a"]}')
     recipe = None
     if recipe_known:
-        from sdxl_distill.shards.set_record import NoiseRecipe
+        from sdxl_distill.shards.set_identity import NoiseRecipe
 
         recipe = NoiseRecipe("philox-ziggurat64-1", 42, 0, 1000)
     found = verify_loose(tmp_path, recipe=recipe)

@@ -11,7 +11,7 @@ from support.verified_sets import cut, flip, put_fifo, swap, synthetic_index
 
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_record import SetRecord
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.verify.finding import MAX_PER_SHARD
@@ -33,23 +33,28 @@ def kinds_of(path, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_good_set_of_every_kind_has_no_finding(cache, kind):
-    result = verify_set(cache.build(kind))
+def test_a_good_set_of_every_kind_has_no_finding(valid_sets, kind):
+    result = verify_set(valid_sets.build(kind))
     assert [str(finding) for finding in result.findings] == []
     assert result.exit_code == 0
 
 
-def test_a_verification_counts_what_it_read(cache):
-    path = cache.build("full")
+def test_a_verification_counts_what_it_read(valid_sets):
+    path = valid_sets.build("full")
     result = verify_set(path)
     num_bytes = sum(tar.stat().st_size for tar in path.glob("*.tar"))
     counts = result.num_records, result.num_shards, result.num_draws, result.num_bytes
-    assert counts == (2 * sum(cache.shard_sizes.values()), 2 * len(cache.shard_sizes), 2, num_bytes)
+    assert counts == (
+        2 * sum(valid_sets.shard_sizes.values()),
+        2 * len(valid_sets.shard_sizes),
+        2,
+        num_bytes,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_byte_anywhere_in_a_tar_is_found(cache, kind):
-    path = cache.build(kind)
+def test_a_flipped_byte_anywhere_in_a_tar_is_found(valid_sets, kind):
+    path = valid_sets.build(kind)
     tar = shard(path, number=1)
     content = tar.read_bytes()
     for offset in range(0, len(content), 331):
@@ -61,8 +66,8 @@ def test_a_flipped_byte_anywhere_in_a_tar_is_found(cache, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_byte_anywhere_in_an_index_is_found(cache, kind):
-    path = cache.build(kind)
+def test_a_flipped_byte_anywhere_in_an_index_is_found(valid_sets, kind):
+    path = valid_sets.build(kind)
     idx = shard(path, number=1).with_suffix(".idx")
     content = idx.read_bytes()
     for offset in range(0, len(content), 61):
@@ -71,8 +76,8 @@ def test_a_flipped_byte_anywhere_in_an_index_is_found(cache, kind):
         idx.write_bytes(content)
 
 
-def test_a_damaged_payload_names_set_shard_key_tensor_and_remedy(cache):
-    path = cache.build("full")
+def test_a_damaged_payload_names_set_shard_key_tensor_and_remedy(valid_sets):
+    path = valid_sets.build("full")
     with open_shard_set(path) as shard_set:
         name = shard_set.manifest.names()[0]
         index = shard_set.index(name)
@@ -86,8 +91,8 @@ def test_a_damaged_payload_names_set_shard_key_tensor_and_remedy(cache):
 @pytest.mark.parametrize("damage", [cut, put_fifo, lambda path: path.unlink()])
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
 @pytest.mark.parametrize("quick", [False, True])
-def test_a_shard_file_that_is_cut_missing_or_a_pipe_is_found(cache, damage, suffix, quick):
-    path = cache.build("compact")
+def test_a_shard_file_that_is_cut_missing_or_a_pipe_is_found(valid_sets, damage, suffix, quick):
+    path = valid_sets.build("compact")
     damage(shard(path).with_suffix(suffix))
     result = verify_set(path, quick=quick)
     assert [finding.shard for finding in result.findings] == [shard(path).name]
@@ -97,18 +102,18 @@ def test_a_shard_file_that_is_cut_missing_or_a_pipe_is_found(cache, damage, suff
 @pytest.mark.parametrize("damage", [cut, put_fifo, lambda path: flip(path, 99)])
 @pytest.mark.parametrize("name", ["set.json", "manifest.json"])
 def test_a_damaged_set_record_or_manifest_is_found_and_the_shards_are_still_read(
-    cache, damage, name
+    valid_sets, damage, name
 ):
-    path = cache.build("full")
+    path = valid_sets.build("full")
     damage(path / name)
     result = verify_set(path)
     assert [finding.shard for finding in result.findings] == [name]
     assert result.exit_code == 3
-    assert result.num_records == 2 * sum(cache.shard_sizes.values())
+    assert result.num_records == 2 * sum(valid_sets.shard_sizes.values())
 
 
-def test_two_shards_of_a_set_that_were_swapped_are_found(cache):
-    path = cache.build("text")
+def test_two_shards_of_a_set_that_were_swapped_are_found(valid_sets):
+    path = valid_sets.build("text")
     for suffix in (".tar", ".idx"):
         swap(shard(path, 0).with_suffix(suffix), shard(path, 1).with_suffix(suffix))
     assert {finding.shard for finding in verify_set(path).findings} == {
@@ -117,9 +122,9 @@ def test_two_shards_of_a_set_that_were_swapped_are_found(cache):
     }
 
 
-def test_a_shard_of_another_set_under_this_ones_name_is_found(cache):
-    path = cache.build("full")
-    other = cache.teacher("teacher_b", "full", draws=2)
+def test_a_shard_of_another_set_under_this_ones_name_is_found(valid_sets):
+    path = valid_sets.build("full")
+    other = valid_sets.teacher("teacher_b", "full", draws=2)
     for suffix in (".tar", ".idx"):
         swap(shard(path).with_suffix(suffix), shard(other).with_suffix(suffix))
     messages = " ".join(found(path))
@@ -127,9 +132,9 @@ def test_a_shard_of_another_set_under_this_ones_name_is_found(cache):
     assert "has another header" in messages
 
 
-def test_a_complete_pair_of_an_earlier_build_is_found(cache):
-    path = cache.build("full")
-    older = cache.teacher("teacher_a", folder="older", draws=2,
+def test_a_complete_pair_of_an_earlier_build_is_found(valid_sets):
+    path = valid_sets.build("full")
+    older = valid_sets.teacher("teacher_a", folder="older", draws=2,
                           change={"teacher_pred": lambda values: values + 1})  # fmt: skip
     for suffix in (".tar", ".idx"):
         swap(shard(path).with_suffix(suffix), shard(older).with_suffix(suffix))
@@ -137,8 +142,8 @@ def test_a_complete_pair_of_an_earlier_build_is_found(cache):
     assert message == "the index differs from the manifest in tar_sha256, index_digest"
 
 
-def test_damage_in_one_shard_does_not_hide_damage_in_another(cache):
-    path = cache.build("full")
+def test_damage_in_one_shard_does_not_hide_damage_in_another(valid_sets):
+    path = valid_sets.build("full")
     cut(shard(path, 0))
     shard(path, 1).with_suffix(".idx").unlink()
     flip(shard(path, 0, height=128), 700)
@@ -149,8 +154,8 @@ def test_damage_in_one_shard_does_not_hide_damage_in_another(cache):
     }
 
 
-def test_a_quick_verification_leaves_the_tars_closed(cache):
-    path = cache.build("full")
+def test_a_quick_verification_leaves_the_tars_closed(valid_sets):
+    path = valid_sets.build("full")
     flip(shard(path), 700)
     assert verify_set(path, quick=True).findings == []
     assert verify_set(path).exit_code == 3
@@ -169,9 +174,9 @@ def test_a_quick_verification_leaves_the_tars_closed(cache):
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-def test_a_wrong_value_under_good_digests_is_found(cache, tensor, change, message):
-    cache.latents()
-    path = cache.teacher("teacher_a", change={tensor: change})
+def test_a_wrong_value_under_good_digests_is_found(valid_sets, tensor, change, message):
+    valid_sets.latents()
+    path = valid_sets.teacher("teacher_a", change={tensor: change})
     result = verify_set(path)
     messages = [finding.error.found for finding in result.findings]
     assert any(text.startswith(message) for text in messages), messages
@@ -188,24 +193,24 @@ def test_a_wrong_value_under_good_digests_is_found(cache, tensor, change, messag
         (128, 192, 0, 33, 64, 64),  # a cover-resize gives 96 × 64
     ],
 )
-def test_implausible_time_ids_are_found(cache, time_ids):
-    cache.shard_sizes = {(64, 64, 0): 1}
-    cache.latents_change = {"time_ids": lambda _: np.array(time_ids, np.int32)}
-    (message,) = found(cache.latents())
+def test_implausible_time_ids_are_found(valid_sets, time_ids):
+    valid_sets.shard_sizes = {(64, 64, 0): 1}
+    valid_sets.latents_change = {"time_ids": lambda _: np.array(time_ids, np.int32)}
+    (message,) = found(valid_sets.latents())
     assert message == f"time_ids are {list(time_ids)}"
 
 
-def test_findings_of_a_shard_are_bounded_and_counted(cache):
-    cache.shard_sizes = {(64, 64, 0): MAX_PER_SHARD + 3}
-    cache.latents()
-    path = cache.teacher("teacher_a", change={"timestep": lambda values: (values + 1) % 1000})
+def test_findings_of_a_shard_are_bounded_and_counted(valid_sets):
+    valid_sets.shard_sizes = {(64, 64, 0): MAX_PER_SHARD + 3}
+    valid_sets.latents()
+    path = valid_sets.teacher("teacher_a", change={"timestep": lambda values: (values + 1) % 1000})
     messages = found(path)
     assert len(messages) == MAX_PER_SHARD + 1
     assert messages[-1] == "3 more findings"
 
 
-def test_an_unfinished_set_is_incomplete_but_what_is_there_is_verified(cache):
-    path = cache.build("compact")
+def test_an_unfinished_set_is_incomplete_but_what_is_there_is_verified(valid_sets):
+    path = valid_sets.build("compact")
     (path / "manifest.json").unlink()
     shard(path, 0).with_suffix(".idx").unlink()
     flip(shard(path, 1), 600)
@@ -218,8 +223,8 @@ def test_an_unfinished_set_is_incomplete_but_what_is_there_is_verified(cache):
     assert result.exit_code == 3
 
 
-def test_a_set_that_lost_its_set_record_is_still_read_by_its_manifest(cache):
-    path = cache.build("full")
+def test_a_set_that_lost_its_set_record_is_still_read_by_its_manifest(valid_sets):
+    path = valid_sets.build("full")
     (path / "set.json").unlink()
     result = verify_set(path)
     assert [finding.shard for finding in result.findings] == ["set.json"]
@@ -232,8 +237,8 @@ def test_a_folder_without_a_set_is_a_finding_that_says_so(tmp_path):
     assert result.exit_code == 2
 
 
-def test_what_does_not_belong_into_the_folder_is_found(cache):
-    path = cache.build("full")
+def test_what_does_not_belong_into_the_folder_is_found(valid_sets):
+    path = valid_sets.build("full")
     (path / "notes.txt").write_text("x")
     (path / "other-64x64-000000.tar").write_bytes(b"")
     (path / f"{path.name}-64x64-000009.idx").write_bytes(b"")
@@ -247,37 +252,37 @@ def test_what_does_not_belong_into_the_folder_is_found(cache):
 
 
 @pytest.mark.parametrize("damage", [cut, put_fifo, lambda path: path.unlink()])
-def test_a_damaged_record_of_the_empty_caption_is_found(cache, damage):
-    path = cache.build("text")
+def test_a_damaged_record_of_the_empty_caption_is_found(valid_sets, damage):
+    path = valid_sets.build("text")
     damage(path / "empty.safetensors")
     (finding,) = verify_set(path).findings
     assert (finding.shard, finding.error.exit_code) == ("empty.safetensors", 3)
 
 
-def test_a_manifest_of_another_set_is_found(cache):
-    path = cache.build("full")
-    other = cache.teacher("teacher_a", folder="other", draws=2, version="2")
+def test_a_manifest_of_another_set_is_found(valid_sets):
+    path = valid_sets.build("full")
+    other = valid_sets.teacher("teacher_a", folder="other", draws=2, version="2")
     (path / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
     assert "IncompatibleError" in kinds_of(path)
 
 
-def test_a_noise_algorithm_that_is_not_known_is_found_and_no_noise_is_called_wrong(cache):
-    cache.latents()
-    path = cache.teacher("teacher_a", recipe={"algorithm": "mersenne-1"})
+def test_a_noise_algorithm_that_is_not_known_is_found_and_no_noise_is_called_wrong(valid_sets):
+    valid_sets.latents()
+    path = valid_sets.teacher("teacher_a", recipe={"algorithm": "mersenne-1"})
     (finding,) = verify_set(path).findings
     assert finding.error.found == "noise algorithm 'mersenne-1'"
     assert finding.error.exit_code == 4
 
 
-def test_an_image_in_two_shards_is_found(cache):
-    cache.ids = lambda _: [hashlib.sha256(b"one").hexdigest()[:32]]
-    cache.shard_sizes = {(64, 64, 0): 1, (64, 128, 0): 1}
-    (message,) = found(cache.latents())
+def test_an_image_in_two_shards_is_found(valid_sets):
+    valid_sets.ids = lambda _: [hashlib.sha256(b"one").hexdigest()[:32]]
+    valid_sets.shard_sizes = {(64, 64, 0): 1, (64, 128, 0): 1}
+    (message,) = found(valid_sets.latents())
     assert message.endswith("is in more than one shard")
 
 
-def test_a_record_of_an_image_that_did_not_decode_is_found(cache):
-    path = cache.latents()
+def test_a_record_of_an_image_that_did_not_decode_is_found(valid_sets):
+    path = valid_sets.latents()
     with open_shard_set(path) as shard_set:
         name = shard_set.manifest.names()[0]
         key = shard_set.index(name).key(0)
@@ -287,8 +292,8 @@ def test_a_record_of_an_image_that_did_not_decode_is_found(cache):
     assert finding.key == key
 
 
-def test_draws_made_from_different_latents_shards_are_found(cache):
-    path = cache.build("full")
+def test_draws_made_from_different_latents_shards_are_found(valid_sets):
+    path = valid_sets.build("full")
     with open_shard_set(path) as shard_set:
         manifest = shard_set.manifest
     shards = (manifest.shards[0], manifest.shards[1]._replace(source_sha256="0" * 64))
@@ -297,8 +302,8 @@ def test_draws_made_from_different_latents_shards_are_found(cache):
     assert "IncompatibleError" in kinds_of(path, quick=True)
 
 
-def test_findings_do_not_depend_on_the_number_of_threads(cache):
-    path = cache.build("full")
+def test_findings_do_not_depend_on_the_number_of_threads(valid_sets):
+    path = valid_sets.build("full")
     for number in range(2):
         flip(shard(path, number), 1800)
     texts = [[str(f) for f in verify_set(path, num_threads=n).findings] for n in (1, 4)]
@@ -306,16 +311,16 @@ def test_findings_do_not_depend_on_the_number_of_threads(cache):
     assert texts[0] == texts[1]
 
 
-def test_a_hundred_thousand_records_are_verified_quickly_in_two_seconds(tmp_path, cache):
-    path = _synthetic_set(tmp_path, cache, 200)
+def test_a_hundred_thousand_records_are_verified_quickly_in_two_seconds(tmp_path, valid_sets):
+    path = _synthetic_set(tmp_path, valid_sets, 200)
     started = time.process_time()
     result = verify_set(path, quick=True)
     assert (result.num_records, result.findings) == (102_400, [])
     assert time.process_time() - started < 2
 
 
-def test_a_verification_holds_eight_bytes_a_record_and_two_kilobytes_a_shard(tmp_path, cache):
-    path, held = _synthetic_set(tmp_path, cache, 100), []
+def test_a_verification_holds_eight_bytes_a_record_and_two_kilobytes_a_shard(tmp_path, valid_sets):
+    path, held = _synthetic_set(tmp_path, valid_sets, 100), []
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
@@ -331,19 +336,19 @@ def test_a_verification_holds_eight_bytes_a_record_and_two_kilobytes_a_shard(tmp
     assert held[-1] < 100 * (512 * 8 * 1.125 + 2048) + in_flight
 
 
-def _synthetic_set(root, cache, num_shards):
-    record = SetRecord.from_bytes((cache.build("compact") / "set.json").read_bytes(), "")
-    path = root / record.id
+def _synthetic_set(root, valid_sets, num_shards):
+    identity = SetIdentity.from_bytes((valid_sets.build("compact") / "set.json").read_bytes(), "")
+    path = root / identity.id
     path.mkdir()
-    header = RecordHeader.build(record.schema, 64, 64, record.fingerprint, "0" * 64)
+    header = RecordHeader.build(identity.schema, 64, 64, identity.fingerprint, "0" * 64)
     indices = [
-        synthetic_index(ShardName(record.id, 64, 64, number), header)
+        synthetic_index(ShardName(identity.id, 64, 64, number), header)
         for number in range(num_shards)
     ]
     for index in indices:
         (path / index.name.idx).write_bytes(index.to_bytes())
         with (path / index.name.tar).open("wb") as tar:
             tar.truncate(index.tar_bytes)
-    (path / "set.json").write_bytes(record.to_bytes())
-    (path / "manifest.json").write_bytes(Manifest.build(record, 0, indices).to_bytes())
+    (path / "set.json").write_bytes(identity.to_bytes())
+    (path / "manifest.json").write_bytes(Manifest.build(identity, 0, indices).to_bytes())
     return path

@@ -1,4 +1,4 @@
-"""What a schedule accepts, what it is identified by, and what it reports."""
+"""What a order accepts, what it is identified by, and what it reports."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 
 from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields
-from sdxl_distill.order.stream_order import Schedule, ShardTable
+from sdxl_distill.order.stream_order import ShardTable, StreamOrder
 
 SQUARE = (512, 512, 0, 1, 40)
 TALL = (512, 640, 0, 0, 9)
 SETTINGS = {"seed": 1, "global_batch": 12, "lanes": 4, "window": 32, "num_draws": 1}
 
 
-def schedule_of(*rows: tuple[int, int, int, int, int], **settings: Any) -> Schedule:
-    return Schedule(ShardTable.from_rows(rows or (SQUARE, TALL)), **(SETTINGS | settings))
+def schedule_of(*rows: tuple[int, int, int, int, int], **settings: Any) -> StreamOrder:
+    return StreamOrder(ShardTable.from_rows(rows or (SQUARE, TALL)), **(SETTINGS | settings))
 
 
-def reads(schedule: Schedule) -> list[list[list[int]]]:
+def reads(order: StreamOrder) -> list[list[list[int]]]:
     return [
         [batch.shards.tolist(), batch.records.tolist()]
         for epoch in range(3)
-        for batch in schedule.batches(epoch, 0, schedule.steps(epoch))
+        for batch in order.batches(epoch, 0, order.steps(epoch))
     ]
 
 
@@ -60,9 +60,9 @@ def test_a_table_without_a_record_is_refused() -> None:
 def test_a_position_that_no_epoch_has_is_refused_at_the_call(
     epoch: int, step: int, stop: int
 ) -> None:
-    schedule = schedule_of(SQUARE)
+    order = schedule_of(SQUARE)
     with pytest.raises(IncompatibleError, match="of epoch"):
-        schedule.batches(epoch, step, stop)
+        order.batches(epoch, step, stop)
 
 
 def test_a_negative_global_step_is_refused() -> None:
@@ -110,10 +110,10 @@ def test_shards_without_a_record_change_neither_order_nor_fingerprint() -> None:
 
 def test_the_order_of_rows_in_the_table_means_nothing() -> None:
     rows = [(side, 512, number, 1, 20) for side in (768, 512) for number in range(3)]
-    schedule, turned = schedule_of(*rows), schedule_of(*rows[::-1])
-    assert turned.fingerprint() == schedule.fingerprint()
+    order, turned = schedule_of(*rows), schedule_of(*rows[::-1])
+    assert turned.fingerprint() == order.fingerprint()
     last = len(rows) - 1
-    assert reads(schedule) == [
+    assert reads(order) == [
         [[last - shard for shard in shards], records] for shards, records in reads(turned)
     ]
 
@@ -128,5 +128,5 @@ def test_the_report_names_buckets_smaller_than_a_batch() -> None:
 
 def test_all_columns_are_int64() -> None:
     batch = next(schedule_of().batches(0, 0, 1))
-    columns = (batch.shards, batch.records, batch.draws, batch.slots)
+    columns = (batch.shards, batch.records, batch.draws, batch.positions)
     assert [column.dtype for column in columns] == [np.dtype(np.int64)] * 4

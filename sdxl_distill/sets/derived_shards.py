@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+from sdxl_distill.builder.launch import Launch
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.shards.index import ShardIndex
+from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet
 
@@ -34,3 +39,9 @@ def holds_same_keys(index: ShardIndex, latents: ShardSet) -> bool:
     return (
         index.keys_digest == latents.manifest.entry(latents_name(latents, index.name)).keys_digest
     )
+
+
+def decide_identity(launch: Launch, name: str, decision: Callable[[], SetIdentity]) -> SetIdentity:
+    """Return the identity of a set that rank 0 decides on; arguments and errors as `decide`."""
+    decode = partial(SetIdentity.from_json, where="launch")
+    return launch.decide(name, decision, encode=SetIdentity.to_json, decode=decode)

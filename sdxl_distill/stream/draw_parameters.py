@@ -1,4 +1,4 @@
-"""The question of one draw, seed, noise and timestep, and the text that went with it.
+"""What a draw fixes: seed, timestep and noise, and the text that went with them.
 
 Every teacher must have been asked the same, or its answers cannot be averaged. The digests in
 the indices prove it without reading a tensor twice.
@@ -18,25 +18,25 @@ from sdxl_distill.shards.digest import bytes_digest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
-from sdxl_distill.shards.set_record import NoiseRecipe
+from sdxl_distill.shards.set_identity import NoiseRecipe
 
-QUESTION_TENSORS: Final = ("seed", "timestep", "noise")
+DRAW_TENSORS: Final = ("seed", "timestep", "noise")
 TEXT_TENSORS: Final = ("encoder_hidden_states", "pooled_embeds")
 _MAX_TEXT_DISTANCE: Final = 1e-2
 """Relative distance between two encodings of one caption on different devices: rounding moves
 them by less (bfloat16 by 0.8 %), another caption by tens of percent."""
 
 
-class Question(NamedTuple):
+class DrawParameters(NamedTuple):
     """Seed and timestep that follow from an image's id and a draw."""
 
     seed: int
     timestep: int
 
 
-def expected_question(image_id: str, recipe: NoiseRecipe, draw: int) -> Question:
+def expected_draw(image_id: str, recipe: NoiseRecipe, draw: int) -> DrawParameters:
     """Return what a teacher must have been asked."""
-    return Question(
+    return DrawParameters(
         noise_seed(image_id, recipe.base_seed, draw),
         timestep(image_id, recipe.base_seed, draw, recipe.min_timestep, recipe.max_timestep),
     )
@@ -52,13 +52,13 @@ def differing_records(indices: Sequence[ShardIndex], tensor_names: Sequence[str]
     return frozenset(np.flatnonzero(differs).tolist())
 
 
-def require_question(index: ShardIndex, record: int, question: Question) -> None:
+def require_draw(index: ShardIndex, record: int, parameters: DrawParameters) -> None:
     """Check that a record's stored seed and timestep are the expected ones.
 
     Raises:
         CorruptError: naming the tensor, the set, the shard and the key.
     """
-    for name, value in zip(Question._fields, question, strict=True):
+    for name, value in zip(DrawParameters._fields, parameters, strict=True):
         if index.tensor_digest(name, record) != bytes_digest(value.to_bytes(8, "little")):
             raise CorruptError(
                 f"the {name} is not what follows from the image's id",

@@ -35,7 +35,7 @@ _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _TOKENIZER_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 
-class Checkpoint:
+class ModelFolder:
     """An SDXL checkpoint folder.
 
     Args:
@@ -56,7 +56,7 @@ class Checkpoint:
         self._check_pipeline_class()
 
     @classmethod
-    def resolve(cls, reference: str) -> Checkpoint:
+    def resolve(cls, reference: str) -> ModelFolder:
         """Find a checkpoint by local path, or by hub id in the hub's cache.
 
         Raises:

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizerFast
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.models.checkpoint import Checkpoint
+from sdxl_distill.models.model_folder import ModelFolder
 
 
 def change_json(path, **fields):
@@ -35,29 +35,29 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 def test_a_local_folder_is_found_by_its_path(tiny_family):
-    checkpoint = Checkpoint.resolve(str(tiny_family.base))
+    checkpoint = ModelFolder.resolve(str(tiny_family.base))
     assert checkpoint.folder == tiny_family.base
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache(tiny_family, hub_cache):
     hub_cache(tiny_family.base, "someone/sdxl-tiny")
-    checkpoint = Checkpoint.resolve("someone/sdxl-tiny")
+    checkpoint = ModelFolder.resolve("someone/sdxl-tiny")
     assert (
         checkpoint.unet_fingerprint()
-        == Checkpoint.resolve(str(tiny_family.base)).unet_fingerprint()
+        == ModelFolder.resolve(str(tiny_family.base)).unet_fingerprint()
     )
 
 
 @pytest.mark.usefixtures("hub_cache")
 def test_a_hub_id_that_is_not_in_the_cache_says_how_to_get_it():
     with pytest.raises(ConfigError, match=r"cache(.|\n)*hf download someone/sdxl-tiny"):
-        Checkpoint.resolve("someone/sdxl-tiny")
+        ModelFolder.resolve("someone/sdxl-tiny")
 
 
 def test_a_part_missing_in_the_hubs_cache_says_how_to_get_it(folder, hub_cache):
     shutil.rmtree(folder / "vae")
     hub_cache(folder, "someone/sdxl-tiny")
-    checkpoint = Checkpoint.resolve("someone/sdxl-tiny")
+    checkpoint = ModelFolder.resolve("someone/sdxl-tiny")
     with pytest.raises(ConfigError, match=r"no folder vae(.|\n)*hf download someone/sdxl-tiny"):
         checkpoint.vae_fingerprint()
 
@@ -68,45 +68,45 @@ def test_a_part_missing_in_the_hubs_cache_says_how_to_get_it(folder, hub_cache):
 def test_a_path_where_nothing_is_is_a_config_error(reference, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"no such folder|there is no model_index"):
-        Checkpoint.resolve(reference)
+        ModelFolder.resolve(reference)
 
 
 def test_a_single_file_says_how_to_convert_it(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match="from_single_file"):
-        Checkpoint.resolve(str(tmp_path / "model.safetensors"))
+        ModelFolder.resolve(str(tmp_path / "model.safetensors"))
 
 
 def test_a_folder_of_something_else_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no model_index\.json"):
-        Checkpoint.resolve(str(tmp_path))
+        ModelFolder.resolve(str(tmp_path))
 
 
 def test_an_sd15_folder_is_incompatible(folder):
     change_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     with pytest.raises(IncompatibleError, match=r"a StableDiffusionPipeline; expected a Stable"):
-        Checkpoint.resolve(str(folder))
+        ModelFolder.resolve(str(folder))
 
 
 def test_a_component_of_another_class_is_incompatible(folder):
     change_json(folder / "model_index.json", vae=["diffusers", "AutoencoderTiny"])
     with pytest.raises(IncompatibleError, match="vae is a AutoencoderTiny"):
-        Checkpoint.resolve(str(folder)).vae_fingerprint()
+        ModelFolder.resolve(str(folder)).vae_fingerprint()
 
 
 @pytest.mark.parametrize(
     ("name", "ask"),
     [
-        ("unet", Checkpoint.unet_fingerprint),
-        ("vae", Checkpoint.vae_fingerprint),
-        ("text_encoder_2", Checkpoint.text_fingerprint),
-        ("tokenizer", Checkpoint.text_fingerprint),
-        ("scheduler", Checkpoint.noise_schedule),
+        ("unet", ModelFolder.unet_fingerprint),
+        ("vae", ModelFolder.vae_fingerprint),
+        ("text_encoder_2", ModelFolder.text_fingerprint),
+        ("tokenizer", ModelFolder.text_fingerprint),
+        ("scheduler", ModelFolder.noise_schedule),
     ],
 )
 def test_a_missing_component_is_a_config_error_when_it_is_needed(folder, name, ask):
     shutil.rmtree(folder / name)
-    checkpoint = Checkpoint.resolve(str(folder))
+    checkpoint = ModelFolder.resolve(str(folder))
     with pytest.raises(ConfigError, match=f"no folder {name}"):
         ask(checkpoint)
 
@@ -114,31 +114,31 @@ def test_a_missing_component_is_a_config_error_when_it_is_needed(folder, name, a
 def test_a_checkpoint_of_a_unet_alone_can_be_a_teacher(folder):
     for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
         shutil.rmtree(folder / name)
-    checkpoint = Checkpoint.resolve(str(folder))
+    checkpoint = ModelFolder.resolve(str(folder))
     checkpoint.unet_fingerprint()
     checkpoint.noise_schedule()
 
 
 def test_teachers_differ_in_the_unet_alone(tiny_family):
-    first, second = (Checkpoint.resolve(str(folder)) for folder in tiny_family.teachers[:2])
+    first, second = (ModelFolder.resolve(str(folder)) for folder in tiny_family.teachers[:2])
     assert first.unet_fingerprint() != second.unet_fingerprint()
     assert first.vae_fingerprint() == second.vae_fingerprint()
     assert first.text_fingerprint() == second.text_fingerprint()
 
 
 def test_tokenizers_saved_by_another_library_version_are_the_same(folder):
-    original = Checkpoint.resolve(str(folder)).text_fingerprint()
+    original = ModelFolder.resolve(str(folder)).text_fingerprint()
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer = CLIPTokenizerFast.from_pretrained(folder / name)
         shutil.rmtree(folder / name)
         tokenizer.save_pretrained(folder / name)
     assert (folder / "tokenizer" / "tokenizer.json").exists()
-    assert Checkpoint.resolve(str(folder)).text_fingerprint() == original
+    assert ModelFolder.resolve(str(folder)).text_fingerprint() == original
 
 
 @pytest.mark.parametrize("change", ["pad token", "merges", "vocabulary", "token limit", "weight"])
 def test_whatever_decides_embeddings_changes_the_text_fingerprint(folder, change):
-    original = Checkpoint.resolve(str(folder)).text_fingerprint()
+    original = ModelFolder.resolve(str(folder)).text_fingerprint()
     tokenizer = folder / "tokenizer"
     if change == "pad token":
         change_json(tokenizer / "tokenizer_config.json", pad_token="?")
@@ -157,11 +157,11 @@ def test_whatever_decides_embeddings_changes_the_text_fingerprint(folder, change
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-    assert Checkpoint.resolve(str(folder)).text_fingerprint() != original
+    assert ModelFolder.resolve(str(folder)).text_fingerprint() != original
 
 
 def test_the_noise_schedule_is_the_scheduler_files(tiny_family):
-    schedule = Checkpoint.resolve(str(tiny_family.base)).noise_schedule()
+    schedule = ModelFolder.resolve(str(tiny_family.base)).noise_schedule()
     assert schedule == NoiseSchedule("epsilon", 1000, 0.00085, 0.012, "scaled_linear", False)
 
 
@@ -170,21 +170,21 @@ def test_the_noise_schedule_has_the_alphas_of_diffusers(folder, zero_terminal_sn
     change_json(
         folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=zero_terminal_snr
     )
-    ours = Checkpoint.resolve(str(folder)).noise_schedule().alphas_cumprod()
+    ours = ModelFolder.resolve(str(folder)).noise_schedule().alphas_cumprod()
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
     assert isinstance(scheduler, DDPMScheduler)
     np.testing.assert_allclose(ours, scheduler.alphas_cumprod.numpy(), rtol=2e-5, atol=1e-7)
 
 
 def test_overrides_win_over_the_scheduler_file(tiny_family):
-    schedule = Checkpoint.resolve(str(tiny_family.base)).noise_schedule("v_prediction", True)
+    schedule = ModelFolder.resolve(str(tiny_family.base)).noise_schedule("v_prediction", True)
     assert schedule.prediction_type == "v_prediction"
     assert schedule.zero_terminal_snr is True
 
 
 def test_an_override_can_switch_zero_terminal_snr_off(folder):
     change_json(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
-    checkpoint = Checkpoint.resolve(str(folder))
+    checkpoint = ModelFolder.resolve(str(folder))
     assert checkpoint.noise_schedule().zero_terminal_snr is True
     assert checkpoint.noise_schedule(zero_terminal_snr=False).zero_terminal_snr is False
 
@@ -194,7 +194,7 @@ def test_older_scheduler_files_predict_epsilon(folder):
     config = json.loads(path.read_text())
     del config["prediction_type"], config["rescale_betas_zero_snr"]
     path.write_text(json.dumps(config))
-    schedule = Checkpoint.resolve(str(folder)).noise_schedule()
+    schedule = ModelFolder.resolve(str(folder)).noise_schedule()
     assert (schedule.prediction_type, schedule.zero_terminal_snr) == ("epsilon", False)
 
 
@@ -211,11 +211,11 @@ def test_older_scheduler_files_predict_epsilon(folder):
 def test_a_schedule_that_is_not_known_is_refused(folder, fields, error, message):
     change_json(folder / "scheduler" / "scheduler_config.json", **fields)
     with pytest.raises(error, match=message):
-        Checkpoint.resolve(str(folder)).noise_schedule()
+        ModelFolder.resolve(str(folder)).noise_schedule()
 
 
 def test_a_scheduler_without_betas_is_incompatible(folder):
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}))
     with pytest.raises(IncompatibleError, match=r"FlowMatchEuler.* without num_train_timesteps"):
-        Checkpoint.resolve(str(folder)).noise_schedule()
+        ModelFolder.resolve(str(folder)).noise_schedule()

@@ -18,32 +18,32 @@ from sdxl_distill.shards.record import (
     latents_schema,
     predictions_schema,
 )
-from sdxl_distill.shards.set_record import SetRecord, SetReference, is_safe_place
+from sdxl_distill.shards.set_identity import SetIdentity, SetReference, is_safe_place
 
 KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predictions", "compact")]
 
 
 @pytest.fixture(params=KINDS, ids=str)
-def record(request, sets) -> SetRecord:
+def record(request, sets) -> SetIdentity:
     return sets.start(*request.param).record
 
 
 @pytest.fixture
-def predictions(sets) -> SetRecord:
+def predictions(sets) -> SetIdentity:
     return sets.start().record
 
 
-def test_a_record_is_read_back(record: SetRecord) -> None:
-    assert SetRecord.from_bytes(record.to_bytes(), "x") == record
+def test_a_record_is_read_back(identity: SetIdentity) -> None:
+    assert SetIdentity.from_bytes(identity.to_bytes(), "x") == identity
 
 
-def test_every_flipped_byte_is_refused(record: SetRecord) -> None:
-    content = record.to_bytes()
+def test_every_flipped_byte_is_refused(identity: SetIdentity) -> None:
+    content = identity.to_bytes()
     for position in range(len(content)):
         flipped = bytearray(content)
         flipped[position] ^= 0x01
         with pytest.raises(CorruptError):
-            SetRecord.from_bytes(bytes(flipped), "x")
+            SetIdentity.from_bytes(bytes(flipped), "x")
 
 
 CONTENT_CHANGES: dict[str, Any] = {
@@ -55,7 +55,9 @@ CONTENT_CHANGES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("field", CONTENT_CHANGES)
-def test_the_fingerprint_covers_what_determines_content(field: str, predictions: SetRecord) -> None:
+def test_the_fingerprint_covers_what_determines_content(
+    field: str, predictions: SetIdentity
+) -> None:
     other = replace(predictions, **{field: CONTENT_CHANGES[field]})
     assert other.fingerprint != predictions.fingerprint
 
@@ -66,13 +68,13 @@ def test_the_fingerprint_covers_what_determines_content(field: str, predictions:
     ids=str,
 )
 def test_the_fingerprint_does_not_cover_names_and_places(
-    change: dict, predictions: SetRecord
+    change: dict, predictions: SetIdentity
 ) -> None:
     assert replace(predictions, **change).fingerprint == predictions.fingerprint
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(
-    predictions: SetRecord,
+    predictions: SetIdentity,
 ) -> None:
     found = replace(
         predictions,
@@ -89,32 +91,32 @@ def test_another_configuration_is_refused_with_the_fields_that_differ(
 
 def test_another_latents_set_is_refused_with_the_command_that_builds_it_anew() -> None:
     vae, other = (
-        SetRecord("latents", "latents", latents_schema(4), {"vae": each}) for each in "ab"
+        SetIdentity("latents", "latents", latents_schema(4), {"vae": each}) for each in "ab"
     )
     with pytest.raises(IncompatibleError, match="build_latents --rebuild"):
         vae.require_same(other, "cache/latents")
 
 
-def test_the_same_configuration_from_another_place_is_accepted(predictions: SetRecord) -> None:
+def test_the_same_configuration_from_another_place_is_accepted(predictions: SetIdentity) -> None:
     moved = replace(predictions, latents=SetReference("1" * 64, None))
     predictions.require_same(moved, "x")
 
 
-def signed(record: SetRecord, change: dict[str, Any]) -> bytes:
+def signed(identity: SetIdentity, change: dict[str, Any]) -> bytes:
     """Encode a record with fields changed and the fingerprint that its fields then have."""
-    fields = record.to_json() | change
-    covered = {**record.content_fields(), **change}
+    fields = identity.to_json() | change
+    covered = {**identity.content_fields(), **change}
     for name in ("latents", "text"):
         if isinstance(covered[name], dict):
             covered[name] = covered[name].get("fingerprint")
-    covered = {name: covered[name] for name in record.content_fields()}
+    covered = {name: covered[name] for name in identity.content_fields()}
     if "fingerprint" not in change:
         fields["fingerprint"] = fingerprint(covered)
     return seal(fields)
 
 
-def test_the_forger_of_these_tests_can_sign(predictions: SetRecord) -> None:
-    assert SetRecord.from_bytes(signed(predictions, {"content": {}}), "x").content == {}
+def test_the_forger_of_these_tests_can_sign(predictions: SetIdentity) -> None:
+    assert SetIdentity.from_bytes(signed(predictions, {"content": {}}), "x").content == {}
 
 
 SCHEMA = predictions_schema("full", "F16", 4, 3, 4, 5)
@@ -156,35 +158,35 @@ LIES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", LIES, ids=lambda change: str(change)[:70])
 def test_a_record_that_lies_with_a_right_fingerprint_is_refused(
-    change: dict[str, Any], predictions: SetRecord
+    change: dict[str, Any], predictions: SetIdentity
 ) -> None:
     with pytest.raises(CorruptError):
-        SetRecord.from_bytes(signed(predictions, change), "x")
+        SetIdentity.from_bytes(signed(predictions, change), "x")
 
 
-def test_an_unknown_prediction_type_is_refused(predictions: SetRecord) -> None:
+def test_an_unknown_prediction_type_is_refused(predictions: SetIdentity) -> None:
     schedule = NoiseSchedule().to_json() | {"prediction_type": "flow"}
     with pytest.raises(IncompatibleError, match="flow"):
-        SetRecord.from_bytes(signed(predictions, {"noise_schedule": schedule}), "x")
+        SetIdentity.from_bytes(signed(predictions, {"noise_schedule": schedule}), "x")
 
 
-def test_unknown_and_missing_fields_are_refused(predictions: SetRecord) -> None:
+def test_unknown_and_missing_fields_are_refused(predictions: SetIdentity) -> None:
     fields = predictions.to_json()
     for changed in ({**fields, "host": "node7"}, {"id": fields["id"]}):
         with pytest.raises(CorruptError):
-            SetRecord.from_bytes(seal(changed), "x")
+            SetIdentity.from_bytes(seal(changed), "x")
 
 
-def test_an_optional_tensor_of_a_later_version_is_accepted(predictions: SetRecord) -> None:
+def test_an_optional_tensor_of_a_later_version_is_accepted(predictions: SetIdentity) -> None:
     schema = RecordSchema((*SCHEMA.tensors, TensorSpec("mask", "F16", (1, "H/8", "W/8"))))
     record = replace(predictions, schema=schema)
-    assert SetRecord.from_bytes(record.to_bytes(), "x") == record
+    assert SetIdentity.from_bytes(record.to_bytes(), "x") == record
 
 
-def test_a_newer_version_asks_for_a_newer_program(predictions: SetRecord) -> None:
+def test_a_newer_version_asks_for_a_newer_program(predictions: SetIdentity) -> None:
     content = seal(predictions.to_json() | {"format_version": 2, "novelty": True})
     with pytest.raises(IncompatibleError, match="format version 2"):
-        SetRecord.from_bytes(content, "x")
+        SetIdentity.from_bytes(content, "x")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def bounded_runs(
+def bounded_groups(
     values: Iterable[T], num_elements: Callable[[T], int], max_elements: int
 ) -> Iterator[list[T]]:
     """Yield consecutive values in lists, each as long as `max_elements` allows.

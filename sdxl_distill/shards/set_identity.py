@@ -18,8 +18,8 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields, fingerprint
-from sdxl_distill.limits import MAX_COUNTER, MAX_SET_RECORD_BYTES, MAX_TIMESTEPS
-from sdxl_distill.shards.bounded_json import FORMAT_VERSION, require_names, seal, unseal
+from sdxl_distill.limits import MAX_COUNTER, MAX_SET_IDENTITY_BYTES, MAX_TIMESTEPS
+from sdxl_distill.shards.bounded_json import SET_FORMAT_VERSION, require_names, seal, unseal
 from sdxl_distill.shards.record import (
     Layout,
     RecordSchema,
@@ -102,7 +102,7 @@ def is_sha256(value: Any) -> bool:
 
 Kind: TypeAlias = Literal["latents", "text", "predictions"]
 
-SET_RECORD_NAME: Final = "set.json"
+SET_IDENTITY_NAME: Final = "set.json"
 FIELDS: Final = frozenset(
     {
         "content",
@@ -143,7 +143,7 @@ class NoiseRecipe:
 
 
 @dataclass(frozen=True)
-class SetRecord:
+class SetIdentity:
     """The identity of one shard set.
 
     Attributes:
@@ -172,7 +172,7 @@ class SetRecord:
     def content_fields(self) -> dict[str, Any]:
         """Return every field that determines content: exactly what the fingerprint covers."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": SET_FORMAT_VERSION,
             "kind": self.kind,
             "schema": self.schema.to_json(),
             "content": dict(self.content),
@@ -190,7 +190,7 @@ class SetRecord:
         """SHA-256 of the canonical JSON of `content_fields`, 64 hex digits."""
         return fingerprint(self.content_fields())
 
-    def require_same(self, found: SetRecord, where: str) -> None:
+    def require_same(self, found: SetIdentity, where: str) -> None:
         """Check that the record `found` in a folder describes the set that is to be built.
 
         Raises:
@@ -222,17 +222,17 @@ class SetRecord:
         return seal(self.to_json())
 
     @classmethod
-    def from_bytes(cls, content: bytes, where: str) -> SetRecord:
+    def from_bytes(cls, content: bytes, where: str) -> SetIdentity:
         """Read the content of `set.json`.
 
         Raises:
             CorruptError: when it is not byte for byte what `to_bytes` writes.
             IncompatibleError: when a newer version wrote it.
         """
-        return cls.from_json(unseal(content, where, MAX_SET_RECORD_BYTES), where)
+        return cls.from_json(unseal(content, where, MAX_SET_IDENTITY_BYTES), where)
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> SetRecord:
+    def from_json(cls, value: Any, where: str) -> SetIdentity:
         """Build from what `to_json` returned; it may come from a stranger.
 
         Raises:
@@ -248,7 +248,7 @@ class SetRecord:
             or not is_counter(fields["generation"])
         ):
             raise CorruptError("a set record with absurd fields", where=where)
-        record = cls(
+        identity = cls(
             kind=fields["kind"],
             id=fields["id"],
             schema=RecordSchema.from_json(fields["schema"], where),
@@ -260,15 +260,15 @@ class SetRecord:
             text=parse_reference(fields["text"], where),
             generation=fields["generation"],
         )
-        if not (_has_fields_of_its_kind(record) and _has_required_tensors(record)):
+        if not (_has_fields_of_its_kind(identity) and _has_required_tensors(identity)):
             raise CorruptError(
-                f"fields or tensors that a {record.kind} set does not have, or lacks",
+                f"fields or tensors that a {identity.kind} set does not have, or lacks",
                 expected="those of docs/format.md",
                 where=where,
             )
-        if fields["fingerprint"] != record.fingerprint:
+        if fields["fingerprint"] != identity.fingerprint:
             raise CorruptError("another fingerprint than the fields have", where=where)
-        return record
+        return identity
 
 
 def is_counter(value: Any) -> bool:
@@ -276,36 +276,36 @@ def is_counter(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_COUNTER
 
 
-def _has_fields_of_its_kind(record: SetRecord) -> bool:
-    predictions = (record.layout, record.noise, record.noise_schedule)
-    if record.kind == "predictions":
-        is_compact = record.layout == "compact"
+def _has_fields_of_its_kind(identity: SetIdentity) -> bool:
+    predictions = (identity.layout, identity.noise, identity.noise_schedule)
+    if identity.kind == "predictions":
+        is_compact = identity.layout == "compact"
         has_own = all(value is not None for value in predictions)
-        return has_own and bool(record.latents) and bool(record.text) == is_compact
-    has_none = all(value is None for value in (*predictions, record.text))
-    return has_none and bool(record.latents) == (record.kind == "text")
+        return has_own and bool(identity.latents) and bool(identity.text) == is_compact
+    has_none = all(value is None for value in (*predictions, identity.text))
+    return has_none and bool(identity.latents) == (identity.kind == "text")
 
 
-def _has_required_tensors(record: SetRecord) -> bool:
+def _has_required_tensors(identity: SetIdentity) -> bool:
     try:
-        required = _required_schema(record)
+        required = _required_schema(identity)
     except (KeyError, ValueError):
         return False
-    return set(required.tensors) <= set(record.schema.tensors)
+    return set(required.tensors) <= set(identity.schema.tensors)
 
 
-def _required_schema(record: SetRecord) -> RecordSchema:
+def _required_schema(identity: SetIdentity) -> RecordSchema:
     """Return the schema of the record's kind with the lengths that its own schema gives."""
-    specs = {spec.name: spec for spec in record.schema.tensors}
+    specs = {spec.name: spec for spec in identity.schema.tensors}
     lengths = {name: cast("tuple[int, ...]", spec.shape) for name, spec in specs.items()}
-    if record.kind == "latents":
+    if identity.kind == "latents":
         return latents_schema(lengths["latents"][0])
-    if record.layout == "compact":
+    if identity.layout == "compact":
         channels, dtype = lengths["teacher_pred"][0], specs["teacher_pred"].dtype
         return predictions_schema("compact", dtype, channels, 0, 0, 0)
     num_tokens, hidden_size = lengths["encoder_hidden_states"]
     (pooled_size,) = lengths["pooled_embeds"]
-    if record.kind == "text":
+    if identity.kind == "text":
         return text_schema(num_tokens, hidden_size, pooled_size)
     channels, dtype = lengths["teacher_pred"][0], specs["teacher_pred"].dtype
     return predictions_schema("full", dtype, channels, num_tokens, hidden_size, pooled_size)
