@@ -11,7 +11,7 @@ LOWEST_TESTS := tests/config/test_loader.py tests/config/test_builder.py tests/c
   tests/stream/test_join.py tests/train/test_session.py tests/train/test_checkpoint.py \
   tests/export/test_student.py tests/export/test_use.py
 
-.PHONY: setup demo test test-lowest test-processors check fix bench coverage house docs
+.PHONY: setup demo test test-lowest test-processors check fix bench coverage mutants house docs
 
 setup: $(INSTALLED)  ## make .venv with the exact versions of constraints.txt
 
@@ -58,6 +58,10 @@ coverage: setup $(LOWEST_INSTALLED)  ## which lines no test reaches
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+MODULE ?= $(addprefix sdxl_distill/,core order storage shards builder)
+mutants: setup  ## which broken lines the tests find; MODULE=FILE or FOLDER, SAMPLE=NUMBER for fewer
+	OMP_NUM_THREADS=1 $(BIN)/python tests/house/mutants.py $(MODULE) $(if $(SAMPLE),--sample $(SAMPLE))
 
 house: setup  ## figures of the package's own text
 	$(BIN)/python tests/house/figures.py
