@@ -32,6 +32,16 @@ def test_each_record_has_torchs_loss(loss_type: str, oracle: torch.nn.Module) ->
         torch.testing.assert_close(losses[record], oracle(prediction[record], target[record]))
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "oracle"),
+    [("huber", torch.nn.HuberLoss()), ("smooth_l1", torch.nn.SmoothL1Loss())],
+)
+def test_losses_turn_linear_where_torchs_do(loss_type: str, oracle: torch.nn.Module) -> None:
+    prediction, target = tensors(2)
+    losses = record_loss(prediction, target, loss_type)
+    torch.testing.assert_close(losses[1], oracle(prediction[1], target[1]))
+
+
 def test_losses_are_taken_in_float32() -> None:
     prediction = torch.full((1, 4, 8, 8), 300.0, dtype=torch.float16)
     assert float(record_loss(prediction, torch.zeros_like(prediction), "mse")) == 90_000
