@@ -116,7 +116,7 @@ def test_a_manifest_is_parsed_again_only_when_it_is_another_file(
 def test_a_manifest_of_another_record_is_no_proof_of_anything(tmp_path: Path) -> None:
     build(tmp_path / "toy")
     manifest = build(tmp_path / "toy").manifest
-    other = replace(manifest, record=replace(toy_record(), generation=2))
+    other = replace(manifest, identity=replace(toy_record(), generation=2))
     (tmp_path / "toy" / MANIFEST_NAME).unlink()
     (tmp_path / "toy" / MANIFEST_NAME).write_bytes(other.to_bytes())
     assert build(tmp_path / "toy").manifest == manifest

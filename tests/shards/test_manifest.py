@@ -182,7 +182,7 @@ def test_a_manifest_that_lies_with_a_right_digest_is_refused(
     "keys", [["x"], ["b" * 32 + "_64x64", "a" * 32 + "_64x64"], ["a" * 32 + "_64x64"] * 2]
 )
 def test_undecodable_keys_are_sorted_and_unique(keys: list[str], sets) -> None:
-    latents = sets.start("latents").record
+    latents = sets.start("latents").identity
     manifest = Manifest(latents, 0, (), ("a" * 32 + "_64x64", "b" * 32 + "_64x64"))
     assert Manifest.from_bytes(manifest.to_bytes(), "x") == manifest
     with pytest.raises(CorruptError):

@@ -24,13 +24,13 @@ KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predi
 
 
 @pytest.fixture(params=KINDS, ids=str)
-def record(request, sets) -> SetIdentity:
-    return sets.start(*request.param).record
+def identity(request, sets) -> SetIdentity:
+    return sets.start(*request.param).identity
 
 
 @pytest.fixture
 def predictions(sets) -> SetIdentity:
-    return sets.start().record
+    return sets.start().identity
 
 
 def test_a_record_is_read_back(identity: SetIdentity) -> None:
