@@ -30,6 +30,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 QUICK = "not slow and not multiprocess"
+TEST_SECONDS = 30
+"""What takes longer hangs, and is found."""
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt},
     **{ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is},
@@ -204,9 +206,10 @@ def _passes(tests: list[str], log: Path, seconds: float) -> bool:
             os.dup2(output.fileno(), 2)
         import pytest
 
-        options = ["-x", "-q", "--tb=line", "-m", QUICK, f"--basetemp={log.parent / 'basetemp'}"]
+        options = ["-x", "-q", "--tb=line", "-m", QUICK, f"--timeout={TEST_SECONDS}"]
         warnings = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
-        arguments = [*options, *warnings, "-p", "no:cacheprovider", *tests]
+        folders = ["-p", "no:cacheprovider", f"--basetemp={log.parent / 'basetemp'}"]
+        arguments = [*options, *warnings, *folders, *tests]
         status = pytest.main(arguments, plugins=[_WithoutShrinking()])
         imported = [name for name, module in sys.modules.items() if _is_of_others(module)]
         (log.parent / "imported").write_text("\n".join(imported))
@@ -264,7 +267,7 @@ def _try_module(outcome: Outcome, sample: int, log: Path) -> None:
     """Try the mutants of a module in the current folder, a copy, and leave it as it was."""
     path = Path(outcome.module)
     tests, source = _tests_of(path), path.read_bytes()
-    patience = 10.0 + 5 * _seconds_unchanged(Path(tests[0]).parent, log)
+    patience = TEST_SECONDS + 2 * _seconds_unchanged(Path(tests[0]).parent, log)
     began = time.monotonic()
     tried = mutants(source)
     if len(tried) > sample:

@@ -24,7 +24,7 @@ def lap_on_line(lanes: Lanes, num_records: int, lap: int, world: int = 1) -> dic
             np.full_like(column, lap),
             np.full_like(column, num_records),
             np.full(column.shape, CODE, dtype=np.uint64),
-            # One slot per turn, of the place's own lane.
+            # One position per turn, of the place's own lane.
             own[:, np.newaxis] % lanes.num_lanes,
         )
         found |= dict(zip(own.tolist(), on_line[:, 0].tolist(), strict=True))
@@ -99,6 +99,27 @@ def test_a_rank_owns_neighbouring_lanes_in_the_order_of_slots() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("num_records", "num_shards", "world", "num_in_use"),
+    [
+        (1000, 100, 1, 4 * 4),  # 16 records of a lane touch two shards of 10, and two at the ends
+        (1000, 100, 2, 2 * 4),
+        (1000, 100, 4, 4),
+        (30, 30, 4, 8 + 2),  # the lane has 8 records, fewer than its window of 16
+        (7, 7, 4, 2 + 2),
+        (30, 30, 1, 30),  # never more than there are
+        (10, 1, 2, 1),
+        (0, 0, 1, 0),
+    ],
+)
+def test_the_shards_in_use_are_those_of_one_window_per_lane_and_its_ends(
+    num_records: int, num_shards: int, world: int, num_in_use: int
+) -> None:
+    lanes = Lanes(4, global_batch=4, window=64, seed=0)
+    counts = np.array([num_records]), np.array([num_shards])
+    assert lanes.num_shards_in_use(*counts, world).tolist() == [num_in_use]
+
+
 def test_lanes_shorter_than_a_shard_start_elsewhere_in_each_lap() -> None:
     lanes = Lanes(4, global_batch=4, window=4, seed=0)
     first = np.array(list(lap_on_line(lanes, 4000, 0).values()))
@@ -108,7 +129,8 @@ def test_lanes_shorter_than_a_shard_start_elsewhere_in_each_lap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "lanes"), [(1, 1), (48, 48), (64, 64), (96, 48), (1024, 64), (134, 2), (67, 1)]
+    ("global_batch", "lanes"),
+    [(1, 1), (48, 48), (64, 64), (65, 13), (96, 48), (1024, 64), (134, 2), (67, 1)],
 )
 def test_default_lanes_are_the_largest_divisor_up_to_64(global_batch: int, lanes: int) -> None:
     assert default_lanes(global_batch) == lanes
