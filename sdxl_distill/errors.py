@@ -18,10 +18,10 @@ class DistillError(Exception):
     """An error that a user can act on.
 
     Args:
-        found: what was met, as a sentence without a full stop.
-        expected: what should have been there.
-        where: file, set, shard, key, byte or JSON path.
-        action: what to do now.
+        found: the fault that was met, as a sentence without a full stop.
+        expected: the value that would have been right.
+        where: the file, set, shard, key, byte or JSON path.
+        action: the next step for the user.
     """
 
     exit_code: ClassVar[int] = 1
@@ -78,12 +78,12 @@ class StorageError(DistillError):
 
 
 class NumericalError(DistillError):
-    """A model or a loss produced NaN or infinity; nothing of it was committed."""
+    """A model or a loss produced NaN or infinity; nothing of that was committed."""
 
     exit_code = 6
 
 
-class Preempted(DistillError):  # noqa: N818 - the word of the trade; it is not a fault
+class Preempted(DistillError):  # noqa: N818 - the usual term; it is not a fault
     """The process was asked to stop and has saved its state; the same command resumes."""
 
     exit_code = 75

@@ -17,11 +17,11 @@ def record_loss(
     """Return the mean loss of each record, float32 [B].
 
     Args:
-        prediction: of the student [B, C, h, w].
-        target: what it is compared with [B, C, h, w].
+        prediction: the student's prediction [B, C, h, w].
+        target: the tensor that it is compared with [B, C, h, w].
         loss_type: `mse`; `huber` (Huber 1964): d²/2 within ±delta, linear beyond;
             `smooth_l1`: huber divided by delta (Girshick 2015).
-        delta: where the last two turn from square to linear.
+        delta: the difference at which the last two turn from square to linear.
     """
     prediction, target = prediction.to(torch.float32), target.to(torch.float32)
     if loss_type == "mse":
@@ -56,7 +56,7 @@ def teacher_mean(predictions: Sequence[torch.Tensor], weights: Sequence[float]) 
 def loss_floor(
     predictions: Sequence[torch.Tensor], weights: Sequence[float], mean: torch.Tensor
 ) -> torch.Tensor:
-    """Return Σ wₖ‖tₖ - t̄‖², float32 [B]: below it no student's Σ wₖ‖s - tₖ‖² can go.
+    """Return Σ wₖ‖tₖ - t̄‖², float32 [B]: a lower bound of every student's Σ wₖ‖s - tₖ‖².
 
     Since Σ wₖ‖s - tₖ‖² = ‖s - t̄‖² + floor for weights that sum to 1.
     """

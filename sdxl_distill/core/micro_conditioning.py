@@ -11,12 +11,12 @@ from sdxl_distill.core.bucket import Bucket, CoverCrop
 def time_ids(
     original_width: int, original_height: int, crop: CoverCrop, bucket: Bucket
 ) -> npt.NDArray[np.int32]:
-    """Return original h, w; crop top, left; target h, w as int32 [6], the order SDXL knows.
+    """Return original h, w; crop top, left; target h, w as int32 [6], in SDXL's order.
 
     Args:
-        original_width: of the upright image (after EXIF rotation), pixels.
-        original_height: likewise.
-        crop: its `left` and `top` are pixels of the resized image.
+        original_width: width of the upright image (after EXIF rotation), pixels.
+        original_height: its height, pixels.
+        crop: the crop, whose `left` and `top` are in pixels of the resized image.
         bucket: the target size.
     """
     return np.array(

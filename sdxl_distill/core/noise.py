@@ -1,7 +1,7 @@
 """Noise and timestep of an image: pure functions of (image id, base seed, draw).
 
-Every teacher therefore sees the same question, and nobody has to store it. The bits come from
-numpy's Philox, whose stream numpy promises to keep; see docs/determinism.md.
+Every teacher therefore gets the same input, which need not be stored. The bits come from numpy's
+Philox, whose stream numpy promises to keep; see docs/determinism.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _first_bits(seed: int) -> int:
     """Return the first 64 bits of the timestep stream, as numpy's Philox does in twice the time.
 
     Philox4x64-10 of the counter 1: Salmon et al. 2011, "Parallel random numbers: as easy as
-    1, 2, 3". Each record that is read needs one; numpy asks the system for entropy beforehand.
+    1, 2, 3". Each record that is read needs one; numpy would ask the system for entropy first.
     """
     a, b, c, d = 1, 0, 0, 0
     key, other_key = seed, _TIMESTEP_STREAM
@@ -51,7 +51,7 @@ def _first_bits(seed: int) -> int:
 
 
 def uniform(seed: int) -> float:
-    """Return the number in [0, 1) from which an image's timesteps follow, with 53 bits."""
+    """Return the number in [0, 1) that determines an image's timesteps, with 53 bits."""
     return (_first_bits(seed) >> 11) * 2.0**-53
 
 
@@ -71,8 +71,8 @@ def noise(
 ) -> npt.NDArray[np.float16]:
     """Return standard normal noise for the latents of an image, float16 [C, H/8, W/8].
 
-    Drawn in float64 and then rounded: the last bits of a float64 ziggurat differ between no
-    two builds of numpy that we know, and float16 would hide it if they did.
+    Drawn in float64 and then rounded: no two builds of numpy that we know of differ in the last
+    bits of a float64 ziggurat, and float16 would hide it if they did.
     """
     shape = (num_channels, height_px // LATENT_DOWNSCALE, width_px // LATENT_DOWNSCALE)
     generator = np.random.Generator(np.random.Philox(key=seed + (_NOISE_STREAM << 64)))

@@ -1,7 +1,7 @@
 """The noise schedule ᾱ of a checkpoint and the one function that noises latents.
 
 Betas and ᾱ are float64; a checkpoint's own scheduler is never asked to add noise, since some
-of them (Euler's) work at another scale than the UNet was trained at.
+of them (Euler's) work on another scale than the UNet was trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_COSINE_BETA = 0.999
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise a timestep means, and what the UNet predicts of it."""
+    """How much noise each timestep stands for, and what the UNet predicts."""
 
     prediction_type: PredictionType = "epsilon"
     num_train_timesteps: int = 1000
@@ -99,7 +99,7 @@ class NoiseSchedule:
         """Build from what `to_json` returned.
 
         Raises:
-            IncompatibleError: for a field that is unknown here, or a value that is.
+            IncompatibleError: for an unknown field or an unknown value.
         """
         unknown = fields.keys() - cls.__dataclass_fields__.keys()
         if unknown:

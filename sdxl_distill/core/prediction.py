@@ -29,11 +29,11 @@ def convert_prediction(
 
     Args:
         prediction: UNet output of `source_type` [B, C, h, w].
-        noisy_latents: what the UNet saw [B, C, h, w].
+        noisy_latents: the UNet's input [B, C, h, w].
         alpha_cumprod: ᾱ at each record's timestep, float64 [B].
-        source_type: what `prediction` is.
-        target_type: what is wanted.
-        timesteps: int64 [B], only to name the offender in an error.
+        source_type: the type of `prediction`.
+        target_type: the type to return.
+        timesteps: the records' timesteps, int64 [B]; only names the offender in an error.
 
     Raises:
         IncompatibleError: epsilon to another type where √ᾱ < 0.05.
@@ -45,14 +45,17 @@ def convert_prediction(
     alpha = alpha_cumprod.to(torch.float64)
     signal = alpha.sqrt().to(torch.float32).view(-1, 1, 1, 1)
     deviation = (1.0 - alpha).sqrt().to(torch.float32).view(-1, 1, 1, 1)
+    # From epsilon, where the signal is strong enough: x = (z - s·ε) / a, v = (ε - s·z) / a.
     if source_type == "epsilon":
         _require_signal(alpha, target_type, timesteps)
         latents = (noisy - deviation * prediction) / signal
         return latents if target_type == "sample" else (prediction - deviation * noisy) / signal
+    # From v: ε = a·v + s·z, x = a·z - s·v.
     if source_type == "v_prediction":
         if target_type == "epsilon":
             return signal * prediction + deviation * noisy
         return signal * noisy - deviation * prediction
+    # From the sample: ε = (z - a·x) / s, v = (a·z - x) / s.
     if target_type == "epsilon":
         return (noisy - signal * prediction) / deviation
     return (signal * noisy - prediction) / deviation

@@ -1,8 +1,8 @@
 """A complete diffusers folder: the trained UNet with the VAE, text encoders and scheduler it needs.
 
 `StableDiffusionXLPipeline.from_pretrained` of every supported version loads it, in any dtype. All
-but the UNet is its source's, bit for bit, so that the sets made with it go on fitting. Written
-next to its name and renamed, so that the folder is whole or not there.
+but the UNet is copied from its source bit for bit, so that sets made with it still fit. It is
+written under a temporary name and renamed, so that the folder is complete or not there.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def export_diffusers_folder(
     """Write the folder.
 
     Args:
-        destination: where; its parents are made.
-        base: what the student started from: UNet configuration, VAE, scheduler.
-        text: whose text encoders and tokenizers condition the student.
-        weights: of the UNet, by name.
-        dtype: of the UNet in the folder; the other networks stay as their source stores them.
-        overwrite: replace a folder that is there.
+        destination: the folder to write; its parents are created.
+        base: the student's starting point, for UNet configuration, VAE and scheduler.
+        text: the checkpoint whose text encoders and tokenizers condition the student.
+        weights: the UNet's weights, by name.
+        dtype: the UNet's dtype in the folder; other networks stay as their source stores them.
+        overwrite: True replaces an existing folder.
 
     Raises:
         ConfigError: when the destination exists and `overwrite` is off.
@@ -71,6 +71,7 @@ def export_diffusers_folder(
             where=str(destination),
             action="choose another one with --output, or replace it with --overwrite",
         )
+    # Written under a temporary name, then flushed, and only then given its own.
     temporary = destination.parent / f"{TEMPORARY_PREFIX}{new_token()}"
     with storage_errors(destination):
         temporary.mkdir(parents=True)
@@ -84,7 +85,7 @@ def export_diffusers_folder(
 
 
 def _replace(destination: Path, temporary: Path) -> None:
-    """Give a folder its name; what had it goes, but never before it is replaced."""
+    """Give a folder its name; the old one is deleted, but never before it is replaced."""
     replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         with suppress(FileNotFoundError):
@@ -123,7 +124,7 @@ def _write_unet(
     with _weights_errors(folder):
         # torch's base class lacks this method of diffusers' models.
         cast("Any", unet).save_pretrained(folder, safe_serialization=True)
-    # Its own, since this version's has fields that an older one does not know.
+    # The base's own: this version would add fields that an older one does not know.
     _write_json(folder / "config.json", base.config)
 
 
@@ -139,10 +140,10 @@ def _copy_component(component: Component, folder: Path) -> None:
 
 
 def _loading_as_float32(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Have a network of transformers load as float32 where a caller asks for no dtype.
+    """Make a network of transformers load as float32 when the caller asks for no dtype.
 
-    Version 5 goes by the configuration, then by the files, and diffusers' networks are float32
-    then: half precision in either place would end in a pipeline of two dtypes.
+    Version 5 follows the configuration, then the files, while diffusers' networks load as
+    float32: half precision in either place would give a pipeline of two dtypes.
     """
     if "architectures" not in config:
         return dict(config)
@@ -168,7 +169,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Have the disk hold every file before the folder gets its name."""
+    """Flush every file to the disk before the folder gets its name."""
     for path in (folder, *folder.rglob("*")):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

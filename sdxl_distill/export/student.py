@@ -27,21 +27,22 @@ def export_student(
     destination: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write the student of a run as a diffusers folder and return where it is.
+    """Write the student of a run as a diffusers folder and return its path.
 
     Args:
-        config: of the run; `export.dtype` is the dtype of the folder.
+        config: the run's configuration; `export.dtype` is the dtype of the folder.
         checkpoint: `latest`, or the path of one.
-        weights: the moving average or the weights themselves; None: the average when it is on.
-        destination: None: `{run}/export`.
-        overwrite: replace a folder that is there.
+        weights: the moving average or the weights themselves; None takes the average if it is on.
+        destination: the folder to write; None takes `{run}/export`.
+        overwrite: True replaces an existing folder.
 
     Raises:
         ConfigError: when there is no checkpoint or average, or the destination exists.
         CorruptError: when the checkpoint is damaged.
-        IncompatibleError: when it is of another student.
+        IncompatibleError: when it belongs to another student.
         StorageError: when the disk is full or refuses.
     """
+    # A checkpoint of this student.
     folder = RunFolder.of(config)
     if checkpoint == "latest":
         path, saved = folder.checkpoints().load_latest()
@@ -50,11 +51,12 @@ def export_student(
     base = ModelFolder.resolve(config.student.checkpoint_path)
     if saved.state["identity"]["student"] != base.unet_fingerprint():
         raise IncompatibleError(
-            "the checkpoint is of a student that started from other weights",
+            "the checkpoint belongs to a student that started from other weights",
             expected=f"weights trained from {base.reference}",
             where=str(path),
             action="export with the configuration of the run (its config.json)",
         )
+    # The average or the weights themselves.
     chosen = weights or ("ema" if config.student.use_ema else "raw")
     tensors = saved.tensors.get("ema" if chosen == "ema" else "student")
     if tensors is None:
@@ -63,6 +65,7 @@ def export_student(
             where=str(path),
             action="export its weights with --weights raw",
         )
+    # With the other networks that they were trained with.
     destination = destination or folder.export
     text = ModelFolder.resolve(config.text_source)
     export_diffusers_folder(

@@ -19,7 +19,7 @@ def available_cores(root: Path = _ROOT) -> int:
     """Return how many cores this process may use, at least 1.
 
     Args:
-        root: where `proc` and `sys` are; another one for tests.
+        root: the folder that holds `proc` and `sys`; tests pass another one.
     """
     cores = len(os.sched_getaffinity(0))
     for quota in _quotas(root):
@@ -31,8 +31,8 @@ def _quotas(root: Path) -> Iterator[float]:
     """Yield the processors that each control group above this process grants, if it limits them.
 
     A line of `/proc/self/cgroup` is `id:controllers:path`; without controllers it is version 2
-    (https://docs.kernel.org/admin-guide/cgroup-v2.html). In a container the path may be that of
-    the host, of which only the mounted end is there: folders that are not there are passed over.
+    (https://docs.kernel.org/admin-guide/cgroup-v2.html). In a container the path may be
+    the host's, of which only the mounted end exists: missing folders are skipped.
     """
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
@@ -48,7 +48,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _quota_of(group: Path) -> Iterator[float]:
-    """Yield quota over period of one group; nothing where it has none."""
+    """Yield quota over period of one group; nothing if it has no quota."""
     numbers = " ".join(_lines(group / "cpu.max")).split()  # version 2: "max 100000"
     if not numbers:
         numbers = _lines(group / "cpu.cfs_quota_us") + _lines(group / "cpu.cfs_period_us")

@@ -1,6 +1,6 @@
-"""Which device this process computes on, and how tensors come there.
+"""Which device this process computes on, and how tensors get there.
 
-On a GPU nothing here waits for it: copies run beside the computation, from page-locked memory.
+On a GPU nothing here waits for it: copies run alongside the computation, in page-locked memory.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from sdxl_distill.errors import ConfigError
 
 
 def resolve_device(device: str, local_rank: int) -> torch.device:
-    """Turn the configured device into this process's own, and make that one the current.
+    """Turn the configured device into this process's own, and make it the current one.
 
     Args:
-        device: "auto" (CUDA when there is one, else the CPU), "cuda" or "cpu".
-        local_rank: number of this process on its node; the number of its CUDA device.
+        device: "auto" (CUDA if there is a GPU, else the CPU), "cuda" or "cpu".
+        local_rank: this process's number on its node, and so the number of its CUDA device.
 
     Raises:
         ConfigError: "cuda" on a machine without it, or more processes than CUDA devices.
@@ -26,6 +26,7 @@ def resolve_device(device: str, local_rank: int) -> torch.device:
     num_devices = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and num_devices == 0):
         return torch.device("cpu")
+    # A GPU for each process of this machine, or an error.
     if num_devices == 0:
         raise ConfigError(
             '"cuda", but PyTorch finds no CUDA device on this machine',
@@ -50,7 +51,7 @@ def allow_tf32(allowed: bool) -> None:
     """Decide, for the whole process, whether a GPU multiplies float32 matrices in TF32.
 
     TF32 keeps 10 of 23 bits of each factor's mantissa, a relative error of about 5e-4, and is
-    several times faster. It concerns no weights in bfloat16 and no CPU.
+    several times faster. It does not affect bfloat16 weights or CPUs.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -60,7 +61,7 @@ class CopyStream:
     """Copies tensors to a device while it computes something else.
 
     Args:
-        device: where to. On a CPU nothing is copied.
+        device: the destination. On a CPU nothing is copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -69,7 +70,7 @@ class CopyStream:
 
     @contextmanager
     def copying(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """Give a function that starts the copy of a tensor; it returns the copy.
+        """Yield a function that starts the copy of a tensor and returns the copy.
 
         After the block the device's computation waits for the copies; this process does not.
         """
@@ -94,7 +95,7 @@ class HostCopy:
     """A tensor on its way from a device to main memory.
 
     Args:
-        tensor: what is copied; on a CPU it is the copy.
+        tensor: the tensor to copy; one on a CPU is used as it is.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -108,7 +109,7 @@ class HostCopy:
             self._tensor = tensor
 
     def result(self) -> torch.Tensor:
-        """Wait for the copy and return it; from any thread."""
+        """Wait for the copy and return it; any thread may call this."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor

@@ -1,4 +1,4 @@
-"""Work on many shards or files at once: results in order, and few of them held."""
+"""Work on many shards or files at once: results in order, only a few of them in memory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def ordered_map(
 ) -> Iterator[R]:
     """Yield `function(argument)` of each argument, in their order.
 
-    Unlike `ThreadPoolExecutor.map` it takes an argument only when a thread is soon free for it:
-    neither the calls to come nor the results that nobody has asked for grow with their number.
+    Unlike `ThreadPoolExecutor.map` it takes an argument only when a thread will soon be free for it,
+    so that neither pending calls nor unread results pile up.
 
     Args:
-        function: called in the threads.
-        arguments: taken in the caller's thread.
-        num_threads: how many calls run at once.
-        name: of the threads.
+        function: the function, called in the threads.
+        arguments: its arguments, taken in the caller's thread.
+        num_threads: the number of calls that run at once.
+        name: the prefix of the threads' names.
 
     Raises:
-        BaseException: what a call raised; calls that have not begun are then given up.
+        BaseException: whatever a call raised; calls that have not begun are then cancelled.
     """
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(num_threads, thread_name_prefix=name) as pool:

@@ -11,14 +11,14 @@ from typing import Final
 from sdxl_distill.storage.fsio import new_token
 
 BEAT_SECONDS: Final = 15.0
-"""Between two signs of life that a process gives to others that cannot see it."""
+"""Time between two signs of life that a process gives to others that cannot see it."""
 EXPIRY_SECONDS: Final = 120.0
-"""A process that gave none for so long, on the observer's own clock, is dead or hangs."""
+"""A process without a sign of life for this long, on the observer's own clock, is dead or hangs."""
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """What tells one process from every other, also after its pid was given away again."""
+    """What tells one process from every other, even after its pid was reused."""
 
     boot_id: str
     pid_namespace: str
@@ -29,8 +29,8 @@ class ProcessIdentity:
     def current(cls) -> ProcessIdentity:
         """Return the identity of this process.
 
-        Where there is no /proc the boot id is one that nobody shares, so that only the
-        unchanged heartbeat tells whether the process is dead.
+        Where there is no /proc the boot id is a unique one, so that only the unchanged
+        heartbeat tells whether the process is dead.
         """
         pid = os.getpid()
         try:

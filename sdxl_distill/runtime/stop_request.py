@@ -1,4 +1,4 @@
-"""The wish that work ends early: SIGTERM or SIGUSR1, or a part of it that failed."""
+"""A request to stop early: SIGTERM or SIGUSR1, or a part of the work that failed."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class World:
         """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE as torchrun sets them.
 
         Raises:
-            ConfigError: when one of them is no integer or they contradict each other.
+            ConfigError: when one of them is not an integer or they contradict each other.
         """
         names = {"rank": "RANK", "size": "WORLD_SIZE"}
         names |= {"local_rank": "LOCAL_RANK", "local_size": "LOCAL_WORLD_SIZE"}
@@ -56,8 +56,8 @@ class World:
             }
         except ValueError as error:
             raise ConfigError(
-                f"a launcher variable is no integer ({error})",
+                f"a launcher variable is not an integer ({error})",
                 where="launcher environment",
-                action="unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or launch anew",
+                action="unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or launch again",
             ) from error
         return cls(**values)
