@@ -40,9 +40,10 @@ test-lowest: $(LOWEST_INSTALLED)  ## run a part of the suite with the lowest ver
 test-processors: setup  ## what compares floats, under other instruction sets and thread counts
 	$(BIN)/python tests/support/processors.py
 
-check: setup  ## format, lint, types, import layers; changes nothing
+check: setup  ## format, lint, rules of the house, types, import layers; changes nothing
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	$(BIN)/python tests/house/rules.py
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 

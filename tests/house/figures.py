@@ -6,18 +6,15 @@ Everything is read from the sources by `ast` and `tokenize`; nothing of the pack
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 
+from source import PACKAGE, Source, length
+
 ROOT = Path(__file__).parents[2]
-PACKAGE = "sdxl_distill"
 MAX_FUNCTION_LINES = 60
 
 QUESTIONS = {
@@ -32,74 +29,12 @@ FRAGMENT = re.compile(
 )
 """How an entry of Args begins that is no phrase: `name: of the shard.`"""
 
-_ENTRY = re.compile(r"^ {4,}(\*{0,2}\w+): (.*)$")
-_SECTION = re.compile(r"^ *(Args|Attributes):$")
-
-
-@dataclass(frozen=True)
-class Source:
-    """One module of the package.
-
-    Attributes:
-        name: its dotted name below the package, as `core.loss`.
-        text: its source.
-    """
-
-    name: str
-    text: str
-
-    @property
-    def room(self) -> str:
-        """The package it belongs to, or its own name at the top."""
-        return self.name.partition(".")[0]
-
-    @cached_property
-    def tree(self) -> ast.Module:
-        """Its syntax tree."""
-        return ast.parse(self.text)
-
-    @property
-    def num_lines(self) -> int:
-        """How many lines it has, blank ones included."""
-        return len(self.text.splitlines())
-
-    def imports(self) -> Iterator[str]:
-        """Yield the modules of the package that it imports, late imports included."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
-                module = (node.module or "").removeprefix(PACKAGE).lstrip(".")
-                yield from {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
-                yield module
-
-    def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-        """Yield every function and method."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield node
-
-    def num_comment_lines(self) -> int:
-        """Count comments that have a line of their own."""
-        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
-        return sum(
-            token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()
-            for token in tokens
-        )
-
-    def docstring_entries(self) -> Iterator[str]:
-        """Yield the text of every entry below Args or Attributes, its first line."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                yield from _entries(ast.get_docstring(node, clean=True) or "")
-
 
 def sources() -> list[Source]:
     """Return every module of the package, sorted by name."""
-    root = ROOT / PACKAGE
     return [
-        Source(
-            path.relative_to(root).with_suffix("").as_posix().replace("/", "."), path.read_text()
-        )
-        for path in sorted(root.rglob("*.py"))
+        Source(path.relative_to(ROOT).as_posix(), path.read_text("utf-8"))
+        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
     ]
 
 
@@ -110,7 +45,7 @@ def figures(modules: list[Source]) -> Iterator[tuple[str, str]]:
     yield "files / lines", f"{len(files)} / {sum(sizes):,}"
     yield "file median / longest", f"{median(sizes):.0f} / {max(sizes)}"
     lengths = {
-        f"{module.name}.{function.name}": (function.end_lineno or 0) - function.lineno + 1
+        f"{module.name}.{function.name}": length(function)
         for module in files
         for function in module.functions()
     }
@@ -120,10 +55,10 @@ def figures(modules: list[Source]) -> Iterator[tuple[str, str]]:
     yield "longest function", f"{lengths[longest]} lines, `{longest}`"
     yield "public definitions with a docstring", _percent(*_docstrings(files))
     yield "arguments annotated", _percent(*_annotations(files))
-    comments = sum(module.num_comment_lines() for module in files)
+    comments = sum(len(module.comment_lines) for module in files)
     written = sum(bool(line.strip()) for module in files for line in module.text.splitlines())
     yield "comment lines among all that are not blank", _percent(comments, written)
-    entries = [entry for module in files for entry in module.docstring_entries()]
+    entries = [entry for module in files for _, entry in module.docstring_entries()]
     num_fragments = sum(bool(FRAGMENT.match(entry)) for entry in entries)
     yield "Args entries that are fragments", f"{num_fragments} of {len(entries)}"
     yield "imports inside a package / across packages", "{} / {}".format(*_crossings(modules))
@@ -145,32 +80,9 @@ def rooms(modules: list[Source]) -> Iterator[tuple[str, int, int, int, int]]:
         yield room, len(own), num_lines, inside[room], across[room]
 
 
-def _entries(docstring: str) -> Iterator[str]:
-    in_section = False
-    for line in docstring.splitlines():
-        if _SECTION.match(line):
-            in_section = True
-        elif line and not line.startswith(" "):
-            in_section = False
-        elif in_section and (entry := _ENTRY.match(line)) and not line.startswith(" " * 8):
-            yield entry[2]
-
-
 def _docstrings(files: list[Source]) -> tuple[int, int]:
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    public = [
-        node
-        for module in files
-        for parent in ast.walk(module.tree)
-        if isinstance(parent, ast.Module | ast.ClassDef) and not _is_private(parent)
-        for node in parent.body
-        if isinstance(node, kinds) and not node.name.startswith("_")
-    ]
+    public = [node for module in files for node in module.public()]
     return sum(ast.get_docstring(node) is not None for node in public), len(public)
-
-
-def _is_private(node: ast.Module | ast.ClassDef) -> bool:
-    return isinstance(node, ast.ClassDef) and node.name.startswith("_")
 
 
 def _annotations(files: list[Source]) -> tuple[int, int]:

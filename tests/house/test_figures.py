@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import pytest
-
-FIGURES = runpy.run_path(str(Path(__file__).parent / "figures.py"))
+from figures import figures
+from source import Source
 
 LOSS = '''"""Losses."""
 
@@ -42,13 +39,13 @@ from sdxl_distill.core import schedule
 
 @pytest.fixture
 def shown() -> dict[str, str]:
-    source = FIGURES["Source"]
+    schedule = '"""Order."""\n\nfrom sdxl_distill.core.loss import loss\n'
     modules = [
-        source("core.loss", LOSS),
-        source("core.schedule", '"""Order."""\n\nfrom sdxl_distill.core.loss import loss\n'),
-        source("cli.train", TRAIN),
+        Source("sdxl_distill/core/loss.py", LOSS),
+        Source("sdxl_distill/core/schedule.py", schedule),
+        Source("sdxl_distill/cli/train.py", TRAIN),
     ]
-    return dict(FIGURES["figures"](modules))
+    return dict(figures(modules))
 
 
 def test_definitions_arguments_and_comments_are_counted(shown):
