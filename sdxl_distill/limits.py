@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 MAX_SIDE_PX: Final = 8192
-"""Longest side of a bucket: 64 times SDXL's area, and the latents of one image still fit into a record."""
+"""Longest side of a bucket: 64 times SDXL's area, and its latents still fit into a record."""
 MAX_BUCKETS: Final = 4096
 """Buckets of one set: SDXL has 40; a configuration with this many is kept in 200 kB."""
 MAX_DRAWS: Final = 1024
@@ -42,7 +42,7 @@ MAX_RECORDS: Final = 65_536
 MAX_INDEX_BYTES: Final = MAX_RECORDS * 512 + 2 * MAX_HEADER_BYTES
 """Size of one index."""
 MAX_SHARD_BYTES: Final = 2 << 30
-"""Size of one tar: the unit of work and of retry, and the body of one request to an object store."""
+"""Size of one tar: the unit of work and of retry, the body of one request to an object store."""
 
 MAX_SHARDS: Final = 1_000_000
 """Shards of one set, all draws together: numbers have six digits, and every reader holds a row for
@@ -58,8 +58,8 @@ MANIFEST_BYTES_PER_SHARD: Final = 377
 MAX_SET_IDENTITY_BYTES: Final = 1 << 20
 """Size of `set.json`: a list of every bucket that a configuration can name fits in."""
 MAX_MANIFEST_BYTES: Final = 512 << 20
-"""Size of `manifest.json`: 10⁶ shards take 377 MB, which leaves room for three million keys of images
-that did not decode."""
+"""Size of `manifest.json`: 10⁶ shards take 377 MB, which leaves room for three million keys of
+images that did not decode."""
 MAX_JSON_DEPTH: Final = 8
 """Nesting of containers in the JSON of a set: ours has four levels."""
 MAX_COUNTER: Final = 1 << 53

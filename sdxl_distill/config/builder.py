@@ -33,7 +33,7 @@ from sdxl_distill.limits import (
 )
 
 _SDXL_SIZE = 1024
-_SIZE_STEP = 128  # SDXL's sides are multiples of 64 at 1024; times size / 1024 they must be of 8
+_SIZE_STEP = 128  # SDXL's sides are multiples of 64; scaled by size / 1024 they must be of 8
 _LONGEST_SIDE = max(max(bucket) for bucket in SDXL_BUCKETS)
 _MAX_SCALED_SIZE = MAX_SIDE_PX * _SDXL_SIZE // _LONGEST_SIDE // _SIZE_STEP * _SIZE_STEP
 
@@ -55,13 +55,13 @@ class TeacherSection(Section):
     checkpoint_path: Place
     """A local diffusers folder or a hub id."""
     teacher_id: TeacherId
-    """Name of the teacher: of its predictions set, its shards and its loss in the logs."""
+    """Name of the teacher, and so of its predictions set, its shards and its loss in the logs."""
     use_bf16: bool = True
     """Run the UNet in bfloat16; false runs it in float32."""
     prediction_type: PredictionType | None = None
-    """What the UNet predicts, when the checkpoint's scheduler says it wrongly or not at all."""
+    """What the UNet predicts, if the checkpoint's scheduler states it wrongly or not at all."""
     zero_terminal_snr: bool | None = None
-    """Whether its noise schedule ends in pure noise, when the checkpoint says it wrongly."""
+    """Whether its noise schedule ends in pure noise, if the checkpoint states it wrongly."""
 
 
 class BucketSection(Section):
@@ -81,7 +81,7 @@ class BucketSection(Section):
         for number, resolution in enumerate(self.resolutions or ()):
             if resolution in seen:
                 raise BrokenRule(
-                    f"{list(resolution)} stands there twice",
+                    f"{list(resolution)} is listed twice",
                     expected="every bucket once",
                     key=("resolutions", number),
                 )
@@ -99,7 +99,7 @@ class LatentCacheSection(Section):
     batch_size: Count = 4
     """Images that the VAE encodes at once on one device."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the VAE computes in; fp16 is not offered, SDXL's VAE overflows in it."""
+    """Dtype that the VAE computes in; fp16 is not offered, since SDXL's VAE overflows in it."""
 
     @model_validator(mode="after")
     def _check_enabled(self) -> LatentCacheSection:
@@ -108,7 +108,7 @@ class LatentCacheSection(Section):
                 "false: without latents there is nothing that teachers and trainer could read",
                 expected="true",
                 key=("enabled",),
-                action="remove the key; to keep the latents elsewhere set cache_dir beside it",
+                action="remove the key; to keep the latents elsewhere set cache_dir instead",
             )
         return self
 
@@ -117,9 +117,9 @@ class BuilderDataSection(Section):
     """The images, and the latents set made of them."""
 
     image_dir: Place
-    """Folder that is searched for images and captions, with all folders in it."""
+    """Folder that is searched for images and captions, with all its subfolders."""
     size: Side = 1024
-    """Side in pixels of the square that every bucket's area is about."""
+    """Side in pixels of the square whose area every bucket roughly has."""
     bucket: BucketSection = BucketSection()
     latent_cache: LatentCacheSection = LatentCacheSection()
     records_per_shard: Annotated[int, Field(ge=1, le=MAX_RECORDS)] = 512
@@ -127,12 +127,12 @@ class BuilderDataSection(Section):
     on_bad_image: Literal["skip", "error"] = "skip"
     """What happens to an image that cannot be decoded: leave it out and list it, or stop."""
     on_changed_caption: Literal["error", "keep"] = "error"
-    """What happens when the caption of a committed image changed: stop, or keep the old one."""
+    """What happens when the caption of a committed image has changed: stop, or keep the old one."""
     allow_empty_captions: bool = False
-    """Build also when most of the new images have no caption; false stops before anything is
-    written, since that is nearly always a caption file or key of another name."""
+    """Build even when most of the new images have no caption; false stops before anything is
+    written, since the cause is nearly always a caption file or key of another name."""
     max_image_pixels: Count = 128_000_000
-    """Images of more pixels are bad images: a small file can decode to a huge one."""
+    """Images with more pixels count as bad images: a small file can decode to a huge one."""
 
     @model_validator(mode="after")
     def _check_size(self) -> BuilderDataSection:
@@ -159,29 +159,29 @@ class CacheSection(Section):
     output_dir: Place = "./cache/teacher_predictions"
     """Folder that holds one folder per teacher, and the text sets of the compact layout."""
     version: Annotated[str, Field(max_length=MAX_VERSION_LENGTH)] = "1"
-    """Free text in the fingerprint: change it to keep apart what is else configured alike."""
+    """Free text in the fingerprint: change it to keep two otherwise equal configurations apart."""
     dtype: StoredDtype = "fp16"
-    """What predictions are stored in."""
+    """Dtype that predictions are stored in."""
     base_seed: Seed = 42
-    """Root of every timestep and every noise; equal for all teachers of one student."""
+    """Seed of every timestep and all noise; must be equal for all teachers of one student."""
     min_timestep: Annotated[int, Field(ge=0)] = 0
     """Smallest timestep, included."""
     max_timestep: Annotated[int, Field(ge=1, le=MAX_TIMESTEPS)] = 1000
     """Largest timestep, excluded; at most the teacher's number of training timesteps."""
     skip_existing: bool = True
-    """Keep committed shards and build the others; false sets the old set aside and builds anew."""
+    """Keep committed shards and build the others; false sets the old set aside and starts over."""
     layout: Literal["full", "compact"] = "full"
     """Full: every record holds noise and text embeddings. Compact: they are shared or recomputed,
     a quarter of the size from the second teacher on."""
     draws: Annotated[int, Field(ge=1, le=MAX_DRAWS)] = 1
-    """How many (timestep, noise) pairs of every image are predicted."""
+    """Number of (timestep, noise) pairs that are predicted for every image."""
     batch_size: Count = 8
     """Records that the UNet predicts at once on one device."""
     compile: bool = False
-    """Compile the UNet with torch.compile, once for each bucket: a minute or two each at the first
-    time, faster afterwards."""
+    """Compile the UNet with torch.compile, once for each bucket: a minute or two each at first,
+    faster afterwards."""
     exclusive: bool = False
-    """Promise that one process alone builds, for file systems without create-only names."""
+    """Promise that only one process builds, for file systems without create-only names."""
 
     @model_validator(mode="after")
     def _check_timesteps(self) -> CacheSection:
@@ -195,7 +195,7 @@ class CacheSection(Section):
 
 
 class ModelSection(Section):
-    """Where the VAE and the text encoders come from, when not from the teacher."""
+    """Where the VAE and the text encoders come from, if not from the teacher."""
 
     id: Place | None = None
     """Checkpoint of the VAE; null takes `model.text_encoder_id`, else the teacher's."""
@@ -207,10 +207,10 @@ class BuilderConfig(Section):
     """Configuration of `build_latents`, `build_shards` and `verify_shards --config`."""
 
     device: Device = "auto"
-    """Where models run: auto is CUDA when there is one, else the CPU; cuda insists."""
+    """Where models run: auto is CUDA if available, else the CPU; cuda requires it."""
     tf32: bool = True
     """Let a GPU multiply float32 matrices with 10 bits of mantissa: several times faster, with a
-    relative error of about 5e-4. Of no effect on bfloat16 weights and on CPUs."""
+    relative error of about 5e-4. No effect on bfloat16 weights or on CPUs."""
     teacher: TeacherSection
     data: BuilderDataSection
     cache: CacheSection = CacheSection()

@@ -51,18 +51,18 @@ class StudentSection(Section):
     use_gradient_checkpointing: bool = True
     """Compute activations twice instead of keeping them: much less memory, a third slower."""
     use_ema: bool = True
-    """Keep an exponential moving average of the weights and export that one."""
+    """Keep an exponential moving average of the weights and export it."""
     ema_decay: Decay = 0.9999
     """Decay per step once warm; step s uses min(ema_decay, (1 + s) / (10 + s))."""
     ema_device: Literal["auto", "cpu"] = "auto"
-    """Where the float32 average lies: auto beside the student, cpu in main memory."""
+    """Where the float32 average is kept: auto next to the student, cpu in main memory."""
 
 
 class TeacherCacheSection(Section):
     """One teacher's predictions set."""
 
     teacher_id: SafeName
-    """Name of the teacher, as it was built."""
+    """Name of the teacher, as its set was built."""
     cache_dir: Place = "./cache/teacher_predictions"
     """Folder that holds the teacher's folder."""
     weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
@@ -83,15 +83,15 @@ class DistillDataSection(Section):
     on_missing: Literal["error", "intersect"] = "error"
     """When a set lacks shards that another has: stop, or train on what all sets have."""
     on_change: Literal["error", "next_epoch"] = "error"
-    """When a resumed run finds other shards: stop, or go on at the start of the next epoch."""
+    """When a resumed run finds other shards: stop, or continue at the start of the next epoch."""
     window: Count = 16_384
     """Records of one bucket that are shuffled together, over all lanes."""
     lanes: Count | None = None
-    """Fixed slices of the records that ranks own; must divide the global batch and be divided by
+    """Fixed slices of the records that ranks own; must divide the global batch and be a multiple of
     the number of processes. Null takes the global batch's largest divisor up to 64."""
     reader_threads: Count | None = None
     """Threads of one process that read shards. Null takes 1 to 4, and leaves one of the process's
-    share of the processor cores to the training: more would only get in its way."""
+    processor cores to the training: more threads would only get in its way."""
     prefetch_batches: Count = 4
     """Batches, each a share of one step, that a process reads ahead."""
 
@@ -124,15 +124,15 @@ class TrainingSection(Section):
     lr: Positive = 5e-6
     """Learning rate after the warm-up."""
     loss_type: Literal["mse", "huber", "smooth_l1"] = "mse"
-    """What is minimised between student and average teacher."""
+    """The loss that is minimised between the student and the teachers' average."""
     huber_delta: Positive = 1.0
-    """Where huber and smooth_l1 turn from squared to linear."""
+    """Difference at which huber and smooth_l1 turn from squared to linear."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises from 0."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate goes on after the warm-up."""
+    """Course of the learning rate after the warm-up."""
     min_lr_ratio: Fraction = 0.0
-    """Where cosine and linear end, as a share of `lr`."""
+    """Final learning rate of cosine and linear, as a share of `lr`."""
     max_grad_norm: Positive | None = 1.0
     """Gradients of a larger global norm are scaled down to it; null never clips."""
     adam_beta1: Decay = 0.9
@@ -146,19 +146,19 @@ class TrainingSection(Section):
     optimizer: Literal["auto", "adamw", "adamw_8bit"] = "auto"
     """Moments in float32 (adamw) or 8 bits (adamw_8bit); auto is 8 bits on CUDA, else float32."""
     exact_masters: bool = False
-    """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, 2 bytes each more."""
+    """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, for 2 more bytes each."""
     compile: bool = False
-    """Compile the student with torch.compile, once for each bucket: some minutes each at the first
-    time, faster afterwards."""
+    """Compile the student with torch.compile, once for each bucket: a few minutes each at first,
+    faster afterwards."""
     compile_optimizer: bool = True
-    """On CUDA, compile the optimizer's step: a minute at the start, and then milliseconds in place
-    of most of a second per step. Needs a C compiler; of no effect on a CPU."""
+    """On CUDA, compile the optimizer's step: a minute at the start, and then milliseconds instead
+    of most of a second per step. Needs a C compiler; no effect on a CPU."""
     seed: Seed = 42
-    """Root of the stream order and of stochastic rounding."""
+    """Seed of the stream order and of stochastic rounding."""
     log_every: Count = 10
     """Steps between two points in the logs."""
     checkpoint_every: Count = 1000
-    """Steps between two checkpoints; the last step and a request to stop make one too."""
+    """Steps between two checkpoints; the last step and a request to stop save one too."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; at least two, so that a damaged one has a fallback."""
     validation: ValidationSection = ValidationSection()
@@ -179,7 +179,7 @@ class ExportSection(Section):
     """The model folder written at the end."""
 
     dtype: StoredDtype = "fp16"
-    """What the exported UNet is stored in; the VAE and the text encoders stay as their source
+    """Dtype that the exported UNet is stored in; the VAE and the text encoders stay as their source
     stores them."""
 
 
@@ -187,10 +187,10 @@ class DistillConfig(Section):
     """Configuration of `train` and `export_student`."""
 
     device: Device = "auto"
-    """Where the student trains: auto is CUDA when there is one, else the CPU; cuda insists."""
+    """Where the student trains: auto is CUDA if available, else the CPU; cuda requires it."""
     tf32: bool = True
     """Let a GPU multiply float32 matrices with 10 bits of mantissa: several times faster, with a
-    relative error of about 5e-4. Of no effect on bfloat16 weights and on CPUs."""
+    relative error of about 5e-4. No effect on bfloat16 weights or on CPUs."""
     run: RunSection
     student: StudentSection
     teachers: Annotated[tuple[TeacherCacheSection, ...], Field(strict=False, min_length=1)]

@@ -17,7 +17,7 @@ _PLACE = re.compile(r"<string>:(\d+) ")
 
 
 class _Object(list[tuple[str, Any]]):
-    """The pairs of a JSON object as they stand, twins included."""
+    """The pairs of a JSON object as written, repeated keys included."""
 
 
 def json_path(location: Sequence[str | int]) -> str:
@@ -68,10 +68,11 @@ def read_json5(path: Path) -> Any:
     """Read and parse a JSON5 file of at most `MAX_CONFIG_BYTES`.
 
     Raises:
-        ConfigError: when it is not there, is not a regular file, too large, not UTF-8 or not JSON5,
-            or when it holds a key twice.
+        ConfigError: when it is missing, not a regular file, too large, not UTF-8 or not JSON5, or
+            holds a key twice.
         StorageError: when it cannot be read.
     """
+    # What is wrong with the file is wrong with the configuration: ConfigError, not CorruptError.
     try:
         text = read_bytes(path, MAX_CONFIG_BYTES).decode("utf-8-sig")
         value, twins = parse_json5(text)
@@ -97,9 +98,10 @@ def read_json5(path: Path) -> Any:
             expected="JSON; comments and trailing commas are allowed",
             where=f"{path}, line {place[1]}" if place else str(path),
         ) from error
+    # json5 itself would keep the last of two equal keys and say nothing.
     if twins:
         raise ConfigError(
-            f"{', '.join(twins)} stands there more than once",
+            f"{', '.join(twins)} is given more than once",
             expected="every key once",
             where=str(path),
             action="remove all but one",

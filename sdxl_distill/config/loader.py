@@ -28,17 +28,19 @@ def load_config(path: str | Path, schema: type[Schema], overrides: Sequence[str]
     Args:
         path: JSON file; comments and trailing commas are allowed, and a `$schema` key for editors.
         schema: `BuilderConfig` or `DistillConfig`.
-        overrides: `a.b.c=value` each, later ones win; the value is JSON, or text if it is none.
+        overrides: `a.b.c=value` each, later ones win; the value is JSON, or text if it is not.
 
     Raises:
         ConfigError: file, JSON path, what was found and what belongs there, for every fault.
         StorageError: when the file cannot be read.
     """
+    # The file's tree, with the overrides laid over it.
     tree = read_json5(Path(path))
     if isinstance(tree, dict):
         cast("dict[str, Any]", tree).pop("$schema", None)
     given = [Override.parse(argument) for argument in overrides]
     places = {override.apply(tree, override.value): override for override in given}
+    # Checked by the schema; every fault is reported where it came from.
     try:
         config = _validate(tree, schema, places)
     except ValidationError as error:

@@ -17,7 +17,7 @@ class Override:
 
     Attributes:
         parts: the path, cut at its dots; `teachers.0.weight` and `teachers[0].weight` are equal.
-        text: what stands right of the first equals sign.
+        text: the part after the first equals sign.
     """
 
     parts: tuple[str, ...]
@@ -48,21 +48,21 @@ class Override:
 
     @property
     def value(self) -> Any:
-        """The text as JSON5, or as it stands where it is none."""
+        """The text parsed as JSON5, or as it is if it is not JSON5."""
         try:
             value, twins = parse_json5(self.text)
         except ValueError:
             return self.text
         if twins:
             raise ConfigError(
-                f"{', '.join(twins)} stands there more than once",
+                f"{', '.join(twins)} is given more than once",
                 expected="every key once",
                 where=self.option,
             )
         return value
 
     def apply(self, tree: Any, value: Any) -> tuple[str | int, ...]:
-        """Put `value` at the path into `tree`, making the objects on the way.
+        """Put `value` at the path into `tree`, creating missing objects on the way.
 
         Returns:
             The place, list positions as integers.
@@ -88,12 +88,12 @@ class Override:
         place = json_path(location) or "the file"
         if not isinstance(node, list):
             raise ConfigError(
-                f"{place} is no object", expected="an object or a list", where=self.option
+                f"{place} is not an object", expected="an object or a list", where=self.option
             )
         length = len(cast("list[Any]", node))
         if not part.isdecimal() or int(part) >= length:
             raise ConfigError(
-                f'"{part}" is no place in {place}',
+                f'"{part}" is not a position in {place}',
                 expected=f"a number below {length}",
                 where=self.option,
             )

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, key by key, in the words of one who must mend it."""
+"""What is wrong with a configuration, key by key, in words that help to mend it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def place(self) -> str:
-        """The JSON path, for the whole file a word."""
+        """The JSON path, or "the whole file"."""
         return json_path(self.location) or "the whole file"
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ def _meaning(location: tuple[str | int, ...], schema: type[Section]) -> str:
 
 
 def section_at(schema: type[Section], location: Sequence[str | int]) -> type[Section]:
-    """Return the section that a place in a configuration has."""
+    """Return the class of the section at a place in a configuration."""
     for part in location:
         if isinstance(part, str):
             section = section_in(schema.model_fields[part].annotation)

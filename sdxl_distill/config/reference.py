@@ -1,6 +1,6 @@
 """The reference generated from the schema: JSON Schemas for editors and docs/configuration.md.
 
-`python -m sdxl_distill.config.reference` writes them into the repository it is started in.
+`python -m sdxl_distill.config.reference` writes them into the repository that it is started in.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ per teacher, and one for the trainer (`train`, `export_student`). Examples:
 
 - Files are JSON in which `//` and `/* */` comments and trailing commas are allowed.
 - Relative paths are relative to the folder that the command is started in, not to the file.
-- `--set a.b.c=value` on every command overrides one key; the value is JSON, or text where it is
-  none: `--set training.lr=1e-5 --set teachers.0.weight=0.5 --set student.text_encoder_id=null`.
+- `--set a.b.c=value` on every command overrides one key; the value is JSON, or text if it is
+  not: `--set training.lr=1e-5 --set teachers.0.weight=0.5 --set student.text_encoder_id=null`.
 - `--print-config` shows the resolved configuration: the file, the overrides and every default. It
   can be saved and loaded again.
 - An unknown key, a wrong type or a missing value stops the command before any work, with the file,
   the path of the key, what was found and the nearest legal key; all faults are listed at once.
-- Editors complete and check keys with the JSON Schemas beside the examples: begin a file with
+- Editors complete and check keys with the JSON Schemas next to the examples: begin a file with
   `"$schema": "./builder.schema.json"` or `"$schema": "./distill.schema.json"`.
 """
 

@@ -27,10 +27,10 @@ class BrokenRule(ValueError):  # noqa: N818 - a finding that the loader turns in
     """A rule over one or more keys does not hold.
 
     Args:
-        found: what the keys say.
-        expected: what would be right.
+        found: the values that break the rule.
+        expected: the values that would be right.
         key: the place below the section that raises; empty for the field itself.
-        action: what to do; None where `expected` says it.
+        action: the next step for the user; None if `expected` says it.
     """
 
     def __init__(

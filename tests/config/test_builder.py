@@ -40,7 +40,7 @@ def test_without_buckets_there_is_one_square(builder_file):
         ("[[64, 60]]", r"resolutions\[0\]\[1\]: 60; expected a multiple of 8"),
         ("[[64]]", r"resolutions\[0\]\[1\]: is missing"),
         ("[[64, 64, 64]]", r"resolutions\[0\]: \[64, 64, 64\]; expected at most 2 items"),
-        ("[[64, 64], [64, 64]]", r"resolutions\[1\]: \[64, 64\] stands there twice"),
+        ("[[64, 64], [64, 64]]", r"resolutions\[1\]: \[64, 64\] is listed twice"),
         ("[[0, 64]]", r"resolutions\[0\]\[0\]: 0"),
         ("[]", "expected at least 1 item"),
     ],

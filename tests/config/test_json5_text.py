@@ -38,7 +38,7 @@ def test_every_key_given_twice_is_named_by_its_path():
 def test_a_key_given_twice_is_refused(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"training": {"lr": 1, "lr": 2}}')
-    assert "training.lr stands there more than once" in str(_error(path))
+    assert "training.lr is given more than once" in str(_error(path))
 
 
 def test_a_syntax_error_names_the_line(tmp_path):

@@ -49,17 +49,17 @@ def test_a_list_position_is_a_number(argument):
 
 @pytest.mark.parametrize("argument", ["a.2=5", "a.-1=5", "a.x=5", "a.²=5", "a.2.w=5"])
 def test_a_place_outside_a_list_is_refused(argument):
-    with pytest.raises(ConfigError, match="no place in a; expected a number below 2"):
+    with pytest.raises(ConfigError, match="not a position in a; expected a number below 2"):
         _apply(argument, {"a": [1, 2]})
 
 
 def test_a_path_through_a_scalar_is_refused():
-    with pytest.raises(ConfigError, match=r"--set device\.x=1: device is no object"):
+    with pytest.raises(ConfigError, match=r"--set device\.x=1: device is not an object"):
         _apply("device.x=1", {"device": "cpu"})
 
 
 def test_a_file_that_is_no_object_is_refused():
-    with pytest.raises(ConfigError, match="the file is no object"):
+    with pytest.raises(ConfigError, match="the file is not an object"):
         _apply("a=1", 3)
 
 
@@ -70,5 +70,5 @@ def test_an_argument_that_is_no_assignment_is_refused(argument):
 
 
 def test_a_value_with_a_key_given_twice_is_refused():
-    with pytest.raises(ConfigError, match="b stands there more than once"):
+    with pytest.raises(ConfigError, match="b is given more than once"):
         _apply("a={b: 1, b: 2}", {})
