@@ -15,7 +15,7 @@ _MAX_DEFAULT_LANES = 64
 
 
 def default_lanes(global_batch: int) -> int:
-    """Return the largest divisor of the global batch up to 64; never taken from the world size."""
+    """Return the largest divisor of the global batch up to 64, whatever the world size."""
     return max(_divisors(global_batch, _MAX_DEFAULT_LANES))
 
 
@@ -25,8 +25,8 @@ class Lanes:
     Args:
         num_lanes: C.
         global_batch: G.
-        window: W, records that are mixed with each other, over all lanes.
-        seed: of the whole stream order.
+        window: W, number of records that are mixed with each other, over all lanes.
+        seed: the stream order's seed.
 
     Raises:
         ConfigError: when C does not divide G.
@@ -37,7 +37,7 @@ class Lanes:
             raise ConfigError(
                 f"{num_lanes} lanes for a global batch of {global_batch}",
                 expected=f"one of {_divisors(global_batch, global_batch)}",
-                where="schedule",
+                where="stream order",
                 action="set `data.lanes` to one of these, or leave it out",
             )
         self.num_lanes = num_lanes
@@ -61,13 +61,13 @@ class Lanes:
             raise ConfigError(
                 f"{world} processes for {self.num_lanes} lanes",
                 expected=f"one of {_divisors(self.num_lanes, self.num_lanes)} processes",
-                where="schedule",
+                where="stream order",
                 action="start another number of processes, or set `data.lanes` to a multiple of it "
-                f"that divides the global batch of {self._global_batch} (another stream order)",
+                f"that divides the global batch of {self._global_batch} (this changes the order)",
             )
         if not 0 <= rank < world:
             raise ConfigError(
-                f"rank {rank} of {world}", expected="0 <= rank < world", where="schedule"
+                f"rank {rank} of {world}", expected="0 <= rank < world", where="stream order"
             )
         lanes_per_rank = self.num_lanes // world
         own = np.arange(rank * lanes_per_rank, (rank + 1) * lanes_per_rank)
@@ -78,11 +78,11 @@ class Lanes:
 
         Args:
             num_records: [buckets], n of each bucket.
-            num_shards: [buckets] that have a record.
+            num_shards: [buckets], shards of each bucket that have a record.
             world: number of ranks, which divides C.
         """
         in_lane = np.minimum(self._window, -(-num_records // self.num_lanes))
-        # A stretch of a line touches one shard more than it is long, and a lane may wrap around.
+        # A stretch as long as k shards touches up to k + 1, and a lane that wraps around one more.
         per_lane = -(-in_lane * num_shards // np.maximum(num_records, 1)) + 2
         return np.minimum(num_shards, self.num_lanes // world * per_lane)
 
@@ -92,10 +92,10 @@ class Lanes:
         """Map places of the endless line to places on the line of their lap; one-to-one in a lap.
 
         Args:
-            place: [T, B], of T turns.
+            place: [T, B], places of T turns.
             lap: [T, B], place // n.
             num_records: [T, 1], n of the turn's bucket.
-            code: [T, 1], what stands for the bucket in hashes.
+            code: [T, 1], number that stands for the bucket in hashes.
             positions: [B].
 
         Returns:
@@ -104,7 +104,7 @@ class Lanes:
         lane = positions % self.num_lanes
         rounds, rest = np.divmod(lap * num_records, self.num_lanes)
         next_rounds, next_rest = np.divmod((lap + 1) * num_records, self.num_lanes)
-        # The first `rest` lanes have had one place more than the others.
+        # The first `rest` lanes have had one place more than the others so far.
         places_before = rounds + (lane < rest)
         length = next_rounds + (lane < next_rest) - places_before
         stretch = lane * (next_rounds - rounds)
@@ -119,7 +119,7 @@ class Lanes:
             np.minimum(self._window, length - window).reshape(-1),
             (key + window.astype(np.uint64)).reshape(-1),
         ).reshape(place.shape)
-        # Lanes shorter than a shard would repeat their coarse order in each lap, but for the start.
+        # Lanes shorter than a shard would repeat their coarse order if the start did not differ.
         start = (key % length.astype(np.uint64)).astype(np.int64)
         return stretch + (window + permuted + start) % length
 

@@ -1,7 +1,7 @@
 """The line of a lap: all records of a bucket, shard after shard, and the look-up on it.
 
-Shards keep to home lanes, so that a rank reads nearly the same shards in every lap; were all shards
-permuted anew, most of its records would come from shards that it has not seen. See
+Shards stay in home lanes, so that a rank reads nearly the same shards in every lap; if all shards
+were permuted again each time, most of its records would come from shards it has not seen. See
 docs/determinism.md, "Line of a lap".
 """
 
@@ -21,7 +21,7 @@ class Line(NamedTuple):
     """Shards in the order of one lap."""
 
     rows: NDArray[np.int32]
-    """[S_b] rows of the shard table; int32, for only this state grows with the data."""
+    """[S_b] rows of the shard table; int32, because only this state grows with the data."""
     ends: Int64s
     """[S_b] place after each shard's last record; the last of them is n."""
 
@@ -31,11 +31,11 @@ class Lines:
 
     Args:
         table: the joined shards; those without a record are left out.
-        codes: uint64 [buckets], what stands for each bucket in hashes.
-        seed: of the whole stream order.
+        codes: uint64 [buckets], numbers that stand for the buckets in hashes.
+        seed: the stream order's seed.
         lanes: C.
-        num_mixed: M · C, records that one window of all lanes mixes anyway; a bucket that is not
-            larger has the same line in every lap.
+        num_mixed: M · C, number of records that one window of all lanes mixes anyway; a bucket of
+            no more records has the same line in every lap.
     """
 
     def __init__(
@@ -63,24 +63,29 @@ class Lines:
         Neighbours of one bucket and lap are looked up together, so sort by both.
 
         Args:
-            bucket: int64 [T], indices.
-            lap: int64 [T, B].
-            place: int64 [T, B], 0 ≤ place < n.
+            bucket: int64 [T], indices of buckets.
+            lap: int64 [T, B], number of the lap.
+            place: int64 [T, B], place on the line, 0 ≤ place < n.
 
         Returns:
             row of the shard table [T, B] and record in that shard [T, B], int64.
         """
+        # Flat columns; a steady bucket has the line of lap 0 in every lap.
         buckets = np.repeat(bucket, place.shape[1])
         laps = np.where(self._is_steady[bucket, np.newaxis], 0, lap).ravel()
         places = place.ravel()
         row = np.empty_like(places)
         end = np.empty_like(places)
+
+        # One search for each stretch of one bucket and lap.
         cuts = np.flatnonzero((np.diff(buckets) != 0) | (np.diff(laps) != 0)) + 1
         for start, stop in pairwise([0, *cuts.tolist(), places.size]):
             line = self.line(int(buckets[start]), int(laps[start]))
             at = np.searchsorted(line.ends, places[start:stop], side="right")
             row[start:stop] = line.rows[at]
             end[start:stop] = line.ends[at]
+
+        # `end` is the place after the shard's last record.
         record = self._table.first[row] + places - (end - self._table.count[row])
         return row.reshape(place.shape), record.reshape(place.shape)
 
@@ -98,17 +103,17 @@ class Lines:
         return line
 
     def _line_of_lap(self, bucket: int, lap: int) -> Line:
-        """Shuffle the shards of each home lane."""
+        """Return the steady line with the shards of each home lane shuffled."""
         steady = self._steady[bucket]
         count = self._table.count[steady.rows]
         middle = steady.ends - count + count // 2
         home = middle * self._lanes // self.num_records[bucket]
         number = self._table.number[steady.rows]
-        # Hashes differ from one another; what sorts them need not be stable, only what follows.
-        order = np.argsort(derive(self._lap_key, self._codes[bucket : bucket + 1], lap, number))
+        # Hashes are distinct, so this sort need not be stable; the next one must be.
+        shuffled = np.argsort(derive(self._lap_key, self._codes[bucket : bucket + 1], lap, number))
         short = home.astype(np.min_scalar_type(self._lanes))
-        order = order[np.argsort(short[order], kind="stable")]
-        return Line(steady.rows[order], np.cumsum(count[order]))
+        shuffled = shuffled[np.argsort(short[shuffled], kind="stable")]
+        return Line(steady.rows[shuffled], np.cumsum(count[shuffled]))
 
 
 def _rows_by_bucket(table: ShardTable) -> list[NDArray[np.int32]]:

@@ -21,7 +21,7 @@ _HALF_WORD = np.uint64(32)
 
 
 class Purpose(IntEnum):
-    """First part of every derived key: no two uses of the seed may meet."""
+    """First part of every derived key, so that no two uses of the seed collide."""
 
     SHARD = 0
     PHASE = 1
@@ -34,10 +34,10 @@ def mix(words: UInt64s) -> UInt64s:
     """Hash each word with one step of splitmix64; a bijection of uint64.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the
-    constants are those of Vigna's splitmix64.c, whose output for the state `words` this is.
+    constants are those of Vigna's splitmix64.c, of which this is the output for the state `words`.
 
     Args:
-        words: uint64, at least one dimension (numpy warns of overflow in scalars only).
+        words: uint64 of at least one dimension (numpy warns of overflow in scalars only).
     """
     mixed = words + np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(30)
@@ -80,7 +80,7 @@ def permute(positions: Int64s, lengths: Int64s, keys: UInt64s) -> Int64s:
     Args:
         positions: int64 [N], 0 ≤ position < length.
         lengths: int64 [N], 1 … 2³².
-        keys: uint64 [N].
+        keys: uint64 [N], any bits.
 
     Returns:
         int64 [N], 0 ≤ result < length.

@@ -24,13 +24,13 @@ class ShardTable:
     Attributes:
         bucket: index into `buckets`.
         number: the shard's number in its bucket.
-        first: the first record that is streamed.
-        count: how many records are streamed; 0 is legal.
+        first: position of the first record that is streamed.
+        count: number of records that are streamed; 0 is legal.
         buckets: (width, height) in pixels, strictly ascending.
 
     Raises:
-        ConfigError: when the columns are no integers, differ in length, are out of range or name a
-            shard twice.
+        ConfigError: when the columns are not integers, differ in length, are out of range or name
+            a shard twice.
     """
 
     bucket: Int64s

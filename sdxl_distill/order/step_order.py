@@ -32,14 +32,14 @@ class _Block:
 class StepOrder:
     """Bucket and turn of every step.
 
-    Turn v of a bucket is its v-th global batch since epoch 0. Of a bucket of n records, epoch e has
-    the turns ⌊en/G⌋ … ⌊(e+1)n/G⌋ − 1: one pass over the images; what does not fill a batch is
+    Turn v of a bucket is its v-th global batch since epoch 0. A bucket of n records has the turns
+    ⌊en/G⌋ … ⌊(e+1)n/G⌋ − 1 in epoch e: one pass over the images; what does not fill a batch is
     carried over.
 
     Args:
-        num_records: int64 [buckets], n.
-        codes: uint64 [buckets], what stands for each bucket in hashes.
-        seed: of the whole stream order.
+        num_records: int64 [buckets], n of each bucket.
+        codes: uint64 [buckets], numbers that stand for the buckets in hashes.
+        seed: the stream order's seed.
         global_batch: G.
     """
 
@@ -62,7 +62,7 @@ class StepOrder:
         return self.first_turns(epoch + 1) - self.first_turns(epoch)
 
     def steps_before(self, epoch: int) -> int:
-        """Return the number of steps in all epochs before."""
+        """Return the number of steps in all earlier epochs."""
         return int(self.first_turns(epoch).sum())
 
     def epoch_of(self, global_step: int) -> int:
@@ -113,8 +113,8 @@ class StepOrder:
         number = bisect_right(range(num_blocks), step, key=start_of) - 1
         before = turns_before(number)
         lengths = turns_before(number + 1) - before
-        order = shuffled(derive(self._block_key, epoch, number), int(lengths.sum()))
-        bucket = np.repeat(np.arange(lengths.size), lengths)[order]
+        permutation = shuffled(derive(self._block_key, epoch, number), int(lengths.sum()))
+        bucket = np.repeat(np.arange(lengths.size), lengths)[permutation]
         turn = np.empty_like(bucket)
         turn[np.argsort(bucket, kind="stable")] = _ramps(self.first_turns(epoch) + before, lengths)
         self._recent = _Block(epoch, int(before.sum()), bucket, turn)

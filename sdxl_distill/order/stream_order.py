@@ -1,4 +1,4 @@
-"""The order: which records each rank reads at each step, by integer arithmetic alone.
+"""The stream order: which records each rank reads at each step, by integer arithmetic alone.
 
 In: the shard table, a seed and the sizes of batch, lanes and window. Out: batches of (shard,
 record, draw), the same for every world size. The whole state is (epoch, step). Formulas:
@@ -25,10 +25,10 @@ from sdxl_distill.order.step_order import StepOrder
 __all__ = ["BucketSteps", "PlannedBatch", "ShardTable", "StreamOrder", "default_lanes"]
 
 STREAM_ORDER = "laps-1"
-"""Version of the algorithm; another one is another order for the same seed."""
+"""Version of the algorithm; another version means another order for the same seed."""
 
 _STEPS_AT_ONCE = 64
-_WHERE = "schedule"
+_WHERE = "stream order"
 
 
 class PlannedBatch(NamedTuple):
@@ -70,9 +70,9 @@ class StreamOrder:
         table: the joined shards.
         seed: 0 … 2⁶⁴ − 1.
         global_batch: G, records per optimizer step over all ranks.
-        lanes: C, a divisor of G and a multiple of every world size to come; None is
+        lanes: C, a divisor of G and a multiple of every future world size; None is
             `default_lanes(G)`.
-        window: W, how many records of a bucket are mixed with each other.
+        window: W, number of records of a bucket that are mixed with each other.
         num_draws: D, the draws that all sets have; lap q reads draw q mod D.
 
     Raises:
@@ -96,7 +96,7 @@ class StreamOrder:
         self.lanes = default_lanes(global_batch) if lanes is None else lanes
         self.window = window
         self.num_draws = num_draws
-        # By size, not by index: a bucket that joins later must not move the others.
+        # By size, not by index: a bucket that is added later must not reorder the others.
         self._codes: UInt64s = np.array(
             [(width << 32) + height for width, height in table.buckets], dtype=np.uint64
         )
@@ -112,13 +112,13 @@ class StreamOrder:
                 where=_WHERE,
                 action="build more shards, or lower `training.validation.fraction`",
             )
-        self._order = StepOrder(
+        self._step_order = StepOrder(
             self._num_records, self._codes, seed=seed, global_batch=global_batch
         )
 
     def steps(self, epoch: int) -> int:
         """Return the number of steps of an epoch, which may be 0."""
-        return int(self._order.turns_of(epoch).sum())
+        return int(self._step_order.turns_of(epoch).sum())
 
     def global_step(self, epoch: int, step: int) -> int:
         """Return how many steps come before a position, over all epochs.
@@ -127,7 +127,7 @@ class StreamOrder:
             IncompatibleError: when the epoch has fewer steps.
         """
         self._check_position(epoch, step)
-        return self._order.steps_before(epoch) + step
+        return self._step_order.steps_before(epoch) + step
 
     def position_of(self, global_step: int) -> tuple[int, int]:
         """Return (epoch, step) of a global step: the inverse of `global_step`.
@@ -141,8 +141,8 @@ class StreamOrder:
             raise IncompatibleError(
                 f"global step {global_step}", expected="0 or more", where=_WHERE
             )
-        epoch = self._order.epoch_of(global_step)
-        return epoch, global_step - self._order.steps_before(epoch)
+        epoch = self._step_order.epoch_of(global_step)
+        return epoch, global_step - self._step_order.steps_before(epoch)
 
     def batches(
         self, epoch: int, step: int, stop: int, *, rank: int = 0, world: int = 1
@@ -168,7 +168,7 @@ class StreamOrder:
         """Return how many shards, of all buckets, a rank reads from at once, each draw counted.
 
         Steps of all buckets take turns, and a window of a bucket lasts for thousands of them. A
-        batch of a bucket that is smaller takes several laps of it, which read other draws.
+        batch of a bucket smaller than itself takes several laps of it, each of another draw.
 
         Raises:
             ConfigError: when the world does not divide the lanes.
@@ -181,7 +181,7 @@ class StreamOrder:
         return int((in_use * np.minimum(laps, self.num_draws)).sum())
 
     def identity(self) -> dict[str, Any]:
-        """Return whatever determines the order, as JSON; for `differing_fields`."""
+        """Return everything that determines the order, as JSON; for `differing_fields`."""
         return {
             "stream_order": STREAM_ORDER,
             "seed": self.seed,
@@ -201,9 +201,9 @@ class StreamOrder:
         return fingerprint(self.identity())
 
     def describe(self, epoch: int = 0) -> tuple[BucketSteps, ...]:
-        """Return the part of each bucket of the table in an epoch."""
+        """Return the part that each bucket of the table has in an epoch."""
         num_shards = np.bincount(self.table.bucket, minlength=len(self.table.buckets))
-        num_steps = self._order.turns_of(epoch)
+        num_steps = self._step_order.turns_of(epoch)
         return tuple(
             BucketSteps(
                 bucket=bucket,
@@ -218,8 +218,8 @@ class StreamOrder:
     def _look_up(
         self, epoch: int, step: int, stop: int, positions: Int64s
     ) -> Iterator[PlannedBatch]:
-        bucket, turn = self._order.turns(epoch, step, stop)
-        # Turns of a bucket side by side are looked up together.
+        bucket, turn = self._step_order.turns(epoch, step, stop)
+        # Sorted by bucket, so that turns of one bucket are looked up together.
         by_bucket = np.argsort(bucket, kind="stable")
         num_records = self._num_records[bucket[by_bucket], np.newaxis]
         place = turn[by_bucket, np.newaxis] * self.global_batch + positions

@@ -1,7 +1,7 @@
 """Alignment: shard i of every set holds the same keys in the same order, or is refused.
 
 Decided from the manifests when the sets are opened. `ShardSet` compares each index with its
-manifest when it is first used, so what is aligned here stays so while records are read.
+manifest when it is first used, so what is aligned here stays aligned while records are read.
 """
 
 from __future__ import annotations
@@ -48,15 +48,16 @@ def align(sets: JoinedSets, on_missing: OnMissing) -> tuple[AlignedShard, ...]:
     """Return the shards that all sets have, sorted by bucket and number.
 
     Args:
-        sets: that are joined.
+        sets: the joined sets.
         on_missing: `error` refuses a shard that some set lacks, `intersect` leaves it out.
 
     Raises:
-        IncompatibleError: with the counts per set and bucket and the commands that build what
-            is missing, or what was made from other latents shards than today's.
+        IncompatibleError: when shards are missing or were made from latents shards that have
+            been replaced; gives the counts per set and bucket and the commands to build them.
         CorruptError: when a shard holds other keys than the latents shard it claims to follow.
         ConfigError: when there is no shard that all sets have.
     """
+    # Which shards each set lacks.
     numbers = [_places(shard_set) for shard_set in sets.all]
     common, known = set.intersection(*numbers), set.union(*numbers)
     missing = {
@@ -64,6 +65,8 @@ def align(sets: JoinedSets, on_missing: OnMissing) -> tuple[AlignedShard, ...]:
         for shard_set, own in zip(sets.all, numbers, strict=True)
         if known > own
     }
+
+    # Refuse that, or leave them out.
     if missing and on_missing == "error":
         raise _missing(missing)
     for shard_set, counts in missing.items():
@@ -71,9 +74,11 @@ def align(sets: JoinedSets, on_missing: OnMissing) -> tuple[AlignedShard, ...]:
     if not common:
         raise ConfigError(
             "there is no shard that all sets have",
-            where=", ".join(str(shard_set.directory) for shard_set in sets.all),
+            where=", ".join(str(shard_set.place) for shard_set in sets.all),
             action="build more shards of each set",
         )
+
+    # What has the same name must hold the same records.
     _require_fresh(sets, common)
     _require_same_keys(sets, common)
     return tuple(
@@ -103,7 +108,7 @@ def _missing(missing: Mapping[ShardSet, Counter[Bucket]]) -> IncompatibleError:
         "shards are missing: "
         + "; ".join(f"{each.id} lacks {_describe(counts)}" for each, counts in missing.items()),
         expected="the same shards in every set",
-        where=", ".join(str(shard_set.directory) for shard_set in missing),
+        where=", ".join(str(shard_set.place) for shard_set in missing),
         action=f"build them: {_commands(missing)}; or train on what all sets have with "
         "data.on_missing: intersect",
     )
@@ -117,7 +122,7 @@ def _commands(shard_sets: Mapping[ShardSet, object], options: str = "") -> str:
 
 
 def _require_fresh(sets: JoinedSets, common: set[tuple[int, int, int]]) -> None:
-    """Refuse shards made from another latents shard than the one that has its name today."""
+    """Refuse shards made from a latents shard that has since been replaced."""
     sources = {entry[:3]: entry.tar_sha256 for entry in sets.latents.manifest.shards}
     stale = {
         shard_set: Counter(
@@ -134,8 +139,8 @@ def _require_fresh(sets: JoinedSets, common: set[tuple[int, int, int]]) -> None:
             "shards are stale, made from other latents than today's: "
             + "; ".join(f"{each.id} has {_describe(counts)}" for each, counts in stale.items()),
             expected=f"shards made from those of set {sets.latents.id}",
-            where=", ".join(str(shard_set.directory) for shard_set in stale),
-            action=f"build these shards anew: {_commands(stale, ' --repair')}",
+            where=", ".join(str(shard_set.place) for shard_set in stale),
+            action=f"rebuild these shards: {_commands(stale, ' --repair')}",
         )
 
 
@@ -158,7 +163,7 @@ def _used_entries(
 
 
 def _other_keys(shard_set: ShardSet, latents: ShardSet, entry: ShardEntry) -> CorruptError:
-    """Name the first key that differs, for which the two indices are read."""
+    """Read both indices and name the first key that differs."""
     name = entry.name(shard_set.id)
     own = shard_set.index(name).keys()
     expected = latents.index(entry._replace(draw=0).name(latents.id)).keys()
@@ -171,5 +176,5 @@ def _other_keys(shard_set: ShardSet, latents: ShardSet, entry: ShardEntry) -> Co
         f"record {record} is {found_key}",
         expected=f"{expected_key}, as in set {latents.id}",
         where=f"set {shard_set.id}, shard {name.tar}",
-        action=f"build this shard anew: {_commands({shard_set: entry}, ' --repair')}",
+        action=f"rebuild this shard: {_commands({shard_set: entry}, ' --repair')}",
     )

@@ -49,7 +49,7 @@ class BatchLayout(NamedTuple):
 
         A processor copies three to six times slower when the target lies less than a cache line
         after the source, modulo a page: each load then seems to wait for the store before it. So
-        each tensor starts in the same cache line of 512 bytes as it does in the file.
+        each tensor starts at the same cache line, modulo 512 bytes, as it does in the file.
 
         Args:
             tensors: dtype, shape [B, …], and offset of the tensor in a file's record.
@@ -74,11 +74,11 @@ class Block(NamedTuple):
 
 
 class BatchMemory:
-    """Gives blocks out and takes them back; safe to share between threads.
+    """Lends blocks and takes them back; safe to share between threads.
 
     Args:
-        max_free: blocks that are kept while nobody uses them.
-        pin_memory: whether blocks are page-locked; torch then keeps freed ones itself.
+        max_free: largest number of unused blocks that are kept.
+        pin_memory: true for page-locked blocks, of which torch itself keeps the freed ones.
     """
 
     def __init__(self, *, max_free: int, pin_memory: bool) -> None:
@@ -108,7 +108,7 @@ class BatchMemory:
         if memory.size < num_bytes:
             memory = _aligned(_padded(num_bytes, _GRANULARITY_BYTES))
         lease = memory[:]
-        # Tensors keep the lease alive, the lease does not keep the memory from being used again.
+        # The tensors keep the lease alive; when the last is gone, the memory is free again.
         weakref.finalize(lease, self._give_back, memory).atexit = False
         return lease
 
@@ -137,12 +137,12 @@ class JoinedBatch:
         step: position of the step in its epoch.
         bucket: the common resolution in pixels.
         keys: `{image_id}_{W}x{H}` of each record.
-        draws: which (timestep, noise) pair of each image.
+        draws: number of each record's draw, that is, its (timestep, noise) pair.
         latents: scaled VAE latents, float16 [B, C, H/8, W/8].
         noise: standard normal, float16 [B, C, H/8, W/8].
         timesteps: int64 [B].
-        predictions: per teacher, in the order of the joined sets, [B, C, H/8, W/8] in its
-            cache dtype.
+        predictions: one tensor per teacher, in the order of the joined sets,
+            [B, C, H/8, W/8] in its cache dtype.
         encoder_hidden_states: text embeddings, float16 [B, T, D].
         pooled_embeds: float16 [B, P].
         time_ids: micro-conditioning, int32 [B, 6].
@@ -169,7 +169,7 @@ class JoinedBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def uploaded(self, copies: CopyStream) -> JoinedBatch:
-        """Copy to a device beside what it computes, which then waits for the copy."""
+        """Copy to a device while it computes; what it computes next waits for the copy."""
         with copies.copying() as copy:
             return self._map(copy)
 

@@ -1,7 +1,7 @@
-"""What a draw fixes: seed, timestep and noise, and the text that went with them.
+"""Draw parameters: the seed and timestep of a draw, and checks that all teachers used them.
 
-Every teacher must have been asked the same, or its answers cannot be averaged. The digests in
-the indices prove it without reading a tensor twice.
+Teachers that saw different noise, timesteps or text cannot be averaged. The digests in the
+indices prove that they saw the same, without reading a tensor twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdxl_distill.shards.set_identity import NoiseRecipe
 DRAW_TENSORS: Final = ("seed", "timestep", "noise")
 TEXT_TENSORS: Final = ("encoder_hidden_states", "pooled_embeds")
 _MAX_TEXT_DISTANCE: Final = 1e-2
-"""Relative distance between two encodings of one caption on different devices: rounding moves
+"""Largest relative distance between two encodings of one caption: another device's rounding moves
 them by less (bfloat16 by 0.8 %), another caption by tens of percent."""
 
 
@@ -35,7 +35,7 @@ class DrawParameters(NamedTuple):
 
 
 def expected_draw(image_id: str, recipe: NoiseRecipe, draw: int) -> DrawParameters:
-    """Return what a teacher must have been asked."""
+    """Return the seed and timestep that every teacher must have used."""
     return DrawParameters(
         noise_seed(image_id, recipe.base_seed, draw),
         timestep(image_id, recipe.base_seed, draw, recipe.min_timestep, recipe.max_timestep),
@@ -43,7 +43,7 @@ def expected_draw(image_id: str, recipe: NoiseRecipe, draw: int) -> DrawParamete
 
 
 def differing_records(indices: Sequence[ShardIndex], tensor_names: Sequence[str]) -> frozenset[int]:
-    """Return the records of aligned shards in which some tensor has not one digest in all."""
+    """Return the records of aligned shards in which some tensor's digests are not all equal."""
     first, *others = indices
     differs = np.zeros(first.num_records, np.bool_)
     for name in tensor_names:
@@ -72,10 +72,10 @@ def require_noise(index: ShardIndex, record: int, digest: int, origin: str) -> N
     """Check that a teacher saw the noise that the batch holds.
 
     Args:
-        index: of the teacher's shard.
-        record: its number in the shard.
-        digest: of the batch's noise.
-        origin: where that came from.
+        index: the index of the teacher's shard.
+        record: the record's number in the shard.
+        digest: the digest of the batch's noise.
+        origin: the source of that noise, for the message.
 
     Raises:
         IncompatibleError: naming the set, the shard and the key.
@@ -92,7 +92,8 @@ def require_noise(index: ShardIndex, record: int, digest: int, origin: str) -> N
 def require_close_text(text: ShardReader, other: ShardReader, record: int) -> None:
     """Check that two sets of the same text encoders hold one caption's embeddings.
 
-    Those of different devices may differ by rounding; only then they are read and compared.
+    Embeddings from different devices may differ by rounding: where digests differ, both are read
+    and compared.
 
     Raises:
         IncompatibleError: naming both sets, the shard and the key.

@@ -1,7 +1,7 @@
 """The join: copies the records of one key from all sets into the rows of a batch.
 
-Aligned shards are walked by number; nothing is searched. What all sets hold alike is read once,
-and the digests in the indices of the others prove it equal. Rows are independent, so any number
+Aligned shards are walked by number; nothing is searched. What all sets have in common is read
+once, and the digests in the other sets' indices prove it equal. Rows are independent, so any number
 of threads may fill one batch.
 """
 
@@ -42,9 +42,9 @@ class UnfilledBatch(NamedTuple):
 
     Attributes:
         batch: its tensors look into `content`.
-        read: which records.
-        layout: of the tensors in `content`.
-        content: the memory.
+        read: the records to read.
+        layout: the layout of the tensors in `content`.
+        content: the batch's memory.
     """
 
     batch: JoinedBatch
@@ -57,13 +57,13 @@ class Join:
     """Reads batches of joined records; safe to share between threads.
 
     Args:
-        sets: that are joined.
-        shards: that all sets have; rows of the schedule's shard table.
-        memory: that batches lie in.
-        num_in_use: shards that are read from at once, of all buckets and draws.
+        sets: the joined sets.
+        shards: the shards that all sets have, one for each row of the order's shard table.
+        memory: the memory that batches lie in.
+        num_in_use: number of shards read from at once, over all buckets and draws.
 
     Attributes:
-        room: what is kept open.
+        room: the bounds on what is kept open.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Join:
         self._layout = lru_cache(_MAX_LAYOUTS)(self._new_layout)
         self.room = room_for(self._spans, shards, num_in_use, sets.num_draws)
         self._open = lru_cache(self.room.num_shards)(self._open_shard)
-        # Announcing costs a tenth of the time when nothing has to be waited for.
+        # Prefetch hints cost 10 % of the time when every read is served from memory.
         self._waits_for_disk = True
 
     def allocate(self, read: PlannedBatch) -> UnfilledBatch:
@@ -119,25 +119,30 @@ class Join:
         """Read some rows of a batch in place.
 
         Args:
-            unfilled: from `allocate`.
+            unfilled: a batch that `allocate` returned.
             rows: positions in the batch; no other call may fill the same ones.
 
         Returns:
             the keys of these rows.
 
         Raises:
-            CorruptError: when bytes are damaged, or a seed or timestep is not what the id gives.
+            CorruptError: when bytes are damaged, or a seed or timestep does not follow from the id.
             IncompatibleError: when two sets hold different noise or text for one record.
             StorageError: when a set was replaced, or the operating system refuses.
         """
+        # Where each span's tensors lie in the batch's memory.
         batch, read, layout, content = unfilled
         shards, records, draws = read.shards.tolist(), read.records.tolist(), read.draws.tolist()
         places = [(place.offset, place.row_bytes) for place in layout.places]
         spans = [
             [places[batch_column] for batch_column in span.batch_columns] for span in self._spans
         ]
+
+        # Hint all rows to the disk, unless the last rows were all in memory.
         if self._waits_for_disk:
             self._announce(read, rows)
+
+        # Copy row by row from all sets, and check each against its id.
         was_cached = True
         keys: list[str] = []
         for row in rows:
@@ -161,14 +166,14 @@ class Join:
         self._open.cache_clear()
 
     def _announce(self, read: PlannedBatch, rows: Sequence[int]) -> None:
-        """Let the disk start on all rows, while the first ones are waited for."""
+        """Let the disk start on all rows while the first are being read."""
         for row in rows:
             shard = self._open(int(read.shards[row]), int(read.draws[row]))
             for span in shard.spans:
                 span.announce(int(read.records[row]))
 
     def _batch_columns(self) -> dict[tuple[ShardSet, str], int]:
-        """Return which tensor of a batch each tensor that is read fills; see `_new_layout`."""
+        """Return the number, in a batch, of each tensor that is read; see `_new_layout`."""
         sets = self._sets
         names = [
             (sets.latents, "latents"),
@@ -182,7 +187,7 @@ class Join:
         return {name: batch_column for batch_column, name in enumerate(names)}
 
     def _new_layout(self, bucket: Bucket, num_records: int) -> BatchLayout:
-        """Lay out what is read as `_batch_columns` says, then noise and timesteps."""
+        """Lay out what is read in the order of `_batch_columns`, then noise and timesteps."""
         tensors: list[tuple[torch.dtype, tuple[int, ...], int]] = []
         for shard_set, name in self._batch_columns():
             place = _header(shard_set, bucket).place(name)
@@ -193,7 +198,7 @@ class Join:
         return BatchLayout.of([*tensors, (torch.int64, (num_records,), 0)])
 
     def _open_shard(self, row: int, draw: int) -> OpenShard:
-        """Open a row of the shard table."""
+        """Open the shard of one row of the shard table."""
         sets = self._sets
         return open_shard(
             self._shards[row], draw, self._spans, sets.predictions, sets.text, self._other_texts
@@ -202,7 +207,7 @@ class Join:
     def _fill_draw(
         self, unfilled: UnfilledBatch, row: int, shard: OpenShard, parameters: DrawParameters
     ) -> None:
-        """Fill in what follows from the id, and check that every teacher was asked the same."""
+        """Fill in what follows from the id, and check that every teacher used the same."""
         batch, record = unfilled.batch, int(unfilled.read.records[row])
         timesteps = unfilled.layout.places[-1].row(row)
         unfilled.content[timesteps] = parameters.timestep.to_bytes(8, "little")
@@ -211,7 +216,7 @@ class Join:
             made = noise(parameters.seed, *batch.bucket, batch.noise.shape[1])
             unfilled.content[unfilled.layout.places[-2].row(row)] = byte_view(made)
             noise_digest = tensor_digest(made)
-        if not shard.was_asked(record, parameters, noise_digest):
+        if not shard.every_teacher_used(record, parameters, noise_digest):
             self._require_draw(unfilled.read, row, parameters, noise_digest)
         for other, records in shard.unequal_texts.items():
             if record in records:
@@ -221,7 +226,7 @@ class Join:
     def _require_draw(
         self, read: PlannedBatch, row: int, parameters: DrawParameters, noise_digest: int | None
     ) -> None:
-        """Raise for the teacher that was asked something else, by the indices of all."""
+        """Raise for the first teacher whose index shows another seed, timestep or noise."""
         record, origin = int(read.records[row]), "the seed"
         if noise_digest is None:
             assert self._noise_source is not None
@@ -234,7 +239,7 @@ class Join:
             require_noise(index, record, noise_digest, origin)
 
     def _reader(self, shard_set: ShardSet, read: PlannedBatch, row: int) -> ShardReader:
-        """Return a shard with its whole index: for what is seldom asked."""
+        """Return a reader with the shard's whole index, for rare checks."""
         shard = self._shards[int(read.shards[row])]
         return shard_set.reader(shard.name(shard_set, int(read.draws[row])))
 
@@ -242,7 +247,7 @@ class Join:
 def _spans(
     shard_set: ShardSet, batch_columns: Mapping[tuple[ShardSet, str], int]
 ) -> list[TensorSpan]:
-    """Return what is read of one set, in as few spans as the places in a record allow."""
+    """Return what is read of one set, in as few spans as the record's layout allows."""
     # The order of the tensors is the same in every bucket.
     header = _header(shard_set, Bucket(*shard_set.manifest.shards[0][:2]))
     spans: list[TensorSpan] = []
@@ -258,6 +263,6 @@ def _spans(
 
 
 def _header(shard_set: ShardSet, bucket: Bucket) -> RecordHeader:
-    """Return a header of one bucket; those of its shards differ in the source's digits alone."""
+    """Return a header of one bucket; its shards' headers differ only in the source's digest."""
     identity, source = shard_set.manifest.identity, shard_set.manifest.shards[0].source_sha256
     return RecordHeader.build(identity.schema, *bucket, identity.fingerprint, source)

@@ -17,7 +17,7 @@ from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 
 
 def recipe_of(predictions: ShardSet) -> NoiseRecipe:
-    """Return from what the noise and timesteps of a predictions set follow."""
+    """Return the recipe that a predictions set's noise and timesteps follow from."""
     recipe = predictions.manifest.identity.noise
     assert recipe is not None, predictions.id
     return recipe
@@ -42,17 +42,17 @@ def holds_text(shard_set: ShardSet) -> bool:
 
 
 def require_kind(shard_set: ShardSet, kind: Kind) -> None:
-    """Refuse a set of another kind than the one that is asked for.
+    """Refuse a set of any kind but the wanted one.
 
     Raises:
-        ConfigError: when it is one.
+        ConfigError: when the set is of another kind.
     """
     found = shard_set.manifest.identity.kind
     if found != kind:
         raise ConfigError(
             f"set {shard_set.id} is a {found} set",
             expected=f"a {kind} set",
-            where=str(shard_set.directory),
+            where=str(shard_set.place),
             action=f"name the folder of a {kind} set",
         )
 
@@ -68,33 +68,36 @@ def require_distinct_ids(shard_sets: Sequence[ShardSet]) -> None:
             raise IncompatibleError(
                 f"two sets with the id {shard_set.id}",
                 expected="every set once",
-                where=f"{other.directory} and {shard_set.directory}",
+                where=f"{other.place} and {shard_set.place}",
                 action="leave one of them out, or build one under another teacher_id",
             )
 
 
 def require_same_draws(predictions: Sequence[ShardSet]) -> None:
-    """Refuse teachers that were asked about different noise, timesteps or ᾱ.
+    """Refuse teachers that saw different noise, timesteps or ᾱ.
 
     Raises:
         IncompatibleError: naming every field that differs and both values.
     """
+    # A recipe that this version and the teacher can follow.
     first = predictions[0]
     recipe, num_timesteps = recipe_of(first), noise_schedule_of(first).num_train_timesteps
     if recipe.algorithm != NOISE_ALGORITHM:
         raise IncompatibleError(
             f"set {first.id} has noise.algorithm {recipe.algorithm!r}",
             expected=f"{NOISE_ALGORITHM!r}, the one this version knows",
-            where=str(first.directory),
+            where=str(first.place),
             action="use the version of sdxl_distill that built the set",
         )
     if recipe.max_timestep > num_timesteps:
         raise IncompatibleError(
             f"set {first.id} has max_timestep {recipe.max_timestep}",
             expected=f"at most {num_timesteps}, its teacher's training timesteps",
-            where=str(first.directory),
+            where=str(first.place),
             action="rebuild it",
         )
+
+    # The same recipe and ᾱ everywhere; noise schedules with one ᾱ table may differ otherwise.
     for other in predictions[1:]:
         has_same_table = (
             noise_schedule_of(first).table_fingerprint()
@@ -112,13 +115,13 @@ def require_same_latents(shard_set: ShardSet, first: ShardSet, latents: ShardSet
     """Refuse a set that was made from other latents.
 
     Args:
-        shard_set: to be checked.
+        shard_set: the set to check.
         first: the set whose latents are joined.
-        latents: these, when they are already open.
+        latents: that latents set, when it is already open.
 
     Raises:
-        IncompatibleError: naming VAE, resolutions or whatever field of the two latents sets
-            differs, where both can still be opened; else their fingerprints.
+        IncompatibleError: naming the fields in which the two latents sets differ (VAE,
+            resolutions …) if both can still be opened, otherwise their fingerprints.
     """
     own, expected = (each.manifest.identity.latents for each in (shard_set, first))
     assert own is not None and expected is not None
@@ -187,7 +190,7 @@ def _require_equal(
             + ", ".join(f"{path} {value!r}" for path, value, _ in differences),
             expected=", ".join(f"{path} {value!r}" for path, _, value in differences)
             + f" as in set {first.id}",
-            where=f"{shard_set.directory} and {first.directory}",
+            where=f"{shard_set.place} and {first.place}",
             action=f"rebuild one of the two with the values of the other, or leave {shard_set.id} "
             "out",
         )
@@ -221,17 +224,18 @@ class JoinedSets:
 
         Args:
             predictions: one set of each teacher.
-            latents: None opens it where the first set says that it lies.
-            text: the text set to use; None looks in the sets of layout `full`, at the places
-                that those of layout `compact` name, and beside them.
-            text_fingerprint: of the text encoders that the student wants; None takes those of
-                the first set.
+            latents: the latents set; None opens the one that the first set refers to.
+            text: the text set to use; None looks in the sets of layout `full`, then at the
+                places that those of layout `compact` name, then in the folders next to them.
+            text_fingerprint: fingerprint of the text encoders that the student wants; None
+                takes those of the first set.
 
         Raises:
             ConfigError: when there is no set, one is of the wrong kind, or latents or text are
                 not where they should be.
             IncompatibleError: when two sets differ in what must be equal.
         """
+        # One set of each teacher, all made from the same images, noise and timesteps.
         if not predictions:
             raise ConfigError("no predictions set", expected="at least one", where="join")
         for shard_set in predictions:
@@ -241,12 +245,16 @@ class JoinedSets:
         first = predictions[0]
         for shard_set in predictions[1:]:
             require_same_latents(shard_set, first, latents)
+
+        # The latents and text that they refer to.
         latents = _latents_of(first, latents)
         wanted = text_fingerprint_of(first) if text_fingerprint is None else text_fingerprint
         if text is None:
             text = _find_text(predictions, wanted)
         else:
             _require_text(text, first, latents, wanted)
+
+        # What holds only of all of them together.
         sets = cls(tuple(predictions), latents, text)
         require_distinct_ids(sets.all)
         require_same_shapes(latents, text, predictions)
@@ -273,7 +281,7 @@ def _latents_of(first: ShardSet, latents: ShardSet | None) -> ShardSet:
         raise IncompatibleError(
             f"latents set {latents.id} has fingerprint {found[:12]}…",
             expected=f"{expected[:12]}…, the latents of set {first.id}",
-            where=f"{latents.directory} and {first.directory}",
+            where=f"{latents.place} and {first.place}",
             action="name the latents set that the predictions were made from",
         )
     return latents
@@ -287,7 +295,7 @@ def _require_text(text: ShardSet, first: ShardSet, latents: ShardSet, wanted: st
         raise IncompatibleError(
             f"text set {text.id} has text {found}",
             expected=f"{wanted}, the text encoders that the student wants",
-            where=str(text.directory),
+            where=str(text.place),
             action="name the text set of the student's text encoders",
         )
 
@@ -301,18 +309,17 @@ def _find_text(predictions: Sequence[ShardSet], wanted: str | None) -> ShardSet:
     if matching:
         return matching[0].open_referenced("text")
     latents = _latents_fingerprint(predictions[0])
-    for text in _text_sets_beside(predictions):
+    for text in _neighbouring_text_sets(predictions):
         if text_fingerprint_of(text) == wanted and _latents_fingerprint(text) == latents:
             return text
     held = ", ".join(f"{each.id} has {text_fingerprint_of(each)}" for each in predictions)
     raise IncompatibleError(
         f"no set holds the embeddings of the student's text encoders ({held})",
         expected=f"text {wanted}",
-        where=", ".join(str(each.directory) for each in predictions),
-        action="set student.text_encoder_id to the checkpoint whose text encoders the teachers "
-        "were asked with, their model.text_encoder_id, as an export with rounded encoders needs; "
-        "only to condition the student on other encoders, build their text set: python "
-        "tools/build_text.py --config <the teachers' configuration> "
+        where=", ".join(str(each.place) for each in predictions),
+        action="set student.text_encoder_id to the teachers' model.text_encoder_id (needed after "
+        "an export with rounded text encoders); only to condition the student on other encoders, "
+        "build their text set: python tools/build_text.py --config <the teachers' configuration> "
         "--set model.text_encoder_id=<the student's text_encoder_id>",
     )
 
@@ -323,9 +330,10 @@ def _latents_fingerprint(shard_set: ShardSet) -> str:
     return reference.fingerprint
 
 
-def _text_sets_beside(predictions: Sequence[ShardSet]) -> Iterator[ShardSet]:
+def _neighbouring_text_sets(predictions: Sequence[ShardSet]) -> Iterator[ShardSet]:
     """Yield the complete text sets in the folders that hold the predictions sets."""
-    for folder in sorted({each.directory.parent for each in predictions}):
-        for directory in sorted(folder.glob("text-*")):
-            with suppress(DistillError):
-                yield open_shard_set(directory)
+    for parent in sorted({each.place.parent for each in predictions}):
+        for name in parent.folders():
+            if name.startswith("text-"):
+                with suppress(DistillError):
+                    yield open_shard_set(parent / name)

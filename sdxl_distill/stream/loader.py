@@ -1,7 +1,7 @@
-"""The loader: one rank's batches of joined records, in the order of the schedule.
+"""The loader: one rank's batches of joined records, in the stream order.
 
 Threads read ahead, not processes: reads and digests release the GIL, and nothing has to be copied
-from one process to another. Their number shows in nothing but speed.
+from one process to another. Their number affects nothing but speed.
 """
 
 from __future__ import annotations
@@ -38,28 +38,30 @@ class JoinedStream:
     ```
 
     The constructor reads manifests, and with a validation split a few indices; it refuses what
-    cannot be joined. Do not pass the stream to `accelerator.prepare`: it is this rank's already.
+    cannot be joined. Do not pass the stream to `accelerator.prepare`: it already yields only this
+    rank's share.
 
     Args:
         predictions: one set of each teacher; the caller closes them.
-        latents: the latents set; None opens it where the predictions say that it lies.
+        latents: the latents set; None opens the one that the predictions refer to.
         text: the text set; None finds one, see `JoinedSets.resolve`.
-        text_fingerprint: of the text encoders whose embeddings the batches shall hold; None takes
-            those of the first set.
+        text_fingerprint: fingerprint of the text encoders whose embeddings the batches hold; None
+            takes those of the first set.
         global_batch: G, records of one step over all ranks.
-        seed: of the stream order, 0 … 2⁶⁴ − 1.
+        seed: the stream order's seed, 0 … 2⁶⁴ − 1.
         lanes: C; None is the largest divisor of G up to 64. The world size must divide it.
-        window: W, how many records of a bucket are mixed with each other.
+        window: W, number of records of a bucket that are mixed with each other.
         validation_fraction: share of the images that is held out, by their ids.
         on_missing: `error` refuses shards that some set lacks, `intersect` leaves them out.
         world: the rank whose share of each global batch is read.
-        num_threads: that read beside the caller, who reads when he would have to wait.
-        prefetch: batches of this rank that are read ahead.
-        pin_memory: whether batches lie in page-locked memory.
+        num_threads: number of reading threads besides the caller, which also reads instead of
+            waiting.
+        prefetch: number of this rank's batches that are read ahead.
+        pin_memory: true for batches in page-locked memory.
 
     Attributes:
-        schedule: the stream order.
-        num_validation_records: held out, over all ranks.
+        order: the stream order.
+        num_validation_records: number of held-out records, over all ranks.
 
     Raises:
         ConfigError: when sets are not there or of the wrong kind, or a number is out of range.
@@ -104,7 +106,7 @@ class JoinedStream:
         self._opened = [
             each for each in self._sets.all if each not in {*predictions, latents, text}
         ]
-        # One batch is handed out, and its successor may be asked for before it is dropped.
+        # One batch is in use, and the next may be requested before that one is dropped.
         memory = BatchMemory(max_free=prefetch + 2, pin_memory=pin_memory)
         num_in_use = self.order.num_shards_in_use(self._world.size)
         self._join = Join(self._sets, shards, memory, num_in_use=num_in_use)
@@ -148,9 +150,9 @@ class JoinedStream:
         return self._ahead.batches(self._reads(epoch, step))
 
     def forever(self, epoch: int = 0, step: int = 0) -> Iterator[JoinedBatch]:
-        """Return this rank's batches from a position on, epoch after epoch, without an end.
+        """Return this rank's batches from a position on, epoch after epoch, endlessly.
 
-        Reading ahead goes on over the end of an epoch. Raises as `epoch`.
+        Reading ahead goes on across the end of an epoch. Raises as `epoch`.
         """
         rest = (self._reads(later, 0) for later in count(epoch + 1))
         return self._ahead.batches(chain(self._reads(epoch, step), chain.from_iterable(rest)))
@@ -159,10 +161,10 @@ class JoinedStream:
         """Return this rank's share of the held-out records, in draw 0.
 
         The order is fixed; all ranks' shares are every held-out record once. Ranks may have
-        different numbers of batches, also none.
+        different numbers of batches, even none.
 
         Args:
-            max_records: of one batch.
+            max_records: largest number of records in one batch.
 
         Raises:
             CorruptError, IncompatibleError, StorageError: as `epoch`.

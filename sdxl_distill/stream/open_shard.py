@@ -1,8 +1,8 @@
-"""A shard of the join, open in every set: what a row of a batch needs, and little memory for it.
+"""An open shard: one shard in every joined set, kept in as little memory as a batch's rows need.
 
-A bucket has some hundred shards in use at once, so thousands are kept open in a join. Of all
-indices this holds the ids once, the digests of what is read, and where the sets do not agree;
-whatever else is asked reads the indices again.
+A bucket has some hundred shards in use at once, so a join keeps thousands open. An open shard
+holds the ids once, the digests of what is read, and the records on which its sets disagree;
+anything else is read from the indices again.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from sdxl_distill.stream.draw_parameters import (
 )
 
 MOST_BYTES: Final = 1 << 30
-"""Memory for open shards at most; what is not kept is read again when it is needed."""
+"""Most memory that open shards take; what is not kept is read again when it is needed."""
 
 _ID_BYTES: Final = 16
 _DIGEST_BYTES: Final = 8
 _OBJECT_BYTES: Final = 2_500
-"""Python's objects for a shard in one set, its open file included; measured."""
+"""Size of Python's objects for a shard in one set, its open file included; measured."""
 
 
 class TensorSpan(NamedTuple):
     """Tensors that lie side by side in the records of a set, so that one call reads them.
 
     Attributes:
-        shard_set: that holds them.
-        first_column: of the first one in the header of a record.
-        batch_columns: which tensors of a batch they fill, see `Join._batch_columns`.
+        shard_set: the set that holds them.
+        first_column: number of the first tensor in the header of a record.
+        batch_columns: numbers of a batch's tensors that they fill, see `Join._batch_columns`.
     """
 
     shard_set: ShardSet
@@ -50,17 +50,16 @@ class TensorSpan(NamedTuple):
 
 
 class OpenShard(NamedTuple):
-    """A shard in one draw, and where its sets do not agree.
+    """A shard in one draw, and the records on which its sets disagree.
 
     Attributes:
         spans: readers in the order of the join's spans.
         ids: uint8 [n, 16], image ids.
         draws: uint64 [n, 3], digests of seed, timestep and noise in the first predictions
             set.
-        unequal_draws: records for which the digests of these are not alike in all
-            predictions sets.
+        unequal_draws: records for which the predictions sets have different digests of these.
         unequal_texts: set of the same text encoders → records whose text has other digests than
-            the text that is read; sets without such records are left out.
+            the text that is read; only sets with such records.
     """
 
     spans: tuple[SpanReader, ...]
@@ -73,14 +72,16 @@ class OpenShard(NamedTuple):
         """Return the image id of a record, 32 hex digits."""
         return self.ids[record].tobytes().hex()
 
-    def was_asked(self, record: int, parameters: DrawParameters, noise_digest: int | None) -> bool:
-        """Whether every teacher was asked this, by the digests.
+    def every_teacher_used(
+        self, record: int, parameters: DrawParameters, noise_digest: int | None
+    ) -> bool:
+        """Whether every teacher used these parameters and this noise, by the digests.
 
         Args:
             record: number of the record in the shard.
-            parameters: what follows from its id.
-            noise_digest: of the noise in the batch; None where it was read from one of the sets,
-                so that it is that of all sets which agree.
+            parameters: seed and timestep that follow from its id.
+            noise_digest: digest of the noise in the batch; None where that was read from one of
+                the sets, so that sets which agree with each other agree with the batch.
         """
         if record in self.unequal_draws:
             return False
@@ -103,9 +104,9 @@ def open_shard(
     """Open a shard in every set, and compare the indices of all its records at once.
 
     Args:
-        shard: that all sets have.
-        draw: of the predictions.
-        spans: what is read.
+        shard: a shard that all sets have.
+        draw: number of the predictions' draw.
+        spans: the spans to read.
         predictions: the sets of all teachers.
         text: the set whose text is read.
         other_texts: other sets with text of the same encoders.
@@ -113,17 +114,22 @@ def open_shard(
     Raises:
         CorruptError, StorageError: as `ShardSet.reader`.
     """
+    # One reader for each set.
     names = {
         each: shard.name(each, draw)
         for each in dict.fromkeys([*predictions, text, *(span.shard_set for span in spans)])
     }
     readers = {each: each.open_reader(name) for each, name in names.items()}
+
+    # The records on which the sets disagree.
     teachers = [readers[teacher].index for teacher in predictions]
     first = teachers[0]
     texts = {
         other: differing_records((readers[text].index, readers[other].index), TEXT_TENSORS)
         for other in other_texts
     }
+
+    # Keep only what rows need; the rest is read again by name.
     return OpenShard(
         spans=tuple(
             SpanReader(
@@ -142,12 +148,12 @@ def open_shard(
 
 
 class Room(NamedTuple):
-    """How much is kept open.
+    """Bounds on what is kept open.
 
     Attributes:
-        num_shards: at most.
-        num_bytes: of memory that they take, about.
-        num_files: of all sets.
+        num_shards: largest number of open shards.
+        num_bytes: approximate memory that they take.
+        num_files: their files, over all sets.
     """
 
     num_shards: int
@@ -161,10 +167,10 @@ def room_for(
     """Return the room for the shards in use at once, and for some that take their place.
 
     Args:
-        spans: what is read of a shard.
-        shards: all that are joined.
-        num_in_use: of them, each draw counted.
-        num_draws: of each shard.
+        spans: the spans read from a shard.
+        shards: all joined shards.
+        num_in_use: number of them in use at once, each draw counted.
+        num_draws: number of draws of each shard.
     """
     num_sets = len({span.shard_set for span in spans})
     num_digests = len(DRAW_TENSORS) + sum(len(span.batch_columns) for span in spans)

@@ -19,12 +19,13 @@ from sdxl_distill.stream.join import Join, UnfilledBatch
 class ReadAhead:
     """Threads that fill batches; they end with `close`, or when nothing refers to this any more.
 
-    A caller who asks for a batch that is not ready fills what no thread has begun.
+    A caller that asks for an unfinished batch fills the rows that no thread has begun.
 
     Args:
-        join: fills rows.
-        num_threads: that read; 0 leaves it all to the caller.
-        num_batches: in flight beyond the one that is handed out; bounds the memory.
+        join: the join that fills rows.
+        num_threads: number of reading threads; 0 leaves all reading to the caller.
+        num_batches: number of batches in flight beyond the one that is handed out; bounds the
+            memory.
     """
 
     def __init__(self, join: Join, *, num_threads: int, num_batches: int) -> None:
@@ -49,24 +50,24 @@ class ReadAhead:
                 if not in_flight:
                     return
                 in_flight[0].wait()
-                # No name for it here: the caller alone decides how long its memory is in use.
+                # Not bound to a name: that would keep its memory alive until the next batch.
                 yield in_flight.popleft().batch()
         finally:
             for unfinished in in_flight:
                 unfinished.cancel()
 
     def close(self) -> None:
-        """Drop what has not begun and wait for the threads; iterators are of no use then."""
+        """Drop what has not begun and wait for the threads; iterators are unusable afterwards."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, read: PlannedBatch) -> _BatchInFlight:
-        # A thread that gets the records of one shard together opens it once.
-        order = np.lexsort((read.draws, read.shards)).tolist()
-        num_rows = -(-len(order) // self._num_pieces)
+        # Sorted by shard, so that mostly one thread reads a shard and opens it once.
+        rows = np.lexsort((read.draws, read.shards)).tolist()
+        rows_per_piece = -(-len(rows) // self._num_pieces)
         batch = _BatchInFlight(self._join, read)
-        for start in range(0, len(order), num_rows):
-            batch.add_piece(order[start : start + num_rows], self._pool)
+        for start in range(0, len(rows), rows_per_piece):
+            batch.add_piece(rows[start : start + rows_per_piece], self._pool)
         return batch
 
 
@@ -82,7 +83,7 @@ class _BatchInFlight:
         self._pieces: list[tuple[list[int], Future[None]]] = []
 
     def add_piece(self, rows: list[int], pool: ThreadPoolExecutor | None) -> None:
-        """Let the next thread that is free fill some rows."""
+        """Let the next free thread fill some rows."""
         future = Future[None]() if pool is None else pool.submit(self._fill, rows)
         self._pieces.append((rows, future))
 

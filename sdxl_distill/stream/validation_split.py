@@ -21,8 +21,8 @@ from sdxl_distill.stream.alignment import AlignedShard
 def num_held_out(latents: ShardSet, shard: AlignedShard, fraction: float) -> int:
     """Return how many records at the start of a shard are held out.
 
-    The manifest's first and last key answer for nearly all shards; only a shard that the
-    threshold cuts needs its index.
+    The manifest's first and last key decide for nearly all shards; only a shard that the
+    threshold cuts through needs its index.
     """
     threshold = math.ceil(fraction * 2**32)
     name = shard.name(latents, 0)
@@ -41,10 +41,10 @@ def validation_reads(
     """Yield what one rank reads to validate: every `world`-th held-out record, in draw 0.
 
     Args:
-        table: its `first` counts the held-out records of each shard.
-        max_records: of one batch.
-        rank: whose share.
-        world: number of ranks; the shares of all are every held-out record once.
+        table: the shard table, whose `first` counts each shard's held-out records.
+        max_records: largest number of records in one batch.
+        rank: the rank whose share is read.
+        world: number of ranks; all shares together are every held-out record once.
     """
     step = 0
     for bucket in range(len(table.buckets)):

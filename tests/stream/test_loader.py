@@ -51,8 +51,9 @@ def test_the_order_is_the_same_for_every_world_and_thread_count(pair: list[Shard
                     at = batch.epoch, batch.step
                     row = steps.setdefault(at, [("", 0)] * GLOBAL_BATCH)
                     (read,) = stream.order.batches(*at, at[1] + 1, rank=rank, world=world)
-                    for slot, key, draw in zip(read.slots, batch.keys, batch.draws, strict=True):
-                        row[slot] = key, draw
+                    places = read.positions.tolist()
+                    for place, key, draw in zip(places, batch.keys, batch.draws, strict=True):
+                        row[place] = key, draw
         return [steps[at] for at in sorted(steps)]
 
     orders = [global_keys(world, threads) for world in (1, 2, 4, 8) for threads in (0, 1, 3)]
