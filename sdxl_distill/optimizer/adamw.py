@@ -1,7 +1,7 @@
 """AdamW for weights of 16 or 32 bits: float32 arithmetic, small states, no lost updates.
 
-Comes in: parameters with gradients and the factor that clips them. Goes out: updated parameters,
-states as flat tensors for a checkpoint. torch's AdamW rounds bfloat16 weights to nearest, so
+In: parameters with gradients, and the factor that clips them. Out: updated parameters, and states
+as flat tensors for a checkpoint. torch's AdamW rounds bfloat16 weights to nearest, so
 that at a learning rate of 5e-6 only 3 % of the update arrives.
 """
 
@@ -19,9 +19,8 @@ from sdxl_distill.fingerprint import differing_fields
 from sdxl_distill.optimizer.bounded_groups import bounded_groups
 from sdxl_distill.optimizer.parameter_update import (
     StepTerms,
-    compiled_updated,
+    row_update,
     step_in_place,
-    updated,
 )
 from sdxl_distill.optimizer.state_codec import block_elements
 from sdxl_distill.optimizer.stochastic_rounding import (
@@ -48,22 +47,22 @@ class AdamW(torch.optim.Optimizer):
     change them; they are configuration and not part of the saved state.
 
     Args:
-        params: as for torch's optimizers, on their device; `model.named_parameters()` gives the
-            saved tensors the parameters' names instead of numbers.
+        params: parameters as torch's optimizers take them, on their device;
+            `model.named_parameters()` gives the saved tensors names instead of numbers.
         lr: learning rate.
         betas: decay rates of the first and the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled: `lr * weight_decay` of a weight is taken off per step.
+        eps: summand of the second moment's root.
+        weight_decay: decoupled decay: a step takes `lr * weight_decay` of each weight off it.
         states: "fp32", 8 bytes per element, or "8bit", about 2.05. Small tensors and vectors
             keep float32 states (`state_codec.block_elements`).
-        exact_masters: keep the float32 value of each bfloat16 weight as 16 more bits; weights
+        exact_masters: true keeps the float32 value of each bfloat16 weight as 16 more bits; weights
             are then rounded to nearest, and stochastic rounding is not needed.
-        seed: of the random bits.
-        chunk_elements: a tensor is updated in slices of about this many elements, which bounds
+        seed: seed of the random bits.
+        chunk_elements: approximate number of elements that are updated at once, which bounds
             temporary memory and changes no result. None: what a CPU's cache holds, or 4 million
             on a GPU, 16 million where compiled, which needs fewer temporaries.
-        compiled: fuse the arithmetic with torch.compile, a few kernels for each slice instead of
-            a hundred. The last bits of the result may differ then.
+        compiled: true fuses the arithmetic with torch.compile: a few kernels for each slice
+            instead of a hundred. The last bits of the result may differ then.
 
     Raises:
         ConfigError: for weights other than float32, bfloat16 and float16, and for
@@ -108,12 +107,13 @@ class AdamW(torch.optim.Optimizer):
     def step(  # pyright: ignore[reportIncompatibleMethodOverride] - no closure, a factor instead
         self, grad_scale: float | torch.Tensor = 1.0
     ) -> None:
-        """Update every parameter that has a gradient. Waits for no device.
+        """Update every parameter that has a gradient, without waiting for the device.
 
         Args:
-            grad_scale: factor for all gradients, as from `clip_factor`; a tensor of no dimension
-                must be on the parameters' device or the CPU.
+            grad_scale: factor for all gradients, as from `clip_factor`; a scalar tensor must be
+                on the parameters' device or the CPU.
         """
+        # Large and 16-bit parameters one by one; the others wait until all are known.
         scale = torch.as_tensor(grad_scale, dtype=torch.float32)
         terms: dict[tuple[int, int], StepTerms] = {}
         alike: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -128,6 +128,8 @@ class AdamW(torch.optim.Optimizer):
                 alike.setdefault(key, []).append(parameter)
             else:
                 self._update(parameter, parameter.grad, self._keyed(terms[key], number))
+
+        # Small float32 parameters of one group and step together.
         for key, parameters in alike.items():
             self._update_together(parameters, terms[key])
 
@@ -139,7 +141,7 @@ class AdamW(torch.optim.Optimizer):
         return join_master(parameter.detach(), remainder.view(parameter.shape))
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the whole state but `state_scalars` as flat names and tensors.
+        """Return the whole state except `state_scalars` as flat names and tensors.
 
         The tensors are the optimizer's own, not copies: write them before the next step.
 
@@ -170,7 +172,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             IncompatibleError: when it is the state of an optimizer with other settings or for
                 other parameters; names what differs.
-            CorruptError: when a value cannot have come from a step that went well.
+            CorruptError: when a value cannot have come from a successful step.
         """
         differences = differing_fields(dict(scalars), self.state_scalars())
         if differences:
@@ -257,14 +259,14 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def _update_together(self, parameters: list[torch.Tensor], terms: StepTerms) -> None:
-        """Update small parameters, as many at once as one slice of a large one has elements."""
+        """Update small parameters in groups, each as large as a slice of a large parameter."""
         limit = self._max_elements(parameters[0])
-        for run in bounded_groups(parameters, torch.Tensor.numel, limit):
-            states = [self.state[parameter] for parameter in run]
+        for group in bounded_groups(parameters, torch.Tensor.numel, limit):
+            states = [self.state[parameter] for parameter in group]
             shapes = [state["exp_avg"].shape for state in states]
-            gradients = [parameter.grad for parameter in run if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
             step_in_place(
-                list(map(torch.Tensor.view, run, shapes)),
+                list(map(torch.Tensor.view, group, shapes)),
                 list(map(torch.Tensor.view, gradients, shapes)),
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
@@ -281,8 +283,8 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, parameter: torch.Tensor, grad: torch.Tensor, terms: StepTerms) -> None:
         weight, grad = torch.atleast_1d(parameter, grad)
-        state, block = self.state[parameter], self._block(parameter)
-        update_rows = compiled_updated if self._is_compiled else updated
+        state = self.state[parameter]
+        update_rows = row_update(self._block(parameter), compiled=self._is_compiled)
         num_rows, row_elements = _rows(parameter)
         rows_per_chunk = max(1, self._max_elements(weight) // row_elements)
         for first_row in range(0, num_rows, rows_per_chunk):
@@ -294,7 +296,6 @@ class AdamW(torch.optim.Optimizer):
                 {name: tensor[rows] for name, tensor in state.items()},
                 terms,
                 int32_scalar(first_row * row_elements),
-                block,
             )
             weight[rows].copy_(new_weight.view(weight[rows].shape))
             for name, tensor in new_state.items():
@@ -302,9 +303,9 @@ class AdamW(torch.optim.Optimizer):
 
 
 def global_grad_norm(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the Euclidean norm of all gradients together, float32 without a dimension.
+    """Return the Euclidean norm of all gradients together, a float32 scalar tensor.
 
-    Accumulated in float32 also where gradients have 16 bits; torch's clipping would give such a
+    Accumulated in float32 even where gradients have 16 bits; torch's clipping would give such a
     norm in 16 bits. Parameters without a gradient do not count; at least one must have one.
     """
     # Row by row: one sum over millions of squares loses the fourth digit.
@@ -327,7 +328,7 @@ def clip_factor(grad_norm: torch.Tensor, max_grad_norm: float) -> torch.Tensor:
 
 
 def group_terms(group: dict[str, Any], step: int, grad_scale: torch.Tensor) -> StepTerms:
-    """Return the terms of a step for a parameter group; without random bits of its own."""
+    """Return the terms of a step for a parameter group, without the random bits of a parameter."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return StepTerms(
         beta1=beta1,

@@ -1,4 +1,4 @@
-"""Cutting a sequence of tensors into runs of bounded size: as much as is worked on at once."""
+"""Bounded groups: a sequence of tensors cut into as much as is worked on at once."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ T = TypeVar("T")
 def bounded_groups(
     values: Iterable[T], num_elements: Callable[[T], int], max_elements: int
 ) -> Iterator[list[T]]:
-    """Yield consecutive values in lists, each as long as `max_elements` allows.
+    """Yield consecutive values in groups, each as large as `max_elements` allows.
 
     Args:
-        values: in order.
-        num_elements: of one value.
-        max_elements: of all in one list; a larger value makes a list of its own.
+        values: the values, in order.
+        num_elements: function that returns the number of elements of one value.
+        max_elements: most elements in one group; a larger value makes a group of its own.
     """
-    run: list[T] = []
+    group: list[T] = []
     total = 0
     for value in values:
         size = num_elements(value)
-        if run and total + size > max_elements:
-            yield run
-            run, total = [], 0
-        run.append(value)
+        if group and total + size > max_elements:
+            yield group
+            group, total = [], 0
+        group.append(value)
         total += size
-    if run:
-        yield run
+    if group:
+        yield group

@@ -1,14 +1,14 @@
 """One AdamW step of some rows of a parameter, as a pure function of tensors.
 
-Comes in: weight, gradient, state and the terms of the step. Goes out: the new weight and state.
-Nothing here is mutated, read back to the host or drawn from a generator, so it can be compiled.
+In: weight, gradient, state and the terms of the step. Out: the new weight and state. `updated`
+mutates nothing, reads nothing back to the host and draws from no generator, so it can be compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,7 @@ from sdxl_distill.optimizer.stochastic_rounding import (
 class StepTerms(NamedTuple):
     """What one step of one parameter needs besides tensors of the parameter's size.
 
-    All that changes from step to step is a tensor of no dimension, so that a compiled `updated`
-    is compiled once.
+    Whatever changes from step to step is a scalar tensor, so that `updated` is compiled only once.
     """
 
     beta1: float
@@ -40,6 +39,13 @@ class StepTerms(NamedTuple):
     grad_scale: torch.Tensor
     weight_key: RoundingKey
     state_key: RoundingKey
+
+
+RowUpdate = Callable[
+    [torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], StepTerms, torch.Tensor],
+    tuple[torch.Tensor, dict[str, torch.Tensor]],
+]
+"""`updated` with its block given."""
 
 
 def adamw(
@@ -76,22 +82,25 @@ def step_in_place(
     the time between them is saved, which is most of it for small tensors.
 
     Args:
-        weights: contiguous.
-        grads: same shapes, any floating dtype.
-        exp_avgs: same shapes.
-        exp_avg_sqs: same shapes.
-        terms: of this step, the same for all.
+        weights: contiguous weights.
+        grads: gradients of the same shapes, any floating dtype.
+        exp_avgs: first moments of the same shapes.
+        exp_avg_sqs: second moments of the same shapes.
+        terms: this step's terms, the same for all.
     """
+    # First moment.
     scaled = torch._foreach_mul([grad.to(torch.float32) for grad in grads], terms.grad_scale)
     change = torch._foreach_sub(scaled, exp_avgs)
     torch._foreach_mul_(change, 1 - terms.beta1)
     torch._foreach_add_(exp_avgs, change)
 
+    # Second moment.
     torch._foreach_mul_(scaled, scaled)
     torch._foreach_mul_(scaled, 1 - terms.beta2)
     torch._foreach_mul_(exp_avg_sqs, terms.beta2)
     torch._foreach_add_(exp_avg_sqs, scaled)
 
+    # Weight.
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, terms.root_correction)
     torch._foreach_add_(denominators, terms.eps)
@@ -113,12 +122,13 @@ def updated(
 
     Args:
         weight: [rows, row elements], float32, bfloat16 or float16.
-        grad: same shape, any floating dtype.
+        grad: gradient of the same shape, any floating dtype.
         state: the same rows of what `AdamW` keeps.
-        terms: of this step and parameter.
+        terms: the terms of this step and parameter.
         first_element: number of the first element in the whole parameter, int32 on the CPU.
-        block: elements per scale; None: float32 states.
+        block: number of elements per scale; None for float32 states.
     """
+    # The step itself, in float32.
     remainder = state.get("remainder")
     exact = weight.to(torch.float32) if remainder is None else join_master(weight, remainder)
     exact, exp_avg, exp_avg_sq = adamw(
@@ -128,6 +138,7 @@ def updated(
     def words(key: RoundingKey) -> torch.Tensor:
         return random_words(key, first_element, weight.numel(), weight.device)
 
+    # Back to what is stored.
     if block is None:
         new_state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     else:
@@ -142,34 +153,19 @@ def updated(
     return new_weight, new_state
 
 
-def compiled_updated(
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    state: Mapping[str, torch.Tensor],
-    terms: StepTerms,
-    first_element: torch.Tensor,
-    block: int | None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Do what `updated` does in a few fused kernels, compiled once for each length of a block."""
-    return _compiled_for(block)(weight, grad, state, terms, first_element)
-
-
 @cache
-def _compiled_for(
-    block: int | None,
-) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Compile `updated` for rows of any number and length, with the block's length fixed."""
+def row_update(block: int | None, *, compiled: bool) -> RowUpdate:
+    """Return `updated` for one length of a block, its last argument.
 
-    def updated_rows(
-        weight: torch.Tensor,
-        grad: torch.Tensor,
-        state: Mapping[str, torch.Tensor],
-        terms: StepTerms,
-        first_element: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return updated(weight, grad, state, terms, first_element, block)
+    Args:
+        block: as for `updated`.
+        compiled: true fuses it into a few kernels, for rows of any number and length.
+    """
 
-    return torch.compile(updated_rows, dynamic=True)
+    def update_rows(*rows: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return updated(*rows, block=block)
+
+    return torch.compile(update_rows, dynamic=True) if compiled else update_rows
 
 
 def _read_moments(

@@ -31,8 +31,8 @@ class CodeFormat:
     """An 8-bit floating-point format with 4 exponent bits, subnormal codes and no infinity.
 
     Attributes:
-        signed: whether the highest bit is a sign.
-        lowest: the code that stands for the smallest magnitudes, 0 or 1. Where it is 1 nothing
+        signed: true when the highest bit is a sign.
+        lowest: the code that stands for the smallest magnitudes, 0 or 1. With 1 nothing
             becomes zero.
     """
 
@@ -41,7 +41,7 @@ class CodeFormat:
 
     @property
     def mantissa_bits(self) -> int:
-        """Bits left beside sign and exponent: 3 or 4."""
+        """Bits left besides sign and exponent: 3 or 4."""
         return 8 - _EXPONENT_BITS - self.signed
 
     @property
@@ -60,7 +60,7 @@ class CodeFormat:
     def encode(
         self, values: torch.Tensor, random16: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode blocks of values; the decoded mean is the value.
+        """Encode blocks of values; on average they decode to the value itself.
 
         Args:
             values: float32 [blocks, block], not negative unless `signed`.
@@ -68,7 +68,7 @@ class CodeFormat:
 
         Returns:
             uint8 codes [blocks, block] and float32 scales [blocks]. A block that holds NaN or
-            infinity decodes to nothing finite.
+            infinity decodes to no finite value.
         """
         magnitudes = values.abs()
         scales = magnitudes.amax(dim=1, keepdim=True) / self.largest
@@ -101,7 +101,7 @@ class CodeFormat:
 
 
 EXP_AVG_CODE = CodeFormat(signed=True)
-# A root that fell to zero beside a first moment that did not would make a huge update.
+# A root rounded to zero would make a huge update unless the first moment is zero too.
 EXP_AVG_SQ_ROOT_CODE = CodeFormat(signed=False, lowest=1)
 
 
@@ -113,7 +113,7 @@ def block_elements(shape: Sequence[int]) -> int | None:
     row up to 256.
 
     Args:
-        shape: of the parameter.
+        shape: the parameter's shape.
 
     Returns:
         The length of a block, or None where the state should stay float32: tensors below 4,096

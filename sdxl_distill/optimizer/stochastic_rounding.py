@@ -23,7 +23,7 @@ _FLOAT16_DROPPED_BITS = 13
 class RoundingKey(NamedTuple):
     """64 bits that select one stream of random words.
 
-    Both halves are int32 tensors of no dimension on the CPU: kernels of any device take them as
+    Both halves are int32 scalar tensors on the CPU: kernels of any device take them as
     arguments, so that a new key costs neither a copy, nor a wait, nor a compilation.
     """
 
@@ -47,7 +47,7 @@ def rounding_key(*numbers: int) -> RoundingKey:
 
 
 def int32_scalar(number: int) -> torch.Tensor:
-    """Return the low 32 bits of `number` as an int32 tensor of no dimension on the CPU."""
+    """Return the low 32 bits of `number` as an int32 scalar tensor on the CPU."""
     return torch.tensor(_signed32(number), dtype=torch.int32)
 
 
@@ -60,11 +60,11 @@ def random_words(
     is cut into chunks or shards. Elements 2^32 apart in one tensor share their word.
 
     Args:
-        key: of seed, step, parameter and purpose.
+        key: hash of seed, step, parameter and purpose.
         first_element: number of the slice's first element in the whole tensor, from 0, as
             `int32_scalar` gives it.
         num_elements: length of the slice.
-        device: where the words are made.
+        device: device that the words are made on.
 
     Returns:
         int32 [num_elements], uniform over all 2^32 values.
@@ -117,7 +117,7 @@ def whole_stochastically(values: torch.Tensor, random16: torch.Tensor) -> torch.
     """Round float32 values ≥ 0 to one of the two nearest whole numbers; the mean is the value.
 
     Args:
-        values: float32, any shape; fractions finer than 2^-16 are taken as the next coarser.
+        values: float32, any shape; fractions count as the next multiple of 2^-16 above.
         random16: int32 in 0..65535, same shape.
     """
     # Not floor(values + random): that sum is itself rounded, and up from 512.99999 to 513.
@@ -126,7 +126,7 @@ def whole_stochastically(values: torch.Tensor, random16: torch.Tensor) -> torch.
 
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split float32 values into the nearest bfloat16 weights and what they lack.
+    """Split float32 values into the nearest bfloat16 weights and the remainders.
 
     Halves are rounded up in magnitude: rounding them to even would need a remainder of
     +32,768, one more than int16 holds. Every NaN becomes the same quiet NaN.
@@ -144,7 +144,7 @@ def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
-    """Return the float32 values that `split_master` took apart.
+    """Return the float32 values that `split_master` has split.
 
     Args:
         weight: bfloat16, any shape.
