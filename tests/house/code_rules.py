@@ -113,6 +113,22 @@ def modules_in_the_architecture(tree: WorkTree) -> Iterator[Violation]:
         yield Violation(names[name], 1, f"not listed in {ARCHITECTURE}, Modules")
 
 
+def layers_in_the_architecture(tree: WorkTree) -> Iterator[Violation]:
+    """docs/architecture.md draws the layers of pyproject.toml, and has a row for each package."""
+    page = tree.page(ARCHITECTURE)
+    contract = re.search(r"^layers = \[\n(.*?)^\]", tree.file("pyproject.toml"), re.M | re.S)
+    layers = re.findall('"(.+)"', contract[1]) if contract else []
+    figure = re.search(r"^```\n(.*?)^```", page.text, re.M | re.S)
+    drawn = [line.partition("  ")[0] for line in figure[1].splitlines()] if figure else []
+    if drawn != layers:
+        line = page.line(figure.start()) if figure else 1
+        yield Violation(page.path, line, "draws other layers than pyproject.toml has")
+    rows = {found[1] for _, found in page.found(r"^\| .*\? \| `(\w+)` \|$")}
+    for room in sorted({source.room for source in tree.modules if "." in source.name}):
+        if room not in rows:
+            yield Violation(page.path, 1, f"has no question that `{room}` answers")
+
+
 def entries_that_are_phrases(tree: WorkTree) -> Iterator[Violation]:
     """An entry of Args or Attributes is a phrase: `name: the shard's name`, not `of the shard`."""
     for source in tree.package:

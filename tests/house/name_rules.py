@@ -72,13 +72,7 @@ class Vocabulary:
         """All code as one text, in which file names and options are looked for."""
         texts = self.tree.texts("launch/**/*", "pyproject.toml", "constraints*.txt")
         found = [source.text for source in self.sources if "/house/test_" not in source.path]
-        return "\n".join([*found, *(text.text for text in texts), self.makefile])
-
-    @cached_property
-    def makefile(self) -> str:
-        """The Makefile, where there is one."""
-        path = self.tree.root / "Makefile"
-        return path.read_text("utf-8") if path.is_file() else ""
+        return "\n".join([*found, *(text.text for text in texts), self.tree.file("Makefile")])
 
     @cached_property
     def members(self) -> dict[str, set[str]]:
@@ -177,7 +171,7 @@ def _unknown(span: str, page: Text, vocabulary: Vocabulary) -> Iterator[str]:
         yield from (name for name in pattern.findall(rest) if not is_known(name))
         rest = pattern.sub(" ", rest)
     for target in _TARGET.findall(rest):
-        if not re.search(rf"^{target}:", vocabulary.makefile, re.M):
+        if not re.search(rf"^{target}:", vocabulary.tree.file("Makefile"), re.M):
             yield f"make {target}"
     for name in _NAME.findall(rest):
         if _looks_like_a_name(name) and not vocabulary.knows_name(name):

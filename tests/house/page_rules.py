@@ -102,7 +102,7 @@ def one_machine(tree: WorkTree) -> Iterator[Violation]:
     """No file speaks of one machine's folders."""
     folders = ("docs", "sdxl_distill", "tests", "tools", "benchmarks", "launch", "configs")
     texts = tree.texts("*.*", *(f"{folder}/**/*" for folder in folders))
-    others = [tree.root / name for name in ("Makefile", ".ci/run")]
-    for text in [*texts, *(tree.text(path) for path in others if path.is_file())]:
+    others = [Text(path, tree.file(path)) for path in ("Makefile", ".ci/run")]
+    for text in [*texts, *others]:
         for line, found in text.found(_MACHINE):
             yield Violation(text.path, line, f"names a folder of one machine, {found[0]}")

@@ -24,6 +24,7 @@ RULES: tuple[Rule, ...] = (
     code_rules.pure_imports,
     code_rules.shared_test_packages,
     code_rules.modules_in_the_architecture,
+    code_rules.layers_in_the_architecture,
     code_rules.entries_that_are_phrases,
     code_rules.step_comments,
     page_rules.links,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from figures import figures
 from source import Source
@@ -64,3 +67,9 @@ def test_imports_are_told_apart_and_followed_to_the_answer(shown):
     assert shown["files to read: where is the loss?"] == (
         "1 by name (`core.loss`), 2 by imports: cli.train → core.loss"
     )
+
+
+def test_the_architecture_quotes_every_figure(shown):
+    page = Path(__file__).parents[2] / "docs/architecture.md"
+    quoted = page.read_text("utf-8").partition("| measured | here |")[2]
+    assert re.findall(r"^\| (.+?) \| .+ \|$", quoted, re.M) == list(shown)

@@ -13,7 +13,10 @@ from rules import RULES, Rule, main, violations
 LOSS = '"""Losses."""\n\nimport math\n\n\ndef mean(losses):\n    """Return it."""\n'
 GOOD = {
     "sdxl_distill/core/loss.py": LOSS,
-    "docs/architecture.md": "# Architecture\n\n## Modules\n\n- `core/loss.py`: `mean`\n",
+    "docs/architecture.md": (
+        "```\ncli | core  all\n```\n| Loss? | `core` |\n## Modules\n\n- `core/loss.py`: `mean`\n"
+    ),
+    "pyproject.toml": 'layers = [\n  "cli | core",\n]\n',
     "docs/configuration.md": "### `data`\n\n| `lanes` | integer |\n",
     "docs/decisions/0001-first.md": (
         "# 0001 First\n**Context.** A.\n**Decision.** B.\n**Rejected.** C.\n**Consequences.** D.\n"
@@ -76,6 +79,13 @@ BROKEN: dict[Rule, tuple[dict[str, str], list[str]]] = {
             "docs/architecture.md:3: lists `core/loss.py` twice",
             "docs/architecture.md:4: lists `b.py`, which is no module",
             "sdxl_distill/core/noise.py:1: not listed in docs/architecture.md, Modules",
+        ],
+    ),
+    code_rules.layers_in_the_architecture: (
+        {"docs/architecture.md": "# Layers\n```\ncli\ncore\n```\n"},
+        [
+            "docs/architecture.md:1: has no question that `core` answers",
+            "docs/architecture.md:2: draws other layers than pyproject.toml has",
         ],
     ),
     code_rules.entries_that_are_phrases: (

@@ -105,6 +105,11 @@ class WorkTree:
         """Return a page by its place; an empty one where there is none."""
         return next((page for page in self.pages if page.path == path), Text(path, ""))
 
+    def file(self, path: str) -> str:
+        """Return what a file says by its place, hidden or not; nothing where there is none."""
+        place = self.root / path
+        return place.read_text("utf-8") if place.is_file() else ""
+
     def texts(self, *patterns: str) -> list[Text]:
         """Return the text files below folders or of the given names; nothing hidden."""
         return [self.text(path) for path in self._paths(*patterns) if path.suffix in _TEXT_SUFFIXES]
