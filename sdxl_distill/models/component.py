@@ -1,6 +1,6 @@
 """One network of a checkpoint: its folder, its exact tensor names and shapes, its weights.
 
-Comes in: a folder with `config.json` and safetensors. Goes out: a fingerprint, or the module.
+In: a folder with `config.json` and safetensors. Out: a fingerprint, or the module.
 The libraries leave missing tensors uninitialised and drop extra ones without an error, so the
 module is built without memory first and compared with the files, name by name.
 """
@@ -30,11 +30,11 @@ from sdxl_distill.models.tensor_files import (
 
 
 class Component:
-    """One network's folder; nothing is read before it is asked for.
+    """One network's folder; nothing is read until it is asked for.
 
     Args:
-        kind: what it must be.
-        folder: where its `config.json` and its weights are.
+        kind: the network that it must be.
+        folder: the folder of its `config.json` and its weights.
     """
 
     def __init__(self, kind: ComponentKind, folder: Path) -> None:
@@ -68,7 +68,7 @@ class Component:
         """Return a field that must be a whole number above zero.
 
         Raises:
-            ConfigError, CorruptError: as `config`; IncompatibleError when it is none.
+            ConfigError, CorruptError: as `config`; IncompatibleError when it is not.
         """
         size = self.field(name)
         if type(size) is not int or size < 1:
@@ -98,7 +98,7 @@ class Component:
 
         Raises:
             ConfigError, CorruptError, IncompatibleError: as `tensors`; IncompatibleError also
-                when one is missing, too many or of another shape.
+                for a tensor that is missing, unknown or of another shape.
         """
         shapes = {
             self.kind.plain_name(name): tuple(tensor.shape)
@@ -108,10 +108,10 @@ class Component:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor (name, dtype, shape, bytes) and the fields beside them.
+        """SHA-256 over every tensor (name, dtype, shape, bytes) and each field without its default.
 
         Equal for the same weights in one file or many, whichever library version wrote them.
-        Whether they are all there is `require_complete`'s to say.
+        `require_complete` checks that they are all there.
 
         Raises:
             ConfigError, CorruptError, IncompatibleError: as `tensors`; CorruptError also for
@@ -134,7 +134,7 @@ class Component:
         """Return the network that the configuration describes, without memory for its weights.
 
         Raises:
-            ConfigError, CorruptError: as `config`; IncompatibleError when it describes none.
+            ConfigError, CorruptError: as `config`; IncompatibleError when it does not describe one.
         """
         with torch.device("meta"):
             return self._build()
@@ -143,16 +143,16 @@ class Component:
         """Return the network in evaluation mode, frozen, with exactly the stored weights.
 
         Args:
-            dtype: every weight is converted to it.
-            device: each tensor goes there as soon as it is read, so that memory holds the
-                network once and one tensor besides.
+            dtype: the dtype that every weight is converted to.
+            device: the device that each tensor goes to as soon as it is read, so that memory
+                holds the network once and one more tensor.
 
         Raises:
             ConfigError, CorruptError, IncompatibleError: as `require_complete`; CorruptError
                 also for weights that are NaN or infinite.
         """
         self.require_complete()
-        # Sizes are known to be those of the files by now; buffers that no file holds are real.
+        # Sizes are known to match the files by now; buffers that no file holds get real memory.
         with init_empty_weights(include_buffers=False):
             module = self._build()
         module_names = {self.kind.plain_name(name): name for name in module.state_dict()}
@@ -184,7 +184,7 @@ class Component:
             return self.kind.build(config)
         except Exception as error:
             raise IncompatibleError(
-                f"config.json describes no {self.kind.class_name} ({error})",
+                f"config.json does not describe a {self.kind.class_name} ({error})",
                 where=str(self.folder),
                 action="use an SDXL checkpoint, or copy its folder again",
             ) from error
@@ -229,7 +229,7 @@ class Component:
 def channels_last_on_gpu(module: nn.Module) -> nn.Module:
     """Lay out a convolutional network as a GPU's kernels want it; on a CPU leave it alone.
 
-    In place. Values and shapes stay: whoever saves the weights asks for contiguous ones.
+    In place. Values and shapes stay; code that saves the weights makes them contiguous.
     """
     if next(module.parameters()).is_cuda:
         module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -237,7 +237,7 @@ def channels_last_on_gpu(module: nn.Module) -> nn.Module:
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
-    """By the extremes, which NaN and infinity reach: 20 times faster than every element."""
+    """Check the extremes, which NaN and infinity reach: 20 times faster than every element."""
     if tensor.numel() == 0:
         return True
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

@@ -27,7 +27,7 @@ PIPELINE_PARTS: Final[Config] = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-"""What `model_index.json` says of SDXL's parts, [library, class]; it names a scheduler besides."""
+"""What `model_index.json` says of SDXL's parts, [library, class]; it also names a scheduler."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +35,14 @@ class ComponentKind:
     """What one of SDXL's networks must be.
 
     Attributes:
-        name: of its folder and of its entry in `model_index.json`.
-        class_name: of the only class that is ever built for it.
-        build: makes the module of a parsed `config.json`.
-        weights_stem: what its library calls the weights file.
+        name: the name of its folder and of its entry in `model_index.json`.
+        class_name: the only class that is ever built for it.
+        build: the function that makes its module from a parsed `config.json`.
+        weights_stem: its library's name for the weights file, without suffix.
         defaults: the configuration fields that decide sizes or output, with the values that
             hold when a file leaves them out.
-        prefix: what some library versions put before a tensor's name, and others do not.
-        unprefixed: tensors that no version puts it before.
+        prefix: a word that some library versions put before a tensor's name, and others do not.
+        unprefixed: the tensors that no version puts it before.
         legacy_names: tensors of older files that the network no longer has: constants.
     """
 

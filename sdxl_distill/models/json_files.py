@@ -10,7 +10,7 @@ from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.storage.regular_file import read_bytes
 
 MAX_JSON_BYTES = 16 << 20
-"""The largest is the index of a sharded network, some hundred KiB."""
+"""The largest is the index of a sharded network, a few hundred KiB."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: when there is no such file.
-        CorruptError: when it is too large or no JSON object.
+        CorruptError: when it is too large or not a JSON object.
         StorageError: when the operating system refuses.
     """
     try:
@@ -37,7 +37,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """Parse the bytes of one JSON object.
 
     Raises:
-        CorruptError: when they are no JSON, no object, or a key occurs twice.
+        CorruptError: when they are not JSON, not an object, or a key occurs twice.
     """
     try:
         parsed = json.loads(content, object_pairs_hook=_unique_keys)

@@ -1,8 +1,8 @@
 """A checkpoint in diffusers' layout, given as a local folder or as a hub id from the hub's cache.
 
 Only JSON, tokenizer files and safetensors are read; nothing is downloaded and no code of a
-checkpoint is run. Each component is looked at when it is asked for, so that a teacher needs no
-text encoders and a text source no UNet.
+checkpoint is run. Each component is looked at only when it is asked for, so that a teacher
+needs no text encoders and a text source needs no UNet.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class ModelFolder:
     """An SDXL checkpoint folder.
 
     Args:
-        reference: what the configuration says: the path or the hub id.
-        folder: where the files are.
-        action: what a user can do when a part is missing.
+        reference: the path or the hub id in the configuration.
+        folder: the local folder of its files.
+        action: the next step for a user when a part is missing.
 
     Raises:
-        ConfigError: when it is no diffusers folder.
-        IncompatibleError: when it is one of another model: SD 1.5.
+        ConfigError: when it is not a diffusers folder.
+        IncompatibleError: when it holds another model, such as SD 1.5.
     """
 
     def __init__(self, reference: str, folder: Path, action: str) -> None:
@@ -61,8 +61,9 @@ class ModelFolder:
 
         Raises:
             ConfigError: when it is in neither place, or a single file.
-            IncompatibleError: when it is no SDXL checkpoint.
+            IncompatibleError: when it is not an SDXL checkpoint.
         """
+        # A local path: a folder, never a single file.
         folder = Path(reference).expanduser()
         if folder.is_dir():
             action = "check the path, or save the whole pipeline with `save_pretrained`"
@@ -75,6 +76,7 @@ class ModelFolder:
                 action="convert it once: "
                 "`StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)`",
             )
+        # A hub id, of which only the cache is searched.
         if not _HUB_ID.fullmatch(reference):
             raise ConfigError(
                 "there is no such folder",
@@ -154,9 +156,9 @@ class ModelFolder:
         """Return the noise schedule that the checkpoint's scheduler describes.
 
         Args:
-            prediction_type: overrides the scheduler's: many v-prediction checkpoints do not
-                say what they are.
-            zero_terminal_snr: overrides the scheduler's.
+            prediction_type: the type to use instead of the scheduler's; many v-prediction
+                checkpoints do not state theirs.
+            zero_terminal_snr: the value to use instead of the scheduler's.
 
         Raises:
             ConfigError: when there is no scheduler.
@@ -165,6 +167,7 @@ class ModelFolder:
         """
         path = self._existing("scheduler") / "scheduler_config.json"
         config = read_json(path)
+        # Only schedulers of which ᾱ can be computed.
         if config.get("trained_betas") is not None:
             raise IncompatibleError("trained_betas are set", expected="null", where=str(path))
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
@@ -184,6 +187,7 @@ class ModelFolder:
                 expected=f"three numbers, at most {MAX_TIMESTEPS} timesteps",
                 where=str(path),
             )
+        # What the checkpoint states, unless the caller knows better.
         if zero_terminal_snr is None:
             zero_terminal_snr = config.get("rescale_betas_zero_snr") is True
         return NoiseSchedule(

@@ -1,6 +1,6 @@
 """The safetensors files of one component folder, in one file or sharded, in any precision.
 
-Headers come from strangers: they are bounded, and must describe every byte of their file exactly
+Headers are not trusted: they are bounded, and must describe every byte of their file exactly
 once. Tensors are read one at a time with plain reads, since a mapped file that is cut while in
 use kills the process. The digests do not depend on how tensors are spread over files.
 """
@@ -51,9 +51,9 @@ class StoredTensor:
 
     Attributes:
         path: the safetensors file.
-        dtype: as safetensors spells it, "F16".
+        dtype: its name in safetensors, "F16".
         shape: its extents.
-        offset: of its first byte in the file.
+        offset: the position of its first byte in the file.
         num_bytes: its size.
     """
 
@@ -69,7 +69,7 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
 
     Args:
         folder: a component's folder, `unet`.
-        stem: `diffusion_pytorch_model` or `model`, what its library calls the file.
+        stem: `diffusion_pytorch_model` or `model`, its library's name for the file.
 
     Raises:
         ConfigError: when there are no safetensors weights, only pickled ones, or two choices.
@@ -86,7 +86,7 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
         declared = {name for name, place in weight_map.items() if place == file_name}
         if header.keys() != declared:
             raise CorruptError(
-                f"{file_name} does not hold the tensors that the index says",
+                f"{file_name} does not hold the tensors that the index lists",
                 expected=name_list(header.keys() ^ declared) + " in both or in neither",
                 where=str(weights),
                 action="copy or download this folder again",
@@ -102,6 +102,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CorruptError: when it is cut, too large, malformed, or leaves a byte of the file out.
         IncompatibleError: for an unknown data type.
     """
+    # The header, within its bounds.
     try:
         descriptor = open_regular(path)
     except FileNotFoundError as error:
@@ -116,6 +117,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 f"1 to {MAX_HEADER_BYTES} bytes, inside the file",
             )
         header = file.read(header_bytes)
+    # Its tensors, which fill the rest of the file without a gap.
     entries = parse_json(header, path)
     entries.pop("__metadata__", None)
     first = _LENGTH_BYTES + header_bytes
@@ -157,11 +159,11 @@ def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, tor
 
 
 class TensorDigest(NamedTuple):
-    """What one reading of a tensor finds out.
+    """What reading a tensor once finds out.
 
     Attributes:
-        sha256: of its bytes, 64 hex digits.
-        is_finite: no element is NaN or infinite; True for types that have neither.
+        sha256: the SHA-256 of its bytes, 64 hex digits.
+        is_finite: False if an element is NaN or infinite, which some types do not have.
     """
 
     sha256: str
@@ -186,7 +188,7 @@ def name_list(names: Iterable[str], limit: int = 3) -> str:
 
 
 def _weights_file(folder: Path, stem: str) -> Path:
-    """The one file to start from: full precision before half, and never a choice to make."""
+    """Return the one file to start from: full precision before half, never a choice of two."""
     for variant in _VARIANTS:
         names = (
             f"{stem}{variant}.safetensors",
@@ -224,7 +226,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     for place in weight_map.values():
         plain = isinstance(place, str) and Path(place).name == place
         if not plain or not place.endswith(".safetensors"):
-            raise _corrupt(path, f"the file name {place!r}", "a safetensors file beside the index")
+            raise _corrupt(path, f"the file name {place!r}", "a safetensors file next to the index")
     return weight_map
 
 
@@ -257,7 +259,7 @@ def _digest(stored: StoredTensor) -> TensorDigest:
 def _is_finite(chunk: bytes, dtype: str) -> bool:
     """Whether no float is NaN or infinite, which have every bit of the exponent set.
 
-    By the largest bit patterns of either sign, at a twentieth of the cost of hashing.
+    Compares the largest bit patterns of either sign, at a twentieth of the cost of hashing.
     """
     if dtype not in _INFINITY_BITS:
         return True

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class TextGeometry(NamedTuple):
-    """What the text encoders give.
+    """The sizes of what the text encoders return.
 
     Attributes:
-        num_tokens: of every caption after padding: 77.
-        hidden_size: of a token: both encoders' widths together, 2048 in SDXL.
-        pooled_size: of the pooled embedding, 1280 in SDXL.
+        num_tokens: tokens of every caption after padding: 77.
+        hidden_size: width of a token: both encoders' widths together, 2048 in SDXL.
+        pooled_size: width of the pooled embedding, 1280 in SDXL.
     """
 
     num_tokens: int
@@ -64,7 +64,7 @@ def text_geometry(checkpoint: ModelFolder) -> TextGeometry:
         if tokenizer.model_max_length != num_tokens or limit < num_tokens or num_ids <= largest:
             raise IncompatibleError(
                 f"a tokenizer of {tokenizer.model_max_length} tokens and ids up to {largest} "
-                f"beside an encoder of {limit} tokens and {num_ids} ids",
+                f"next to an encoder of {limit} tokens and {num_ids} ids",
                 expected="one token limit for both tokenizers, within the encoders' sizes",
                 where=str(checkpoint.folder),
                 action="copy tokenizers and text encoders from one checkpoint",
@@ -77,7 +77,7 @@ def require_fit(text: TextGeometry, unet: UnetGeometry, where: str) -> None:
     """Check that a UNet takes the embeddings of these text encoders.
 
     Raises:
-        IncompatibleError: naming both sizes; `where` says which checkpoints they are of.
+        IncompatibleError: with both sizes; `where` says which checkpoints they belong to.
     """
     if (text.hidden_size, text.pooled_size) != (unet.hidden_size, unet.pooled_size):
         raise IncompatibleError(
@@ -92,8 +92,8 @@ class TextEncoders:
     """Both text encoders and tokenizers, loaded.
 
     Args:
-        tokenizers: first and second.
-        encoders: first and second.
+        tokenizers: the first and the second.
+        encoders: the first and the second.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class TextEncoders:
         """Load both encoders, frozen and in evaluation mode.
 
         Args:
-            checkpoint: where they come from.
-            device: where they run.
-            dtype: of weights and computation. float32 costs little, since a caption is encoded
-                once, and records then hold the exact embeddings rounded to float16.
+            checkpoint: the folder that holds them.
+            device: the device that they run on.
+            dtype: the dtype of weights and computation. float32 costs little, since a caption is
+                encoded once, and records then hold the exact embeddings rounded to float16.
 
         Raises:
             ConfigError, CorruptError, IncompatibleError: as `text_geometry`, `Component.load`.
@@ -181,7 +181,7 @@ class TextEncoders:
                 f"the embeddings of {caption!r} are NaN, infinite or beyond float16",
                 expected="finite embeddings",
                 where=f"text encoders in {self.encoders[0].dtype}",
-                action="encode in float32; if it stays, the encoders' weights are broken",
+                action="encode in float32; if that does not help, the encoders' weights are broken",
             )
         return embeddings
 

@@ -23,7 +23,7 @@ from sdxl_distill.models.json_files import read_json
 from sdxl_distill.storage.regular_file import storage_errors
 
 _MAX_TOKENS = 4096
-"""A tokenizer whose files name no limit says 10³⁰."""
+"""Longer means unlimited: a tokenizer whose files name no limit reports 10³⁰."""
 _VOCABULARY: Final = "vocab.json"
 _MERGES: Final = "merges.txt"
 _MERGED: Final = "tokenizer.json"
@@ -85,30 +85,32 @@ def tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
 def copy_tokenizer(source: Path, destination: Path) -> None:
     """Copy a tokenizer's folder as files that transformers 4 and 5 both read.
 
-    What the source has is copied as it is. Where it has nothing but the `tokenizer.json` that
-    transformers 5 saves, which version 4 makes no `CLIPTokenizer` of, the rest is written from it.
+    Existing files are copied as they are. If there is only the `tokenizer.json` that transformers 5
+    saves, from which version 4 makes no `CLIPTokenizer`, the others are written from it.
 
     Args:
-        source: the folder.
-        destination: must not be there; its parent must.
+        source: the tokenizer's folder.
+        destination: the folder to write; it must not exist, but its parent must.
 
     Raises:
         ConfigError, CorruptError: as `load_tokenizer`.
-        IncompatibleError: as that, and when vocabulary and merges cannot say what it does.
+        IncompatibleError: as that, and when vocabulary and merges cannot express what it does.
     """
     tokenizer = load_tokenizer(source)
     wanted = tokenizer_fingerprint(tokenizer)
     destination.mkdir()
     names = _file_names(source)
     is_copied = {_VOCABULARY, _MERGES, _SETTINGS} <= names and _is_of_every_version(source)
+    # The source's own files, if every version reads them.
     if is_copied:
         for name in names & {_VOCABULARY, _MERGES, _SETTINGS, _SPECIAL_TOKENS, _ADDED_TOKENS}:
             shutil.copyfile(source / name, destination / name)
+    # Else files of ours, which must give the same tokenizer.
     if not is_copied or tokenizer_fingerprint(load_tokenizer(destination)) != wanted:
         _write_files(tokenizer, destination)
     if tokenizer_fingerprint(load_tokenizer(destination)) != wanted:
         raise IncompatibleError(
-            "vocab.json and merges.txt cannot say what the tokenizer does",
+            "vocab.json and merges.txt cannot express what the tokenizer does",
             expected="a byte-level CLIP tokenizer",
             where=str(source),
             action="use the tokenizer files of the checkpoint that it was fine-tuned from",
@@ -126,6 +128,7 @@ def _write_files(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write the four files that SDXL's own tokenizer folders hold."""
     for path in folder.iterdir():
         path.unlink()
+    # The settings, with every added token spelled out.
     model = _model(tokenizer)
     special = dict(tokenizer.special_tokens_map)
     added = {
@@ -147,6 +150,7 @@ def _write_files(tokenizer: CLIPTokenizer, folder: Path) -> None:
         "model_max_length": tokenizer.model_max_length,
         "tokenizer_class": "CLIPTokenizer",
     }
+    # Merges as lines of text, everything else as JSON.
     lines = ["#version: 0.2", *(" ".join(merge) for merge in _merges(model))]
     (folder / _MERGES).write_text("\n".join(lines) + "\n", encoding="utf-8")
     for name, content in (

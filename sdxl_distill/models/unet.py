@@ -25,9 +25,9 @@ class UnetGeometry(NamedTuple):
     """What a UNet takes.
 
     Attributes:
-        channels: of latents and prediction.
-        hidden_size: of a text token: both encoders' widths together.
-        pooled_size: of the pooled text embedding.
+        channels: channels of latents and prediction.
+        hidden_size: width of a text token: both encoders' widths together.
+        pooled_size: width of the pooled text embedding.
     """
 
     channels: int
@@ -82,10 +82,11 @@ def compile_unet(unet: nn.Module, num_shapes: int) -> None:
     Fixed sizes make faster kernels than symbolic ones; buckets and batches bound their number.
 
     Args:
-        unet: as `load_unet` returns it.
-        num_shapes: that it will be called with, in each of its modes (with and without gradients).
+        unet: a UNet from `load_unet`.
+        num_shapes: the number of shapes that it will be called with, in each of its modes (with
+            and without gradients).
     """
-    # Beyond its limit the compiler would silently go on without compiling.
+    # Beyond its limit the compiler would silently stop compiling.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, num_shapes)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * num_shapes)
@@ -108,12 +109,13 @@ def predict(
 
     Args:
         unet: an SDXL UNet, possibly compiled or wrapped for distributed training.
-        noisy_latents: [B, C, h, w], float32.
-        timesteps: [B], int64.
+        noisy_latents: the latents to denoise [B, C, h, w], float32.
+        timesteps: one per record [B], int64.
         encoder_hidden_states: text embeddings [B, tokens, hidden_size], any float type.
-        pooled_embeds: [B, pooled_size], any float type.
-        time_ids: [B, 6], whole numbers of any type.
+        pooled_embeds: pooled text embeddings [B, pooled_size], any float type.
+        time_ids: sizes and crop [B, 6], whole numbers of any type.
     """
+    # All in the UNet's dtype, but for the numbers that become sinusoids.
     dtype = next(unet.parameters()).dtype
     (prediction,) = unet(
         noisy_latents.to(dtype),

@@ -58,9 +58,9 @@ def load_vae(
     """Load a VAE, frozen and in evaluation mode.
 
     Args:
-        checkpoint: where it comes from.
+        checkpoint: the folder that holds it.
         dtype: float32 or bfloat16; in float16 SDXL's VAE overflows to NaN.
-        device: where it runs.
+        device: the device that it runs on.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `latent_channels` and `Component.load`.
@@ -75,7 +75,7 @@ def encode_images(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Return scaled latents, float16 [B, C, H/8, W/8], on the VAE's device.
 
     Args:
-        vae: as `load_vae` returns it.
+        vae: a VAE from `load_vae`.
         pixels: RGB, uint8 [B, H, W, 3], any device; H and W divisible by 8.
 
     Raises:
@@ -92,7 +92,7 @@ def encode_images(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
             f"latents of images {broken} of the batch are NaN, infinite or beyond float16",
             expected="finite latents",
             where=f"VAE in {vae.dtype}",
-            action="encode in float32; if it stays, the VAE's weights are broken",
+            action="encode in float32; if that does not help, the VAE's weights are broken",
         )
     return latents
 
@@ -102,7 +102,7 @@ def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Return RGB pixels, uint8 [B, H, W, 3], on the VAE's device.
 
     Args:
-        vae: as `load_vae` returns it.
+        vae: a VAE from `load_vae`.
         latents: scaled latents [B, C, H/8, W/8], any float type and device.
     """
     unscaled = latents.to(vae.device, torch.float32) / vae.config["scaling_factor"]

@@ -221,7 +221,7 @@ def test_a_configuration_of_another_class_is_incompatible(folder, kind):
 )
 def test_a_configuration_that_makes_no_network_is_incompatible(folder, kind, fields):
     component = rewrite_config(folder, kind, **fields)
-    with pytest.raises(IncompatibleError, match="describes no"):
+    with pytest.raises(IncompatibleError, match="does not describe"):
         component.require_complete()
 
 
