@@ -1,8 +1,8 @@
-"""Captions beside images: `{stem}.txt`, `{stem}.caption` or `metadata.jsonl`, in that order.
+"""Captions next to images: `{stem}.txt`, `{stem}.caption` or `metadata.jsonl`, in that order.
 
-A caption file wins as soon as it is there, also when it is empty. Of several `metadata.jsonl`
-on the way up to the image folder, the nearest that names the image counts (the convention of
-Hugging Face's imagefolder). No caption anywhere is the empty caption.
+A caption file wins if there is one, even an empty one. Of several `metadata.jsonl` on the way up
+to the image folder, the nearest that names the image counts (the convention of Hugging Face's
+imagefolder). An image without any of these has the empty caption.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def read_caption(path: Path) -> str:
     """Return the text of a caption file without white space around it.
 
     Raises:
-        CorruptError: when it is gone, no UTF-8 or larger than `MAX_CAPTION_BYTES`.
-        StorageError: when the disk refused.
+        CorruptError: when it is gone, not UTF-8 or larger than `MAX_CAPTION_BYTES`.
+        StorageError: when the disk refuses.
     """
     return _read_utf8(path, MAX_CAPTION_BYTES).strip()
 
@@ -46,13 +46,13 @@ def read_metadata(path: Path, fields: set[str] | None = None) -> dict[str, str]:
     there, means the empty caption.
 
     Args:
-        path: of the file.
-        fields: takes the names that lines have besides `file_name`, at most a hundred.
+        path: the file.
+        fields: a set that receives the names of fields other than `file_name`, at most a hundred.
 
     Raises:
-        CorruptError: for a line that is no JSON or names no file, for a caption of more than
+        CorruptError: for a line that is not JSON or names no file, for a caption of more than
             1 MiB, for two captions of one file, and as `read_caption`.
-        StorageError: when the disk refused.
+        StorageError: when the disk refuses.
     """
     captions: dict[str, str] = {}
     lines = _read_utf8(path, MAX_METADATA_BYTES).split("\n")
@@ -72,8 +72,8 @@ def metadata_caption(source: str, metadata: Mapping[str, Mapping[str, str]]) -> 
     """Return the caption that the nearest `metadata.jsonl` above an image gives it, or None.
 
     Args:
-        source: path of the image, relative to the image folder, with slashes.
-        metadata: what `read_metadata` returned, by folder in the same form (the top is "").
+        source: the image's path, relative to the image folder, with slashes.
+        metadata: results of `read_metadata`, by folder in the same form (the top is "").
     """
     folder = source
     while folder:
@@ -89,12 +89,12 @@ def _metadata_line(line: str, where: str) -> tuple[str, str, set[str]]:
     try:
         fields: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"no JSON: {error}", where=where) from error
+        raise CorruptError(f"not JSON: {error}", where=where) from error
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise CorruptError("names no file", expected='an object with "file_name": "…"', where=where)
     caption = next((fields[key] for key in CAPTION_FIELDS if fields.get(key) is not None), "")
     if not isinstance(caption, str) or not _is_unicode(caption):
-        raise CorruptError("the caption is no text", expected="a Unicode string", where=where)
+        raise CorruptError("the caption is not text", expected="a Unicode string", where=where)
     caption = caption.strip()
     if len(caption.encode()) > MAX_CAPTION_BYTES:
         raise CorruptError(
@@ -114,7 +114,7 @@ def _read_utf8(path: Path, max_bytes: int) -> str:
         raise CorruptError("is gone, or a link that leads nowhere", where=str(path)) from error
     except UnicodeDecodeError as error:
         raise CorruptError(
-            f"byte {error.start} is no UTF-8",
+            f"byte {error.start} is not UTF-8",
             expected="text in UTF-8",
             where=str(path),
             action="save the file as UTF-8",
@@ -122,7 +122,7 @@ def _read_utf8(path: Path, max_bytes: int) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Tell whether a string of JSON has no half of a surrogate pair, which UTF-8 lacks."""
+    """Whether a string from JSON has no half of a surrogate pair, which UTF-8 cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

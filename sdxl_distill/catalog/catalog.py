@@ -1,6 +1,6 @@
 """The catalog: segments 0…n of a folder, read and checked as one table of images.
 
-Each segment names its predecessor's sha256, so a catalog is known by n alone. Rows stay in
+Each segment names its predecessor's sha256, so n alone identifies a catalog. Rows stay in
 columns until a shard asks for its own: a million images are 300 MB as columns.
 """
 
@@ -61,7 +61,7 @@ _KNOWN_NUMBERS: Final = ("bytes", "mtime_ns", "width", "height")
 
 
 class CataloguedImage(NamedTuple):
-    """Identity, source and caption digest of an image that has its shard."""
+    """Identity, source and caption digest of an image that has a shard."""
 
     image_id: str
     source: str
@@ -69,10 +69,10 @@ class CataloguedImage(NamedTuple):
 
 
 class KnownFiles:
-    """What is known of each source: 40 bytes a row, and no object for any of them.
+    """What is known of each source, in 40 bytes a row and without an object for each.
 
     Args:
-        table: the rows of a catalog; of two rows of one source the latter counts.
+        table: the rows of a catalog; of two rows of one source the later counts.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -108,7 +108,7 @@ class Catalog:
 
         Raises:
             CorruptError: when one is missing or damaged.
-            IncompatibleError: when one does not follow on its predecessor.
+            IncompatibleError: when one does not follow its predecessor.
         """
         if n is None:
             numbers = map(segment_number, directory.names())
@@ -129,7 +129,7 @@ class Catalog:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the last segment's bytes, which vouches for all before; "" when empty."""
+        """SHA-256 of the last segment's bytes, which vouches for all before it; "" when empty."""
         return self.segments[-1].sha256 if self.segments else ""
 
     @property
@@ -199,7 +199,7 @@ class Catalog:
 
 
 def _cells(table: pa.Table, columns: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
-    """Yield the cells of each row; no more than some rows are Python objects at once."""
+    """Yield the cells of each row; only a few thousand rows are Python objects at once."""
     selected = table.select(columns)
     for start in range(0, table.num_rows, _ROWS_AT_ONCE):
         part = selected.slice(start, _ROWS_AT_ONCE)
@@ -230,7 +230,7 @@ def _require_chain(segment: Segment, predecessors: list[Segment], number: int, w
     predecessor_sha256 = predecessors[-1].sha256 if predecessors else ""
     if header.predecessor_sha256 != predecessor_sha256:
         raise IncompatibleError(
-            f"follows on a segment of sha256 {header.predecessor_sha256 or 'none'}",
+            f"follows a segment of sha256 {header.predecessor_sha256 or 'none'}",
             expected=f"{predecessor_sha256 or 'none'}, as its predecessor has",
             where=where,
             action=RESTORE_CATALOG,

@@ -1,8 +1,8 @@
-"""How a catalog grows by a scan: which images are new, and in which new shards they go.
+"""How a catalog grows by a scan: which images are new, and which new shards they go to.
 
-Planning is pure. Committed images keep bucket, shard and caption for ever: new ones go to new
-shards at the end, and a short last shard is never filled up. Publishing is create-only; who
-loses the race for a number plans once more against the winner.
+Planning is pure. Committed images keep bucket, shard and caption permanently: new ones go to
+new shards at the end, and a short last shard is never filled up. Publishing is create-only; a
+launch that loses the race for a number plans once more against the winner.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class ScanReport:
         num_images: distinct images in the folder.
         num_duplicates: further files with the bytes of one of these.
         num_new: images that the catalog did not have.
-        num_empty_captions: of the distinct images.
+        num_empty_captions: distinct images without a caption.
         new_per_bucket: `num_new` by bucket.
-        bad_images: left out, with reasons.
+        bad_images: images left out, with reasons.
         differing_captions: images whose duplicates have other captions; the first source's counts.
-        changed_captions: images in the catalog whose caption is another now; the old one stays.
+        changed_captions: images in the catalog whose caption has changed; the old one stays.
         deleted: images in the catalog that the folder no longer has; they stay.
         mounts: folders on other devices than the image folder, as `Scan.mounts`.
     """
@@ -75,7 +75,7 @@ class ScanReport:
 
 @dataclass(frozen=True)
 class Growth:
-    """The rows of the next segment, sorted, none when nothing is new; and the report."""
+    """The sorted rows of the next segment, none if nothing is new, and the report."""
 
     rows: tuple[CatalogRow, ...]
     report: ScanReport
@@ -92,21 +92,24 @@ def grow(
     """Plan the next segment; touches nothing.
 
     Args:
-        catalog: what is committed.
-        scan: what the folder holds now.
-        buckets: each image goes to the nearest.
-        records_per_shard: at most so many images in a shard.
-        on_changed_caption: what a changed caption of a committed image means.
+        catalog: the committed images.
+        scan: the folder's present content.
+        buckets: the resolutions; each image goes to the nearest.
+        records_per_shard: the most images in one shard.
+        on_changed_caption: the response to a changed caption of a committed image.
 
     Raises:
         IncompatibleError: for changed captions with `on_changed_caption: error`.
     """
+    # One image may lie in several files; the first in the order of sources counts.
     files_by_id: dict[str, list[ScannedImage]] = {}
     for file in sorted(scan.images, key=lambda file: file.source):
         files_by_id.setdefault(file.image_id, []).append(file)
+    # What is committed stays as it is.
     changed, deleted, committed = _compare(catalog, files_by_id)
     if changed and on_changed_caption == "error":
         raise _changed_captions_error(changed, str(scan.image_dir))
+    # What is new goes to new shards.
     firsts = [files[0] for files in files_by_id.values()]
     new = [file for file in firsts if file.image_id not in committed]
     rows = _cut(new, catalog.num_shards(), buckets, records_per_shard)
@@ -141,15 +144,16 @@ def extend_catalog(
 ) -> tuple[Catalog, ScanReport]:
     """Publish what is new as the next segment and return the catalog with it.
 
-    No new image: no segment, and the catalog as it is. `accept` sees what is new before. More
+    Without new images the catalog stays as it is. `accept` sees the new rows before that. More
     text than `max_text_bytes` goes into several segments, cut between shards.
 
     Raises:
         IncompatibleError: as `grow`.
-        ConfigError: whatever `accept` raises; when the text of one shard alone is more.
+        ConfigError: as `accept` raises it, or when the text of one shard alone is more.
         StorageError: when others published twice in the meantime, or the disk refuses.
     """
     for _ in range(_NUM_ATTEMPTS):
+        # Plan against what is there now.
         catalog = Catalog.load(directory)
         growth = grow(
             catalog,
@@ -162,11 +166,12 @@ def extend_catalog(
             return catalog, growth.report
         if accept is not None:
             accept(catalog.num_shards(), growth.rows)
+        # Publish; another launch may have taken the number meanwhile.
         n = _publish(directory, catalog, scan.started_ns, growth.rows, max_text_bytes)
         if n is not None:
             return Catalog.load(directory, n), growth.report
     raise StorageError(
-        "other launches published catalog segments meanwhile, twice",
+        "other launches published catalog segments in the meantime, twice",
         where=str(directory.path),
         action="run again; the images that are new by then go to the next segment",
     )
@@ -179,7 +184,7 @@ def require_captions(catalog: Catalog, scan: Scan) -> None:
         ConfigError: with the count, some names, and what `metadata.jsonl` holds instead.
     """
     if sum(not image.caption for image in scan.images) < _MIN_EMPTY_CAPTIONS:
-        return  # most folders; nothing is kept of 10^7 images then
+        return  # most folders: no copy of 10^7 images is made then
     options = pc.SetLookupOptions(catalog.table["image_id"])
     ids = pa.array((image.image_id for image in scan.images), pa.string(), size=len(scan.images))
     is_known = pc.call_function("is_in", [ids], options).to_numpy(zero_copy_only=False)
@@ -196,7 +201,7 @@ def require_captions(catalog: Catalog, scan: Scan) -> None:
         expected=f"{names} next to an image, or {METADATA_NAME} with one of "
         f"{', '.join(CAPTION_FIELDS)}",
         where=str(scan.image_dir),
-        action="name captions so, or set data.allow_empty_captions: true to train without",
+        action="name captions like this, or set data.allow_empty_captions: true to train without",
     )
 
 
@@ -209,7 +214,7 @@ def _publish(
 ) -> int | None:
     """Publish rows as the next segments; return the last one's number, None when overtaken."""
     n, predecessor = catalog.n, catalog.sha256
-    for part in list(_parts(rows, max_text_bytes)):  # a refusal comes before the first is there
+    for part in list(_parts(rows, max_text_bytes)):  # refused before the first one is published
         n += 1
         name = segment_name(n)
         content = encode_segment(SegmentHeader(n, predecessor, scan_started_ns, len(part)), part)
@@ -220,7 +225,7 @@ def _publish(
 
 
 def _read_back(content: bytes, name: str, rows: Sequence[CatalogRow]) -> str:
-    """Check that a segment can be read before anyone has to; return its SHA-256."""
+    """Check that a segment can be read before a reader has to; return its SHA-256."""
     segment = decode_segment(content, name)
     require_legal_rows(segment.table, name)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -322,6 +327,6 @@ def _changed_captions_error(changed: Sequence[str], where: str) -> IncompatibleE
         f"{_some(sorted(changed))}",
         expected="the captions that their latents were committed with",
         where=where,
-        action="put the captions back, set data.on_changed_caption to keep to go on with the old "
-        "ones, or build_latents --rebuild to use the new ones",
+        action="put the captions back, keep the old ones with data.on_changed_caption: keep, or "
+        "use the new ones with build_latents --rebuild",
     )

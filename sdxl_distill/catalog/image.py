@@ -59,7 +59,7 @@ _DECODER_ERRORS: Final = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# A PNG may carry its orientation behind the pixels; without one of these it has none.
+# A PNG may carry its orientation after the pixels; without one of these it has none.
 _PNG_ORIENTATION_MARKS: Final = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 _SIDEWAYS_ORIENTATIONS: Final = (5, 6, 7, 8)
 _WHITE_IS_ZERO: Final = 0
@@ -84,7 +84,7 @@ class BadImageError(CorruptError):
 
 
 class GoneImageError(BadImageError):
-    """An image file that is not there; its folder may not be either."""
+    """An image file that is not there; its folder may be missing too."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +95,17 @@ class DecodedImage:
 
     @property
     def width(self) -> int:
-        """Width in pixels, as one sees it."""
+        """Width in pixels, as displayed."""
         return self.pixels.shape[1]
 
     @property
     def height(self) -> int:
-        """Height in pixels, as one sees it."""
+        """Height in pixels, as displayed."""
         return self.pixels.shape[0]
 
 
 def retry_once(read: Callable[[], _T]) -> _T:
-    """Call `read`, and once more after a pause when the storage refused the first time."""
+    """Call `read`, and once more after a pause when the storage refuses the first time."""
     try:
         return read()
     except StorageError:
@@ -118,12 +118,12 @@ def read_image_file(path: Path, where: str) -> bytes:
 
     Args:
         path: the file.
-        where: how errors name it.
+        where: the image's name in errors.
 
     Raises:
         GoneImageError: when it is not there.
         BadImageError: when it is not a regular file or larger than `MAX_FILE_BYTES`.
-        StorageError: when the disk refused twice; that says nothing about the image.
+        StorageError: when the disk refuses twice; that says nothing about the image.
     """
     try:
         return retry_once(lambda: regular_file.read_bytes(path, MAX_FILE_BYTES))
@@ -162,9 +162,9 @@ def read_image(
 
     Args:
         content: the whole file.
-        where: how errors name it.
-        max_pixels: larger images are refused before they are decoded.
-        background: RGB, 0…255.
+        where: the image's name in errors.
+        max_pixels: the limit above which an image is refused before it is decoded.
+        background: the colour behind transparency: RGB, 0…255.
 
     Raises:
         BadImageError: empty, of another format, damaged, cut short, animated or of several
@@ -173,6 +173,7 @@ def read_image(
     with _decoding(where):
         image: Image.Image = _open(content, where, max_pixels)
         ImageOps.exif_transpose(image, in_place=True)
+        # Samples of 8 bits.
         if image.mode in {"I", "F"}:
             raise BadImageError(
                 f"{image.mode} pixels of 32 bits or with a sign",
@@ -182,6 +183,7 @@ def read_image(
         _scale_color_key(image, content)
         if image.mode.startswith("I;16"):
             image = _high_byte(image)
+        # Opaque RGB.
         if image.has_transparency_data:
             backdrop = Image.new("RGBA", image.size, (*background, 255))
             image = Image.alpha_composite(backdrop, image.convert("RGBA"))
@@ -262,7 +264,7 @@ def _high_byte(image: Image.Image) -> Image.Image:
 def _scale_color_key(image: Image.Image, content: bytes) -> None:
     """Give the transparent colour of a PNG the scale that Pillow gave its pixels.
 
-    Pillow keeps the number of the file, whose samples may have 2, 4 or 16 bits.
+    Pillow keeps the number from the file, whose samples may have 2, 4 or 16 bits.
     """
     key = image.info.get("transparency")
     if not isinstance(image, PngImageFile) or image.mode in {"1", "P"} or key is None:

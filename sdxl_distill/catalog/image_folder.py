@@ -1,7 +1,7 @@
-"""The image folder while it is read: whether it still is the one that a look began with.
+"""The image folder while it is read: whether it is still the one that reading began with.
 
-An image that is gone is one bad image; a folder that was unmounted makes all of them look so.
-Mount points keep their path: device and inode tell.
+An image that is gone is one bad image; an unmounted folder makes all of its images look so. A
+mount point keeps its path, so device and inode are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ImageFolder:
     """Remembers device and inode of a folder, and of the mount points below it.
 
     Args:
-        path: of the folder; need not be there, then nothing of it is.
+        path: the folder; it may be missing, and then so is everything in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +35,7 @@ class ImageFolder:
         """Remember folders that lie on other devices than the folder itself.
 
         Args:
-            mounts: relative to the folder, with slashes.
+            mounts: their paths relative to the folder, with slashes.
 
         Raises:
             StorageError: when one of them is not mounted here.
@@ -51,10 +51,10 @@ class ImageFolder:
         """Check the folders that an image lies in, when it is not found.
 
         Args:
-            source: of the image, relative to the folder.
+            source: the image's path, relative to the folder.
 
         Raises:
-            StorageError: when one is gone, or another one by now.
+            StorageError: when one is gone or was replaced by another.
         """
         for folder, before in self._identities.items():
             if folder and not source.startswith(f"{folder}/"):
@@ -72,7 +72,7 @@ class ImageFolder:
 
 
 def all_gone(num_images: int, where: str) -> StorageError:
-    """Return the error for a shard of which not one image is there."""
+    """Return the error for a shard none of whose images are there."""
     return StorageError(
         f"none of the {num_images} images of a shard is there any more",
         expected="the images that the catalog knows",

@@ -1,7 +1,7 @@
-"""Whether the rows of a segment are such as a scan gives; a stranger may have written them.
+"""Whether the rows of a segment are ones that a scan could write; they are not trusted.
 
-What names, paths and sizes are made of is checked whenever a segment is read, in whole columns.
-What follows from other columns is computed again by the verifier, row by row.
+Columns that names, paths and sizes are made of are checked whenever a segment is read, as a whole.
+Columns that follow from others are computed again by the verifier, row by row.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def require_legal_rows(table: pa.Table, where: str) -> None:
     """Check columns that names, paths and sizes are made of, and that rows are sorted.
 
     Args:
-        table: of one segment.
-        where: how errors name it.
+        table: the rows of one segment.
+        where: the segment's name in errors.
 
     Raises:
-        CorruptError: naming the first column that has a value that no scan gives.
+        CorruptError: naming the first column with a value that no scan writes.
     """
+    # Each column by itself.
     places = row_places(table)
     sides, shards = places[:, :2], places[:, 2]
     is_legal = {
@@ -53,7 +54,8 @@ def require_legal_rows(table: pa.Table, where: str) -> None:
     }
     absurd = next((name for name, legal in is_legal.items() if not legal), None)
     if absurd is not None:
-        raise CorruptError(f"an absurd {absurd}", where=where, action=RESTORE_CATALOG)
+        raise CorruptError(f"an illegal {absurd}", where=where, action=RESTORE_CATALOG)
+    # The order of the rows.
     if not _are_sorted(places, table["image_id"]):
         raise CorruptError(
             "rows out of order, or an image twice in a shard",
@@ -77,7 +79,7 @@ def wrong_rows(segment: Segment) -> Iterator[tuple[str, str]]:
             ):
                 yield row.key, "the crop is not the one that follows from its size and bucket"
             if digest != row.captions_sha256:
-                yield row.key, "the digest of its captions is another one"
+                yield row.key, "the digest is not that of its captions"
             if subset != row.subset:
                 yield row.key, "the subset is not the folder of its source"
 

@@ -1,4 +1,4 @@
-"""A folder of images and captions → what is in it: identity, upright size and caption of each.
+"""A folder of images and captions → what it holds: every image's identity, upright size, caption.
 
 Reads every file that the catalog does not know already, with threads. Bad images are listed
 with their reasons; a disk that refuses is an error, never a bad image. Hidden files are left
@@ -73,9 +73,9 @@ class Scan:
 
     Attributes:
         image_dir: the folder.
-        started_ns: nanoseconds since 1970.
-        images: sorted by source.
-        bad_images: likewise.
+        started_ns: the start of the scan, nanoseconds since 1970.
+        images: the good images, sorted by source.
+        bad_images: the bad images, sorted likewise.
         mounts: folders below that lie on another device, relative to the folder.
         metadata_fields: names of all fields in `metadata.jsonl`, sorted.
     """
@@ -129,13 +129,13 @@ def scan_folder(
 
     Args:
         image_dir: the folder.
-        catalog: files that it knows by source, size and time are not read again.
-        max_pixels: larger images are bad.
-        max_images: that one set can hold; more files are refused before any is read.
-        on_bad_image: `error` raises the first one in the order of sources.
-        rescan: read all files, known or not.
-        num_threads: of the pool that reads and hashes.
-        progress: called with (files done, files in all) after each file.
+        catalog: the known images; a file with the same source, size and time is not read again.
+        max_pixels: the limit above which images are bad.
+        max_images: the most that one set can hold; more are refused before any is read.
+        on_bad_image: `skip` lists bad images, `error` raises the first in order of sources.
+        rescan: True reads all files, known or not.
+        num_threads: the number of threads that read and hash.
+        progress: a function called with (files done, files in all) after each file.
 
     Raises:
         ConfigError: when the folder is missing, or has no image, no good one or too many.
@@ -153,6 +153,7 @@ def scan_folder(
     by_source = (Catalog() if rescan else catalog).known_files()
     known = _KnownFiles(by_source, catalog.scan_started_ns - _COARSEST_MTIME_NS)
     look = partial(_look, image_dir=image_dir, known=known, max_pixels=max_pixels)
+    # Read what is new; one bad image costs itself, a vanished folder ends the scan.
     images, bad_images = list[ScannedImage](), list[BadImage]()
     for num_done, found in enumerate(_map(look, candidates, num_threads), start=1):
         if isinstance(found, ScannedImage):
@@ -195,7 +196,7 @@ def count_images(image_dir: str | Path) -> ImageCount:
 
 
 def _find_again(image_dir: Path, catalog: Catalog) -> _Found:
-    """Find candidates; that there are none is a fault of the storage where there were some."""
+    """Find candidates; finding none where there were some is a fault of the storage."""
     try:
         return _find_candidates(image_dir)
     except ConfigError as error:
@@ -252,7 +253,7 @@ def _find_candidates(image_dir: Path) -> _Found:
 def _walk(image_dir: Path, mounts: list[str]) -> Iterator[tuple[str, set[str]]]:
     """Yield (folder relative to the top, names of its visible files), parents first.
 
-    Folders on another device than the top are added to `mounts`, but for those inside of them.
+    Folders on another device than the top are added to `mounts`, except those inside another one.
     """
     top_device = None
     entered: set[tuple[int, int]] = set()
@@ -288,7 +289,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link onto itself: opening it will say so
+        if error.errno == errno.ELOOP:  # a link to itself: opening it will say so
             return False
         raise
 
@@ -336,7 +337,7 @@ def _look(
 def _require_utf8(source: str) -> None:
     printable = source.encode(errors="backslashreplace").decode()
     if printable != source:
-        raise BadImageError("its name is no UTF-8", where=printable, action="rename it")
+        raise BadImageError("its name is not UTF-8", where=printable, action="rename it")
 
 
 def _status(path: Path, source: str) -> os.stat_result:

@@ -1,7 +1,7 @@
 """One write-once catalog segment: rows ↔ bytes of `catalog-{n:06d}.parquet`.
 
 The header in the file's metadata names its number, its predecessor's sha256 and when its scan
-began; next to it stands a digest of every byte of the file. Equal header and rows give equal bytes.
+began; next to it is a digest of every byte of the file. Equal header and rows give equal bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sdxl_distill.limits import MAX_SEGMENTS
 SEGMENT_FORMAT_VERSION: Final = 2
 RESTORE_CATALOG: Final = (
     "put the folder catalog back from a copy of the set, or build the set again with "
-    "build_latents --rebuild; predictions made of it are built again then"
+    "build_latents --rebuild; its predictions are then built again too"
 )
 _VERSION_WITHOUT_DIGEST: Final = 1
 _HEADER_KEY: Final = b"catalog"
@@ -66,9 +66,9 @@ class CatalogRow:
         source: path relative to the image folder, with slashes.
         num_bytes: size of the file when it was scanned.
         mtime_ns: its modification time then, nanoseconds since 1970.
-        width: of the upright image, pixels.
-        height: likewise.
-        bucket: what it is trained at.
+        width: width of the upright image, pixels.
+        height: its height, pixels.
+        bucket: the resolution that it is trained at.
         crop: the cover-resize and the corner of the crop.
         captions: one caption, "" when there is none.
         shard: number among its bucket's shards.
@@ -112,9 +112,10 @@ class SegmentHeader:
 
     Attributes:
         n: its number; the catalog's version once it is there.
-        predecessor_sha256: of the bytes of segment n-1, "" for the first.
-        scan_started_ns: nanoseconds since 1970; files changed well before need no second look.
-        num_rows: at least 1.
+        predecessor_sha256: the SHA-256 of segment n-1, "" for the first.
+        scan_started_ns: start of the scan, nanoseconds since 1970; files changed well before that
+            need no second look.
+        num_rows: the number of rows, at least 1.
     """
 
     n: int
@@ -183,7 +184,7 @@ def decode_segment(content: bytes, where: str) -> Segment:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise CorruptError(
-            f"no catalog segment: {error}", where=where, action=RESTORE_CATALOG
+            f"not a catalog segment: {error}", where=where, action=RESTORE_CATALOG
         ) from error
     if header.format_version != _VERSION_WITHOUT_DIGEST and not has_digest:
         raise CorruptError("without its digest", where=where, action=RESTORE_CATALOG)
@@ -204,7 +205,7 @@ def to_rows(table: pa.Table) -> list[CatalogRow]:
 
 
 def _read_rows(file: pq.ParquetFile) -> pa.Table:
-    """Return all rows; in small pieces where they have more text than offsets of 32 bits reach."""
+    """Return all rows; in small pieces if they have more text than 32-bit offsets reach."""
     try:
         return file.read(use_threads=False)
     except pa.ArrowNotImplementedError:
@@ -219,7 +220,7 @@ def _check_digest(content: bytes, where: str) -> tuple[str, bool]:
     Segments of version 1 have no digest.
 
     Raises:
-        CorruptError: when they are not the bytes of that digest.
+        CorruptError: when they do not match that digest.
     """
     start = content.rfind(_DIGEST_PREFIX) + len(_DIGEST_PREFIX)
     end = start + len(_NO_DIGEST)
@@ -233,7 +234,7 @@ def _check_digest(content: bytes, where: str) -> tuple[str, bool]:
     without_digest.update(view[end:])
     if without_digest.hexdigest().encode() != content[start:end]:
         raise CorruptError(
-            "bytes that are not those of the segment's digest",
+            "bytes that do not match the segment's digest",
             where=where,
             action=RESTORE_CATALOG,
         )
@@ -241,12 +242,14 @@ def _check_digest(content: bytes, where: str) -> tuple[str, bool]:
 
 
 def _parse_header(metadata: dict[bytes, bytes], where: str) -> SegmentHeader:
+    # Sealed by its own digest.
     sealed: Any = json.loads(metadata.get(_HEADER_KEY, b"null"))
     fields = sealed.get("header") if isinstance(sealed, dict) else None
     if not isinstance(fields, dict) or sealed.get("sha256") != fingerprint(fields):
         raise CorruptError(
             "no catalog header, or a damaged one", where=where, action=RESTORE_CATALOG
         )
+    # Of a version that is known here, with exactly its fields.
     version = fields.get("format_version")
     if _is_between(version, SEGMENT_FORMAT_VERSION + 1, _MAX_INT64):
         raise IncompatibleError(
@@ -257,7 +260,7 @@ def _parse_header(metadata: dict[bytes, bytes], where: str) -> SegmentHeader:
         )
     if fields.keys() != _IS_LEGAL.keys():
         raise CorruptError(
-            "a header with other fields",
+            "a header with unexpected fields",
             expected=", ".join(_IS_LEGAL),
             where=where,
             action=RESTORE_CATALOG,
@@ -265,7 +268,9 @@ def _parse_header(metadata: dict[bytes, bytes], where: str) -> SegmentHeader:
     for name, is_legal in _IS_LEGAL.items():
         if not is_legal(fields[name]):
             raise CorruptError(
-                f"an absurd {name} in the header", where=where, action=RESTORE_CATALOG
+                f"an illegal {name} in the header: {fields[name]!r:.80}",
+                where=where,
+                action=RESTORE_CATALOG,
             )
     return SegmentHeader(**fields)
 

@@ -38,7 +38,7 @@ def test_white_space_and_byte_order_mark_are_no_part_of_a_caption(tmp_path: Path
 def test_a_caption_that_is_no_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"caf\xe9")
-    with pytest.raises(CorruptError, match="byte 3 is no UTF-8") as caught:
+    with pytest.raises(CorruptError, match="byte 3 is not UTF-8") as caught:
         read_caption(path)
     assert caught.value.where == str(path)
 
@@ -78,12 +78,12 @@ def test_metadata_gives_text_before_caption_and_empty_for_neither(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("3", "names no file"),
         ('{"text": "x"}', "names no file"),
-        ('{"file_name": "b.png", "text": 3}', "no text"),
-        ('{"file_name": "b.png", "text": "\\ud800"}', "no text"),
+        ('{"file_name": "b.png", "text": 3}', "not text"),
+        ('{"file_name": "b.png", "text": "\\ud800"}', "not text"),
         ('{"file_name": "a.png", "text": "other"}', "second caption"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_value_that_no_scan_gives_is_corrupt(
 ) -> None:
     directory.publish_bytes(segment_name(0), encoded(row(1, **changes)))
     name = next(iter(changes))
-    with pytest.raises(CorruptError, match=f"catalog-000000.parquet: an absurd {name}"):
+    with pytest.raises(CorruptError, match=f"catalog-000000.parquet: an illegal {name}"):
         Catalog.load(directory)
 
 

@@ -150,7 +150,7 @@ def test_bad_images_are_listed_with_their_reasons(images: Path, write_photo: Wri
 def test_a_name_that_is_no_utf8_makes_a_bad_image(images: Path, write_photo: WritePhoto) -> None:
     content = write_photo(images / "a.png", 0).read_bytes()
     (images / os.fsdecode(b"caf\xe9.png")).write_bytes(content)
-    assert scan(images).bad_images[0] == ("caf\\udce9.png", "its name is no UTF-8")
+    assert scan(images).bad_images[0] == ("caf\\udce9.png", "its name is not UTF-8")
 
 
 def test_the_first_bad_image_is_an_error_on_request(images: Path, write_photo: WritePhoto) -> None:
@@ -181,7 +181,7 @@ def test_a_disk_that_refuses_is_an_error_and_no_bad_image(
 def test_a_bad_caption_file_stops_the_scan(images: Path, write_photo: WritePhoto) -> None:
     write_photo(images / "a.png", 0)
     (images / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(CorruptError, match=r"a\.txt: byte 0 is no UTF-8"):
+    with pytest.raises(CorruptError, match=r"a\.txt: byte 0 is not UTF-8"):
         scan(images)
 
 
