@@ -17,6 +17,7 @@ ROWS = [
     (896, 1152, 1, 64, 0),
     (640, 1536, 0, 0, 3),
 ]
+MANY_ROWS = [(1024, 1024, number, 0, 4 + number % 3) for number in range(40)]
 SETTINGS = {
     "one lap is larger than the window": {"global_batch": 12, "lanes": 4, "window": 24},
     "the window covers every lap": {"global_batch": 16, "num_draws": 3},
@@ -26,11 +27,14 @@ SETTINGS = {
 
 def build() -> dict[str, object]:
     """Return per setting: fingerprint, first batch, and SHA-256 of the batches of three epochs."""
-    return {name: _order(StreamOrder(_table(), seed=42, **s)) for name, s in SETTINGS.items()}
-
-
-def _table() -> ShardTable:
-    return ShardTable.from_rows(ROWS)
+    table = ShardTable.from_rows(ROWS)
+    orders = {name: StreamOrder(table, seed=42, **s) for name, s in SETTINGS.items()}
+    # Of the rows above each has a home lane of its own, where nothing is left to be shuffled.
+    many = ShardTable.from_rows(MANY_ROWS)
+    orders["home lanes hold many shards"] = StreamOrder(
+        many, seed=42, global_batch=8, lanes=4, window=16
+    )
+    return {name: _order(order) for name, order in orders.items()}
 
 
 def _order(order: StreamOrder) -> dict[str, object]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from sdxl_distill.order.permutation import derive, mix, permute, shuffled
+from sdxl_distill.order.permutation import Purpose, derive, mix, permute, shuffled
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
 WORD = 2**64 - 1
@@ -46,6 +46,11 @@ def test_derive_of_an_array_is_derive_of_each_element() -> None:
 
 def test_derive_takes_the_largest_seed() -> None:
     assert derive(WORD, 1).tolist() != derive(WORD - 1, 1).tolist()
+
+
+def test_no_two_purposes_share_a_key_and_those_of_today_stay() -> None:
+    numbers = {name: int(purpose) for name, purpose in Purpose.__members__.items()}
+    assert numbers == {"SHARD": 0, "PHASE": 1, "BLOCK": 2, "LAP": 3, "LANE": 4}
 
 
 def test_shuffled_sorts_by_the_hash_of_each_number() -> None:
