@@ -42,9 +42,21 @@ NOT_YET: tuple[Rule, ...] = (code_rules.entries_that_are_phrases, code_rules.ste
 
 
 def violations(root: Path, rules: tuple[Rule, ...] = RULES) -> list[Violation]:
-    """Return what the rules find below a folder, sorted by file and line."""
+    """Return what the rules find below a folder, sorted by file and line.
+
+    Where a file cannot be parsed, that is all.
+    """
     tree = WorkTree(root)
-    return sorted(found for rule in rules for found in rule(tree))
+    unreadable = list(_not_python(tree))
+    return sorted(unreadable or (found for rule in rules for found in rule(tree)))
+
+
+def _not_python(tree: WorkTree) -> Iterator[Violation]:
+    for source in [*tree.package, *tree.scripts, *tree.tests]:
+        try:
+            _ = source.tree
+        except SyntaxError as error:
+            yield Violation(source.path, error.lineno or 1, f"is not Python: {error.msg}")
 
 
 def main(root: Path, *, every: bool) -> int:

@@ -171,6 +171,12 @@ def test_the_command_prints_what_it_finds_and_ends_with_1(tmp_path, capsys):
     assert "README.md:1: `Column` is nothing that the code knows" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_parsed_is_named(tmp_path):
+    _write(tmp_path, {**GOOD, "sdxl_distill/core/loss.py": "import\n"})
+    [found] = violations(tmp_path)
+    assert str(found).startswith("sdxl_distill/core/loss.py:1: is not Python")
+
+
 CODE = {
     "sdxl_distill/order/stream_order.py": (
         '"""Order."""\n\n\nclass StreamOrder:\n    """It."""\n\n    num_steps: int\n\n'
