@@ -23,7 +23,7 @@ class PhaseClock:
     _started: float = field(default_factory=time.perf_counter)
 
     def finish(self, phase: str) -> None:
-        """Book the time since the last phase under this name."""
+        """Record the time since the last phase under this name."""
         now = time.perf_counter()
         self.seconds[phase] = now - self._started
         self._started = now
@@ -36,12 +36,12 @@ def launch(
 
     Args:
         arguments: the command and its options.
-        folder: where it runs; paths in configurations are relative to it.
-        num_processes: through the launcher, on as many processes; None: plain Python.
-        port: of the launcher's store; 0 lets it choose.
+        folder: the working folder; paths in configurations are relative to it.
+        num_processes: the number of processes, by the launcher; None runs plain Python.
+        port: the port of the launcher's store; 0 lets it choose.
 
     Raises:
-        DistillError: when it fails; its own message stands on the terminal.
+        DistillError: when it fails; its own message is on the terminal.
     """
     environment = dict(os.environ)
     command = [sys.executable, "-m", "sdxl_distill", *arguments]
@@ -61,7 +61,7 @@ def launch(
         shown = ["accelerate", "launch", f"--num_processes={num_processes}", "-m", "sdxl_distill",
                  *arguments]  # fmt: skip
         environment["ACCELERATE_USE_CPU"] = "true"
-        # Two processes with all threads each would stand in each other's way.
+        # Two processes with all threads each would get in each other's way.
         threads = max(1, available_cores() // num_processes)
         environment["OMP_NUM_THREADS"] = str(threads)
     print(f"\n$ {shlex.join(shown)}", flush=True)

@@ -20,8 +20,8 @@ class DemoConfigurations:
     """Files relative to the demo's folder, in which all commands run.
 
     Attributes:
-        builders: one per teacher, by teacher id.
-        distill: of the student.
+        builders: one file per teacher, by teacher id.
+        distill: the student's file.
     """
 
     builders: dict[str, str]
@@ -80,6 +80,7 @@ def _distill(teacher_ids: Sequence[str]) -> dict[str, Any]:
             }
             for name in teacher_ids
         ],
+        # Large steps and a short average, since the run is short.
         "training": {
             "batch_size": 8,
             "num_steps": NUM_STEPS,

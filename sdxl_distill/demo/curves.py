@@ -23,8 +23,8 @@ class Curve:
     """Scalars of one tag.
 
     Attributes:
-        steps: int64 [N].
-        values: float64 [N].
+        steps: the steps, int64 [N].
+        values: the value at each step, float64 [N].
     """
 
     steps: npt.NDArray[np.int64]

@@ -40,11 +40,11 @@ class Photos:
     captions: tuple[str, ...]
 
     def mirrored(self) -> Photos:
-        """Return the same photos, left and right exchanged."""
+        """Return the same photos, left and right swapped."""
         return Photos(self.bucket, self.pixels.flip(2), self.captions)
 
     def restyled(self, look: Callable[[torch.Tensor], torch.Tensor]) -> Photos:
-        """Return the photos after a look, which maps float32 [N, 3, H, W] in 0 … 1."""
+        """Return the photos in a look, a function on float32 [N, 3, H, W] in 0 … 1."""
         changed = look(self.pixels.permute(0, 3, 1, 2) / 255) * 255
         pixels = changed.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return Photos(self.bucket, pixels, self.captions)
@@ -52,14 +52,14 @@ class Photos:
 
 @dataclass(frozen=True)
 class EncodedPhotos:
-    """What a UNet is told of N photos of one bucket; all float32.
+    """A UNet's input for N photos of one bucket; all float32.
 
     Attributes:
         bucket: their size.
-        latents: scaled [N, 4, H/8, W/8].
+        latents: scaled latents [N, 4, H/8, W/8].
         encoder_hidden_states: text embeddings [N, 77, hidden].
-        pooled_embeds: [N, pooled].
-        time_ids: [N, 6].
+        pooled_embeds: pooled text embeddings [N, pooled].
+        time_ids: sizes and crop [N, 6].
     """
 
     bucket: Bucket

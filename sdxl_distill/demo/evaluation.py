@@ -1,4 +1,4 @@
-"""Did distillation work? Distances to the teachers' average on photos that nobody trained on.
+"""Did distillation work? Distances to the teachers' average on photos that no model has seen.
 
 Noise and timesteps are fresh, so that neither memorised photos nor memorised noise help.
 """
@@ -37,11 +37,11 @@ class Evaluation:
     """Mean squared distances of predictions to the teachers' average, per latent element.
 
     Attributes:
-        base: of the model that the student started from.
-        mean_of_weights: of one model with the average of the teachers' weights: what costs
-            nothing.
-        student: of the distilled model.
-        spread: of the teachers themselves, Σ wₖ‖tₖ − t̄‖².
+        base: distance of the model that the student started from.
+        mean_of_weights: distance of one model with the average of the teachers' weights, which
+            costs nothing to make.
+        student: distance of the distilled model.
+        spread: mean distance of the teachers themselves, Σ wₖ‖tₖ − t̄‖².
         num_predictions: photos × draws behind each number.
     """
 
@@ -58,7 +58,7 @@ class Evaluation:
 
     @property
     def mean_of_weights_share(self) -> float:
-        """The same of the mean of weights."""
+        """The same for the mean of weights."""
         return self.mean_of_weights / self.base
 
     @property
@@ -83,10 +83,11 @@ def evaluate(
         base: diffusers folder; its VAE, text encoders and noise schedule are used for all.
         teachers: diffusers folders of the base's family, of the base's prediction type.
         student: diffusers folder.
-        weights: of the teachers, summing to 1; equal when None.
+        weights: the teachers' weights, summing to 1; equal when None.
         num_draws: (timestep, noise) pairs per photo; timesteps spread over the schedule.
-        seed: of timesteps and noise.
+        seed: the seed of timesteps and noise.
     """
+    # Every model, and one source of randomness for all.
     weights = weights or [1 / len(teachers)] * len(teachers)
     teacher_unets = [_load(teacher) for teacher in teachers]
     candidates = [_load(base), mean_of_weights(teacher_unets, weights), _load(student)]
@@ -94,6 +95,7 @@ def evaluate(
     alphas_cumprod = torch.from_numpy(
         ModelFolder.resolve(str(base)).noise_schedule().alphas_cumprod()
     )
+    # Sums over all photos and draws, one bucket at a time.
     totals = torch.zeros(len(candidates) + 1, dtype=torch.float64)
     num_predictions = 0
     for encoded in encode_folder(photos, base):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
     Progress = Callable[[str, int, int, float], None]
-    """Gets what is trained, step (from 1), number of steps and loss."""
+    """Gets the name of the network, step (from 1), number of steps and loss."""
 
 UNTRAINED_CAPTIONS = (
     "a photo of a cat in the grass",
@@ -67,11 +67,11 @@ class Recipe:
     """How long and how hard the family is trained.
 
     Attributes:
-        vae_steps: of 8 patches of 64 × 64.
+        vae_steps: steps of 8 patches of 64 × 64 pixels.
         vae_lr: peak learning rate.
-        base_steps: of 16 photos.
+        base_steps: steps of 16 photos.
         base_lr: peak learning rate.
-        teacher_steps: per teacher id, of 16 photos; night is furthest from the photos.
+        teacher_steps: steps of 16 photos, by teacher id; night is furthest from the photos.
         teacher_lr: peak learning rate.
     """
 
@@ -95,16 +95,16 @@ def build_family(
     """Train a base on photos, and from it one teacher per look.
 
     Every network is trained by one thread, since the last bits depend on their number; the
-    teachers are trained beside each other, one process each. So the family is the same on all
+    teachers are trained side by side, one process each. So the family is the same on all
     machines with one kind of processor and one set of library versions.
 
     Args:
-        directory: receives `base`, `sepia`, `night` and `vivid`; must not hold them yet.
+        directory: the folder for `base`, `sepia`, `night` and `vivid`; must not hold them yet.
         photos: an image folder as `write_photos` writes it.
         recipe: steps and learning rates; the default takes about two minutes on two cores.
-        seed: decides every weight.
-        progress: gets what is trained, step, number of steps and loss: of the base after each
-            step, of a teacher when it is done.
+        seed: the seed of every weight.
+        progress: a function that gets the name of the network, step, number of steps and loss:
+            the base's after each step, a teacher's when it is done.
 
     Returns:
         The folders.
@@ -146,7 +146,7 @@ def train_base(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Train VAE and UNet from nothing and write the base's folder; arguments as `build_family`."""
+    """Train VAE and UNet from scratch and write the base's folder; arguments as `build_family`."""
     generator = torch.Generator().manual_seed(seed)
     captions = [caption for each in photos for caption in each.captions]
     write_text_components(directory, captions, generator)
@@ -196,15 +196,16 @@ def build_untrained_family(
     """Write a family of random weights in about a second: same files and shapes, no training.
 
     Args:
-        directory: receives `base` and `teacher_a`, `teacher_b`, …; must not hold them yet.
-        seed: decides every weight.
-        num_teachers: perturbed copies of the base UNet.
-        prediction_type: what the schedulers say: epsilon, v_prediction or sample.
+        directory: the folder for `base`, `teacher_a`, `teacher_b`, …; must not hold them yet.
+        seed: the seed of every weight.
+        num_teachers: the number of perturbed copies of the base UNet.
+        prediction_type: the type that the schedulers state: epsilon, v_prediction or sample.
         block_widths: channels of the UNet's three resolutions, multiples of 8.
 
     Returns:
         The folders.
     """
+    # The base, every network drawn from one generator.
     directory = Path(directory)
     generator = torch.Generator().manual_seed(seed)
     base = directory / "base"
@@ -218,6 +219,7 @@ def build_untrained_family(
     write_scheduler_and_index(base, prediction_type)
     follow_umask(base)
 
+    # Teachers: the base with a disturbed UNet each.
     teachers = []
     for letter in "abcdefgh"[:num_teachers]:
         teacher = new_unet(block_widths)
@@ -231,7 +233,7 @@ def build_untrained_family(
 def write_teacher(directory: Path, base: Path, unet: UNet2DConditionModel) -> None:
     """Write a complete folder: the base's files with another UNet.
 
-    Files are copied, not linked: whoever edits a teacher's config must not edit the base's.
+    Files are copied, not linked, so that editing a teacher's config leaves the base's alone.
     """
     shutil.copytree(base, directory, ignore=shutil.ignore_patterns("unet"))
     unet.save_pretrained(directory / "unet")

@@ -42,7 +42,7 @@ LOOKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "night": night,
     "vivid": vivid,
 }
-"""Teacher id → what its training photos went through."""
+"""Teacher id → the look of its training photos."""
 
 
 def _luma(pixels: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,9 @@ class PhotoGrid:
     """Pictures, one row per photo.
 
     Attributes:
-        columns: what each column shows.
-        rows: uint8 [H, W, 3] for each column; all tiles of a row have one size.
-        start_timestep: of the noise.
+        columns: the title of each column.
+        rows: one picture per column, uint8 [H, W, 3]; all tiles of a row have one size.
+        start_timestep: the timestep of the noised photos.
     """
 
     columns: tuple[str, ...]
@@ -63,9 +63,10 @@ def denoise_photos(
         base: diffusers folder; its VAE, text encoders and schedule are used for all.
         teachers: diffusers folders.
         student: diffusers folder.
-        weights: of the teachers in their joint average, summing to 1.
-        seed: of the noise.
+        weights: the teachers' weights in their joint average, summing to 1.
+        seed: the seed of the noise.
     """
+    # The photos of one bucket, noised.
     checkpoint = ModelFolder.resolve(str(base))
     schedule = checkpoint.noise_schedule()
     vae = load_vae(checkpoint, torch.float32, "cpu")
@@ -76,6 +77,7 @@ def denoise_photos(
     alpha = torch.from_numpy(schedule.alphas_cumprod())[start_timestep].expand(len(encoded))
     noisy_latents = add_noise(encoded.latents, noise, alpha)
 
+    # Each model alone, and the teachers together.
     unets = [_load(folder) for folder in (base, *teachers, student)]
     single = [([unet], [1.0]) for unet in unets]
     denoisers = {
@@ -92,6 +94,7 @@ def denoise_photos(
             for name, (models, shares) in denoisers.items()
         },
     }
+    # Back to pixels, one row per photo.
     pictures = [shown.pixels, *(decode_latents(vae, each) for each in latents.values())]
     rows = zip(*(picture.numpy() for picture in pictures), strict=True)
     return PhotoGrid(("photo", *latents), tuple(rows), start_timestep)
@@ -114,7 +117,7 @@ def denoise(
         unets: one model, or several whose predictions are averaged at every step.
         weights: one per UNet, summing to 1.
         schedule: ᾱ and prediction type of the UNets.
-        start_timestep: where `noisy_latents` are.
+        start_timestep: the timestep of `noisy_latents`.
 
     Returns:
         Latents, float32 [N, 4, h, w].
@@ -126,6 +129,7 @@ def denoise(
         current = timestep.expand(len(photos))
         predictions = [photos.predict(unet, noisy_latents, current) for unet in unets]
         prediction = teacher_mean(predictions, weights)
+        # What the prediction says of image and noise, put together again at the next timestep.
         latents, noise = (
             convert_prediction(
                 prediction,

@@ -1,7 +1,7 @@
 """Crops of real photos that lie inside installed packages, written as an image folder.
 
-Each photo gives crops in four aspect ratios, each with a caption beside it. Whole photos are kept
-out of training, so that nothing of a held-out crop was ever seen.
+Each photo gives crops in four aspect ratios, each with a caption next to it. Whole photos are kept
+out of training, so that no part of a held-out crop was ever seen.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Photo:
     """One photo inside a package.
 
     Attributes:
-        package: where it is found, without importing the package.
-        path: inside the package.
-        subset: folder that its crops go to.
-        subject: what its captions say.
-        is_held_out: kept out of training.
+        package: the package that holds it, which is not imported.
+        path: the path inside the package.
+        subset: the folder that its crops go to.
+        subject: the text of its captions.
+        is_held_out: True keeps it out of training.
     """
 
     package: str
@@ -115,9 +115,9 @@ def write_photos(
     """Write `train/{subset}/*.jpg` and `held_out/*.jpg`, each with its `.txt` caption.
 
     Args:
-        directory: made if absent; files of an earlier call are written again.
-        seed: decides where the crops lie.
-        progress: gets one line per photo.
+        directory: the folder, made if absent; files of an earlier call are written again.
+        seed: the seed of the crops' positions.
+        progress: a function that gets one line per photo.
 
     Raises:
         ConfigError: when a package that holds photos is not installed.
@@ -126,6 +126,7 @@ def write_photos(
     generator = np.random.Generator(np.random.Philox(seed))
     counts = {"train": 0, "held_out": 0}
     for photo in PHOTOS:
+        # A photo goes to one of the two folders with all its crops.
         split = "held_out" if photo.is_held_out else "train"
         folder = directory / split if photo.is_held_out else directory / split / photo.subset
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,15 +47,15 @@ def draw_picture(
     """Draw the picture as PNG.
 
     Args:
-        path: of the PNG.
+        path: the path of the PNG.
         log_dir: TensorBoard folder of the training run.
         photos: held-out photos as `write_photos` writes them.
         base: diffusers folder.
         teachers: diffusers folders; a folder's name is the teacher's id in the logs.
         student: diffusers folder.
-        evaluation: of the same folders.
-        weights: of the teachers, summing to 1; equal when None.
-        seed: of the noise.
+        evaluation: the evaluation of the same folders.
+        weights: the teachers' weights, summing to 1; equal when None.
+        seed: the seed of the noise.
     """
     weights = weights or [1 / len(teachers)] * len(teachers)
     grid = denoise_photos(photos, base, teachers, student, weights, seed)
@@ -108,7 +108,7 @@ def _draw_distance(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 
 def _draw_teachers(axes: Axes, curves: Mapping[str, Curve], teacher_ids: Sequence[str]) -> None:
-    """The student's distance to each teacher, to all of them, and the floor of the latter."""
+    """The student's distance to each teacher, the average of these, and its floor."""
     colors = zip(teacher_ids, _TEACHER_COLORS * len(teacher_ids), strict=False)
     for teacher_id, color in colors:
         curve = curves[f"distill/loss_{teacher_id}"]

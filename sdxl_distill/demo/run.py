@@ -32,23 +32,26 @@ def run_demo(folder: Path) -> Evaluation:
     """Run everything in a folder and return the proof.
 
     Args:
-        folder: made anew; the folder of an earlier demo is replaced.
+        folder: the folder to make; that of an earlier demo is replaced.
 
     Raises:
         ConfigError: when the folder holds something else.
-        DistillError: when a phase fails, or the student is not where it should be.
+        DistillError: when a phase fails, or the exported student is missing.
     """
+    # The inputs: photos, and models fine-tuned on them.
     _make_folder(folder)
     clock = PhaseClock()
     photos = _write_photos(folder, clock)
     family = _train_family(folder, photos, clock)
+    # What a user does: build, verify, train.
     configurations = write_configurations(folder, list(LOOKS))
     _build(folder, configurations, clock)
     _verify(folder, configurations, clock)
     launch(["train", "--config", configurations.distill], folder, num_processes=NUM_PROCESSES)
     clock.finish("train the student on two processes, export it")
 
-    print("\nHow far from the teachers' average, on photos that nobody trained on?", flush=True)
+    # Whether it worked.
+    print("\nHow far from the teachers' average, on photos that no model has seen?", flush=True)
     student = folder / "runs" / RUN_NAME / "export"
     evaluation = evaluate(photos.held_out, family.base, family.teachers, student)
     (folder / "evaluation.json").write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
@@ -67,7 +70,7 @@ def _make_folder(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / _MARK).exists():
             raise ConfigError(
-                "the folder holds something that no demo made",
+                "the folder holds something that was not made by the demo",
                 where=str(folder),
                 action="choose another one with --output",
             )

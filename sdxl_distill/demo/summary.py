@@ -1,4 +1,4 @@
-"""What the demo says at its end: what was built, what it proves, and how to go on."""
+"""What the demo prints at its end: what was built, what it proves, and what to do next."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ def print_demo_summary(
     """Print the summary.
 
     Args:
-        folder: of the demo.
-        photos: that were used.
-        evaluation: of the student.
-        picture: that was drawn.
-        seconds: of each phase, in order.
+        folder: the demo's folder.
+        photos: the photos that were used.
+        evaluation: the student's evaluation.
+        picture: the picture that was drawn.
+        seconds: the seconds of each phase, in order.
     """
+    # Every set with its size.
     print(f"\n{'─' * 78}\nBuilt in {folder}")
     for place in sorted(_set_folders(folder)):
         with open_shard_set(place) as shard_set:
@@ -43,11 +44,13 @@ def print_demo_summary(
                 f"  {place.relative_to(folder)!s:<42} {manifest.num_records:>5} records "
                 f"{len(manifest.shards):>4} shards {num_bytes / 1e6:>7.2f} MB"
             )
+    # Time, and the proof.
     print("\nSeconds")
     for phase, duration in seconds.items():
         print(f"  {duration:>6.1f}  {phase}")
     print(f"  {sum(seconds.values()):>6.1f}  together")
     _print_proof(photos, evaluation)
+    # Where to look, and how to do the same with other checkpoints.
     print("\nLook at")
     print(f"  {picture}   losses and denoised photos")
     print(f"  tensorboard --logdir {folder / 'logs'}")

@@ -89,8 +89,8 @@ def train_vocabulary(
         vocab_size=2 * len(alphabet) + num_merges,
         min_frequency=2,
         initial_alphabet=alphabet,
-        # Pairs that are equally frequent are merged by their numbers. Without these the letters
-        # that end a word would get theirs in the order of a hash map, another in every process.
+        # Equally frequent pairs are merged in the order of their numbers. Without these tokens,
+        # letters that end a word would be numbered in the order of a hash map, which varies.
         special_tokens=[f"{letter}</w>" for letter in alphabet],
         end_of_word_suffix="</w>",
         show_progress=False,

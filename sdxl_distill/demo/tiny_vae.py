@@ -50,7 +50,7 @@ def draw_pyramid(vae: AutoencoderKL, generator: torch.Generator) -> None:
     """Draw weights whose linear part is an averaging pyramid, up and down.
 
     Latents 0 … 2 are the block averages of luminance and two colour differences; latent 3 is
-    the luminance average halfway between blocks, less what the blocks around it foretell.
+    the luminance average halfway between blocks, minus what the blocks around it predict.
 
     Signals travel as pairs (s, −s), because SiLU(s) − SiLU(−s) = s undoes the activation before
     each half's last convolution. Residual branches start at zero.

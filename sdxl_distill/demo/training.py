@@ -40,12 +40,12 @@ def train_vae(
     """Train an autoencoder on patches, then set its scaling factor so that latents have std 1.
 
     Args:
-        vae: trained in place.
-        photos: as they are and, half of the time, in one of the teachers' looks.
-        num_steps: of 8 patches.
-        peak_lr: highest learning rate.
-        generator: draws patches, looks and the noise that latents must survive.
-        on_step: gets step (from 1) and loss.
+        vae: the autoencoder, trained in place.
+        photos: the photos, shown half of the time in one of the teachers' looks.
+        num_steps: the number of steps, of 8 patches each.
+        peak_lr: the highest learning rate.
+        generator: the source of patches, looks and the noise that latents must survive.
+        on_step: a function that gets step (from 1) and loss.
     """
     step_weights = _weight_steps(vae, num_steps, peak_lr)
     sources = [torch.cat([each.pixels, each.mirrored().pixels]) for each in photos]
@@ -72,17 +72,18 @@ def train_unet(
     """Train a UNet to predict the noise in photos (Ho et al. 2020, eq. 14).
 
     Args:
-        unet: trained in place.
+        unet: the UNet, trained in place.
         photos: one element per bucket; buckets take turns.
-        schedule: whose ᾱ the noise follows; of prediction type epsilon.
-        num_steps: of 16 photos.
-        peak_lr: highest learning rate.
-        generator: draws photos, timesteps and noise.
-        on_step: gets step (from 1) and loss.
+        schedule: the noise schedule, of prediction type epsilon.
+        num_steps: the number of steps, of 16 photos each.
+        peak_lr: the highest learning rate.
+        generator: the source of photos, timesteps and noise.
+        on_step: a function that gets step (from 1) and loss.
     """
     step_weights = _weight_steps(unet, num_steps, peak_lr)
     alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod())
     for step in range(1, num_steps + 1):
+        # Photos of one bucket, each at a timestep and with noise of its own.
         bucket = photos[step % len(photos)]
         batch = bucket[torch.randint(len(bucket), (BATCH_SIZE,), generator=generator)]
         timesteps = spread_timesteps(BATCH_SIZE, schedule.num_train_timesteps, generator)

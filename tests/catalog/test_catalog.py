@@ -105,7 +105,7 @@ def test_a_segment_of_another_catalog_breaks_the_chain(
         publish(other, [row(9, SQUARE, 0)])
         alien = other.path / segment_name(0)
         (directory.path / segment_name(0)).write_bytes(alien.read_bytes())
-    with pytest.raises(IncompatibleError, match=f"{segment_name(1)}: follows on"):
+    with pytest.raises(IncompatibleError, match=f"{segment_name(1)}: follows a segment"):
         Catalog.load(directory)
 
 
