@@ -11,10 +11,10 @@ from sdxl_distill.storage.path_text import fault_of_path
 
 
 def path_argument(text: str) -> str:
-    """Return the path as it was given; argparse prints what keeps a text from being one."""
+    """Return the path as it was given; argparse prints the fault of a text that is not one."""
     fault = fault_of_path(text)
     if fault is not None:
-        raise argparse.ArgumentTypeError(f"no path: {fault}")
+        raise argparse.ArgumentTypeError(f"not a path: {fault}")
     return text
 
 
@@ -25,12 +25,12 @@ def add_threads_argument(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive_number,
         default=available_cores(),
-        help="shards that are read at once (default: %(default)s)",
+        help="number of shards to read at once (default: %(default)s)",
     )
 
 
 def number_from_zero(text: str) -> int:
-    """Parse a whole number from 0; argparse explains the ValueError."""
+    """Parse a whole number of at least 0; argparse explains the ValueError."""
     number = int(text)
     if number < 0:
         raise ValueError(text)
@@ -38,7 +38,7 @@ def number_from_zero(text: str) -> int:
 
 
 def positive_number(text: str) -> int:
-    """Parse a whole number from 1; argparse explains the ValueError."""
+    """Parse a whole number of at least 1; argparse explains the ValueError."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
@@ -66,7 +66,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         action="append",
         default=[],
         dest="overrides",
-        help="override one field of the file; may be given many times",
+        help="override one field of the file; may be repeated",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
@@ -74,7 +74,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def config_of(arguments: argparse.Namespace, schema: type[Schema]) -> Schema | None:
-    """Load the configuration; None when it was only to be printed, which is done.
+    """Load the configuration; print it and return None with --print-config.
 
     Raises:
         ConfigError: when the file is missing or wrong.

@@ -17,8 +17,8 @@ from typing import Protocol
 
 from sdxl_distill.errors import DistillError
 
-# Importing torch makes half a million objects that live for ever; by default the collector walks
-# through them after each 700, a sixth of the time until a command can begin.
+# Importing torch makes half a million objects that are permanent; by default the collector walks
+# through them after every 700 new ones, a sixth of the time until a command can begin.
 _COLLECT_AFTER_OBJECTS = 10_000
 
 
@@ -45,19 +45,19 @@ class Command(Protocol):
         ...
 
     def run(self, arguments: argparse.Namespace) -> int | None:
-        """Do the work; the exit code, None for 0. `arguments.argv` is what was typed."""
+        """Do the work and return the exit code, None for 0; `arguments.argv` is what was typed."""
         ...
 
 
 def run_command(
     command: Command, argv: Sequence[str] | None = None, prog: str | None = None
 ) -> int:
-    """Run one command; errors of ours become a message and their exit code.
+    """Run one command; our own errors become a message and an exit code.
 
     Args:
         command: the module of the command.
-        argv: its arguments; None: those of the process.
-        prog: how the user called it.
+        argv: its arguments; None takes those of the process.
+        prog: the name that the user called it by.
     """
     gc.set_threshold(_COLLECT_AFTER_OBJECTS)
     parser = argparse.ArgumentParser(
@@ -66,7 +66,7 @@ def run_command(
     command.add_arguments(parser)
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv, argparse.Namespace(argv=argv))
-    # The libraries draw bars of their own for files that are written in a moment.
+    # The libraries would draw progress bars for files that are written in a moment.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _configure_output()
     try:
@@ -80,9 +80,9 @@ def run_command(
 
 
 def say(message: str) -> None:
-    """Print to stderr; when nobody reads it any more, since Ctrl-C ended `| tee` too, be silent.
+    """Print to stderr; be silent when its reader is gone, since Ctrl-C ended `| tee` too.
 
-    What stdout still holds goes nowhere then, so that the exit code stays the command's.
+    What stdout still holds is then dropped, so that the exit code stays the command's.
     """
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
         try:
@@ -95,7 +95,7 @@ def say(message: str) -> None:
 
 
 def _configure_output() -> None:
-    """Log warnings of every process, but messages of the main one only; print any path."""
+    """Log warnings of every process, but messages of the main one only; print any path at all."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8
     is_main = os.environ.get("RANK", "0") == "0"

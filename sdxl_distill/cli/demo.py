@@ -10,7 +10,7 @@ SUMMARY = "run everything on a tiny SDXL family and real photos, on a laptop CPU
 HELP = """Run the whole job on a laptop CPU: photos, a tiny SDXL family and three teachers
 fine-tuned from it, latents, predictions, verification, training on two processes, export, and
 the proof on held-out photos. Takes about five minutes on two cores; nothing is downloaded."""
-INTERRUPTED = "run the command again, which starts from the beginning"
+INTERRUPTED = "run the command again; it starts from the beginning"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sdxl_distill.core.bucket import Bucket
     from sdxl_distill.estimate.set_size import SetSize
 
-_BESIDES = "the CUDA context and the allocator take 1 to 2 GB besides"
+_BESIDES = "the CUDA context and the allocator take another 1 to 2 GB"
 
 
 def add_dry_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def is_dry_run(arguments: argparse.Namespace) -> bool:
     """Whether nothing but an estimate is wanted.
 
     Raises:
-        ConfigError: for an option that only a dry run has.
+        ConfigError: for an option that needs --dry-run.
     """
     if arguments.dry_run:
         return True
@@ -60,12 +60,13 @@ def print_build_estimate(config: BuilderConfig, arguments: argparse.Namespace) -
     """Print what `build-shards` will take.
 
     Raises:
-        ConfigError, CorruptError, IncompatibleError: as `build.estimate.estimate_predictions`.
+        ConfigError, CorruptError, IncompatibleError: as `estimate.build.estimate_predictions`.
     """
     from sdxl_distill.estimate.build import estimate_predictions
     from sdxl_distill.estimate.rate import measure_build_rate
     from sdxl_distill.runtime.world import World
 
+    # What is to be done.
     estimate = estimate_predictions(config)
     shards, draws = estimate.predictions.num_shards, config.cache.draws
     print(f"dry run of build-shards for {config.teacher.teacher_id}; nothing is built")
@@ -76,6 +77,7 @@ def print_build_estimate(config: BuilderConfig, arguments: argparse.Namespace) -
     print(f"  images:    {estimate.text.num_records:,}, draws of each: {draws:,}")
     print(f"  shards:    {shards:,}, of which {estimate.num_existing_shards:,} are there")
     print(f"  forwards:  {estimate.num_forwards:,} to do, {config.cache.batch_size} at once")
+    # Disk, memory, hours.
     latents = "there" if estimate.has_latents else "to be built, about"
     _print_size("this teacher", estimate.predictions)
     _print_size("text, shared by all teachers with these encoders", estimate.text)
@@ -106,6 +108,7 @@ def print_training_estimate(config: DistillConfig, arguments: argparse.Namespace
     from sdxl_distill.estimate.training import estimate_training
     from sdxl_distill.runtime.world import World
 
+    # Steps, and the sets that they read.
     num_processes = World.from_environment().size
     estimate = estimate_training(config, num_processes)
     training, memory = config.training, estimate.memory
@@ -124,6 +127,7 @@ def print_training_estimate(config: DistillConfig, arguments: argparse.Namespace
             f"{len(config.teachers)} teachers in {estimate.num_shards:,} shards, "
             f"{format_bytes(estimate.read_bytes)}"
         )
+    # Memory, disk, hours.
     print(
         f"  memory:    {format_bytes(memory.peak)} on the device of each process: weights "
         f"{format_bytes(memory.weights)}, gradients {format_bytes(memory.gradients)}, activations "
@@ -153,9 +157,7 @@ def _print_hours(num_records: int, rate: float | None) -> None:
     if rate is None:
         print("  time:      give --rate N, or time this machine with --measure")
     elif not 0 < rate < math.inf:
-        raise ConfigError(
-            f"--rate {rate:g}", expected="a number of more than 0", where="command line"
-        )
+        raise ConfigError(f"--rate {rate:g}", expected="a number above 0", where="command line")
     else:
         print(f"  time:      {num_records / rate / 3600:.2f} hours at {rate:.4g} records/s")
 

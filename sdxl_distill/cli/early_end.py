@@ -1,4 +1,4 @@
-"""A run that is asked to end early: what is kept, and the command that goes on, in words."""
+"""A run that is asked to end early: what is kept, and the command that continues it, in words."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.stop_signals import StopSignals
 
 INTERRUPTED = 130
-"""Exit code: ended at once, as a shell says of Ctrl-C."""
+"""Exit code of a run that ended at once: the shell's for Ctrl-C."""
 
 
 class EarlyEnd:
     """Listens to signals within its block, and puts what they do to a run into words.
 
     Args:
-        config: of the run.
-        argv: the arguments of the command.
+        config: the run's configuration.
+        argv: the command's arguments.
 
     Attributes:
-        signals: for `train`.
-        is_trained: to be set when all steps are done.
-        exit_code: of the command; None for 0.
+        signals: the stop signals that `train_student` listens to.
+        is_trained: True once all steps are done; the caller sets it.
+        exit_code: the command's exit code; None for 0.
 
     Raises:
-        Preempted: after the block, when a signal ended it and running again goes on; on the main
-            rank, since one message is enough.
+        Preempted: after the block, when a signal ended it and running the command again continues
+            it; on the main rank only, since one message is enough.
     """
 
     def __init__(self, config: DistillConfig, argv: Sequence[str]) -> None:
@@ -101,6 +101,6 @@ class EarlyEnd:
         return f"the checkpoint of step {steps[-1]} is kept"
 
     def _go_on(self) -> str:
-        """Return the command that goes on from what is there now."""
+        """Return the command that continues from what is saved now."""
         has_begun = self._folder.checkpoints().steps() != self._steps_before
         return as_text(with_resume(self._command) if has_begun else self._command)

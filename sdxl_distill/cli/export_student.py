@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="moving average or the weights themselves (default: ema when the run kept it)",
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=path_argument, help="where to (default: {run}/export)"
+        "--output", metavar="DIR", type=path_argument, help="new folder (default: {run}/export)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--records-per-shard",
         metavar="N",
         type=positive_number,
-        help="of latents without a catalog, which are cut again (default: as the set had); images "
-        "cannot be added to such a set",
+        help="shard size for latents without a catalog, which are cut again (default: as before); "
+        "images cannot be added to such a set",
     )
 
 

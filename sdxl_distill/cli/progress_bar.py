@@ -1,4 +1,4 @@
-"""A progress bar on stderr for commands that count what is done of a known number."""
+"""A progress bar on stderr, for commands that know how many items they work on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tqdm import tqdm
 def progress_bar(
     description: str, unit: str, *, hidden: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that is told how many are done and how many there are.
+    """Yield a function to call with the number done and the number in all.
 
-    The bar is hidden too where stderr is no terminal.
+    The bar is also hidden if stderr is not a terminal.
     """
     with tqdm(desc=description, unit=unit, delay=1, disable=hidden or None) as bar:
 

@@ -17,7 +17,7 @@ HELP = """Train the student on the joined shard sets of all teachers, then expor
 
 On any number of processes and nodes: accelerate launch train.py --config C
 Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint at the next step, exit with 75 and print the command
-that goes on, bit for bit as if nothing had happened. A second Ctrl-C ends at once, unsaved."""
+that continues, bit for bit as if nothing had happened. A second Ctrl-C ends at once, unsaved."""
 INTERRUPTED = "it had not begun, run the command again"  # once it has begun, early_end says more
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="latest|PATH",
         type=path_argument,
-        help="go on from the newest checkpoint of the run (from the start where there is none), "
+        help="continue from the newest checkpoint of the run (from the start if there is none), "
         "or from the one in the folder PATH",
     )
     parser.add_argument("--no-export", action="store_true", help="do not export the student")

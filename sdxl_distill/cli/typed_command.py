@@ -29,8 +29,8 @@ def typed_command(name: str, arguments: Sequence[str]) -> list[str]:
     """Return the words of the command that this process belongs to.
 
     Args:
-        name: of the command, `train`.
-        arguments: of the command, in which an ancestor's words must end to be believed.
+        name: the command's name, `train`.
+        arguments: the command's arguments; an ancestor counts only if its words end in them.
     """
     words = list(sys.orig_argv)
     if not arguments or words[-len(arguments) :] != list(arguments):
@@ -39,7 +39,7 @@ def typed_command(name: str, arguments: Sequence[str]) -> list[str]:
     pid = os.getppid()
     for _ in range(_MAX_ANCESTORS):
         found = _strings(pid, "cmdline")
-        # The script too, or its name: a wrapper of another command may have the same arguments.
+        # It must name the script too: a wrapper of another command may have the same arguments.
         if found[-len(arguments) :] != list(arguments) or not _has_script(found, words):
             break
         words = found
@@ -51,7 +51,7 @@ def typed_command(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def with_resume(words: Sequence[str]) -> list[str]:
-    """Return the words of a `train` command such that it goes on with its latest checkpoint."""
+    """Return the words of a `train` command that continues from its latest checkpoint."""
     kept: list[str] = []
     rest = iter(words)
     for word in rest:
@@ -65,7 +65,7 @@ def with_resume(words: Sequence[str]) -> list[str]:
 
 
 def as_text(words: Sequence[str]) -> str:
-    """Return words as a shell reads them; assignments at the front stay such."""
+    """Return words as a shell reads them; assignments at the front stay assignments."""
     assignments = list(takewhile(lambda word: word.partition("=")[0] in _VARIABLES, words))
     pairs = (each.partition("=") for each in assignments)
     assigned = [f"{variable}={shlex.quote(value)}" for variable, _, value in pairs]
@@ -78,7 +78,7 @@ def _has_script(found: Sequence[str], words: Sequence[str]) -> bool:
 
 
 def _strings(pid: int, file: str) -> list[str]:
-    """Return the zero-terminated strings that /proc has of a process; none where it has not."""
+    """Return the zero-terminated strings that /proc has of a process; none if it has none."""
     try:
         content = Path(f"/proc/{pid}/{file}").read_bytes()
     except OSError:
@@ -95,7 +95,7 @@ def _parent(pid: int) -> int:
 
 
 def _without_interpreter(words: Sequence[str]) -> list[str]:
-    """Return `accelerate …` for `python /…/bin/accelerate …`, which its first line made of it."""
+    """Return `accelerate …` for the `python /…/bin/accelerate …` that its first line runs."""
     if len(words) > 1 and Path(words[0]).name.startswith("python"):
         script = Path(words[1])
         if script.is_absolute() and script.parent == Path(words[0]).parent:

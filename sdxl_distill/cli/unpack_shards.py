@@ -10,7 +10,7 @@ SUMMARY = "turn a shard set into a loose folder of records"
 HELP = """Turn a shard set into a loose folder: {hash}_{WxH}.safetensors, for later draws
 {hash}_{WxH}_d{k}.safetensors, as unpacking its tars gives, and a copy of set.json.
 
-Every byte is checked on its way. The set stays as it is; `pack-shards` is the way back."""
+Every byte is checked on the way. The set stays as it is; `pack-shards` is the way back."""
 INTERRUPTED = "remove the unfinished output folder and run the command again"
 
 

@@ -1,7 +1,7 @@
 """Device memory that a network's work takes, counted on tensors without storage.
 
 In: a component of a checkpoint, of which only the configuration is read. Out: bytes that are
-live now, and the most that ever were. Every operation runs for its shapes alone, so SDXL is
+live now, and the most that ever were live. Every operation runs for its shapes alone, so SDXL is
 counted in seconds on any machine. Allocators and libraries add their own on a real device.
 """
 
@@ -72,7 +72,7 @@ class StorageCount(TorchDispatchMode):
 @contextmanager
 def counted_memory() -> Iterator[StorageCount]:
     """Let every tensor made within the block have a shape and no storage, and count its bytes."""
-    # Scalars made before, such as a table of ᾱ, may take part.
+    # Tensors made before, such as a table of ᾱ, may take part.
     with FakeTensorMode(allow_non_fake_inputs=True), StorageCount() as count:
         yield count
 
@@ -122,7 +122,7 @@ class UnetInput(NamedTuple):
 
 
 class ForwardMemory(NamedTuple):
-    """Bytes of a network that only answers: its weights, and the most that a batch adds."""
+    """Bytes of a network that only predicts: its weights, and the most that a batch adds."""
 
     weights_bytes: int
     activations_bytes: int
@@ -143,11 +143,11 @@ def prediction_memory(
     """Count one prediction of a frozen UNet.
 
     Args:
-        checkpoint: of the UNet.
-        dtype: of its weights.
-        num_records: that are predicted at once.
+        checkpoint: the UNet's checkpoint.
+        dtype: the dtype of its weights.
+        num_records: the number of records that are predicted at once.
         size_px: width and height of the images.
-        num_tokens: of a caption.
+        num_tokens: the tokens of one caption.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when its configuration cannot be used.

@@ -35,9 +35,9 @@ def planned_size(
     """Return the size of a set that is not there yet.
 
     Args:
-        schema: of its records.
+        schema: the schema of its records.
         shards: width, height and number of records of each shard.
-        sidecar_bytes: of each record's `{key}.json`; 0 where there is none.
+        sidecar_bytes: the size of each record's `{key}.json`; 0 if there is none.
     """
     counts = Counter(shards)
     num_bytes = 0

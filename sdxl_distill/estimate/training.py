@@ -37,13 +37,13 @@ class TrainingMemory:
     """Bytes of one process's training step, and where the average lies.
 
     Attributes:
-        weights: of the student.
-        gradients: of the weights' dtype.
+        weights: the student's weights.
+        gradients: the gradients, in the weights' dtype.
         activations: the most that forward and backward add to weights, gradients and states.
-        optimizer: states, and remainders of exact masters.
+        optimizer: the optimizer's states, and the remainders of exact masters.
         ema: the float32 average; 0 when it is off.
-        ema_on_device: whether it lies beside the student.
-        peak: the most that is live on the device at once, also while the optimizer works.
+        ema_on_device: True if the average is next to the student.
+        peak: the most that is live on the device at once, including while the optimizer works.
     """
 
     weights: int
@@ -61,10 +61,10 @@ def training_memory(
     """Count a training step of one process, on CUDA unless the configuration says "cpu".
 
     Args:
-        config: of the run.
-        checkpoint: of the student.
+        config: the run's configuration.
+        checkpoint: the student's checkpoint.
         bucket: the resolution; more pixels take more.
-        num_tokens: of a caption.
+        num_tokens: the tokens of one caption.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the student's configuration cannot
@@ -113,16 +113,16 @@ class TrainingEstimate:
     """What a run takes.
 
     Attributes:
-        memory: of one process.
+        memory: memory of one process.
         bucket: the largest resolution, which `memory` is for.
-        num_processes: of the launch.
-        num_records: that all steps of all processes train on.
-        num_images: of the joined sets; None while a set is not there.
-        num_shards: of all teachers' sets.
-        read_bytes: of all teachers' tars, read once per epoch.
-        checkpoint_bytes: of one checkpoint.
-        num_checkpoints: that are on the disk at once, with the one being written.
-        export_bytes: of the exported UNet.
+        num_processes: processes of the launch.
+        num_records: records that all steps of all processes train on.
+        num_images: images of the joined sets; None while a set is not there.
+        num_shards: shards of all teachers' sets.
+        read_bytes: size of all teachers' tars, read once per epoch.
+        checkpoint_bytes: size of one checkpoint.
+        num_checkpoints: checkpoints on the disk at once, including the one being written.
+        export_bytes: size of the exported UNet.
     """
 
     memory: TrainingMemory
@@ -146,8 +146,8 @@ def estimate_training(config: DistillConfig, num_processes: int) -> TrainingEsti
     """Look at student and sets of a configuration and count.
 
     Args:
-        config: of the run.
-        num_processes: that will train together.
+        config: the run's configuration.
+        num_processes: the number of processes that will train together.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the student's configuration, or a set
@@ -156,9 +156,11 @@ def estimate_training(config: DistillConfig, num_processes: int) -> TrainingEsti
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     manifests = [_manifest(Path(each.cache_dir) / each.teacher_id) for each in config.teachers]
+    # The largest resolution of the sets that are built takes the most memory.
     there = [manifest for manifest in manifests if manifest is not None]
     bucket = largest_bucket(there)
     memory = training_memory(config, checkpoint, bucket, num_tokens)
+    # Everything else is counted from it and from the manifests.
     training = config.training
     per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
     num_weights = memory.weights // _weights_dtype(config).itemsize
@@ -178,7 +180,7 @@ def estimate_training(config: DistillConfig, num_processes: int) -> TrainingEsti
 
 
 def largest_bucket(manifests: list[Manifest]) -> Bucket:
-    """Return the resolution of most pixels in some sets; SDXL's square where there are none."""
+    """Return the resolution with the most pixels in some sets; SDXL's square if there are none."""
     buckets = {Bucket(*entry[:2]) for each in manifests for entry in each.shards}
     return max(buckets, key=lambda bucket: bucket.width * bucket.height, default=_DEFAULT_BUCKET)
 
@@ -224,7 +226,7 @@ def batch_of_zeros(
     num_tokens: int,
     num_records: int,
 ) -> JoinedBatch:
-    """Return a batch of zeros, of all teachers of a configuration."""
+    """Return a batch of zeros, with predictions of all teachers of a configuration."""
     asked = UnetInput.zeros(geometry, num_records, bucket, num_tokens)
     return JoinedBatch(
         epoch=0,

@@ -88,7 +88,7 @@ def test_nothing_is_written(distill_file, tmp_path):
     [
         (["--rate", "2"], "add --dry-run"),
         (["--measure"], "add --dry-run"),
-        (["--dry-run", "--rate", "0"], "more than 0"),
+        (["--dry-run", "--rate", "0"], "a number above 0"),
     ],
 )
 def test_a_rate_that_makes_no_sense_is_a_configuration_error(distill_file, options, message):

@@ -109,7 +109,7 @@ def test_every_path_of_a_command_line_is_checked(capsys, arguments, text) -> Non
     with pytest.raises(SystemExit) as caught:
         main([command, *options, text])
     assert caught.value.code == 2
-    assert f"argument {arguments[-1]}: no path" in capsys.readouterr().err
+    assert f"argument {arguments[-1]}: not a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["verify-shards", "unpack-shards"])
