@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SUMMARY = "encode a folder of images into the latents set"
 HELP = """Encode a folder of images into the latents set that all teachers and the trainer read.
 
-Run it again when images were added: new ones go to new shards, the others stay as they are.
+Run it again after adding images: new ones go to new shards, the others stay as they are.
 Any number of processes share the work: accelerate launch tools/build_latents.py --config C"""
 INTERRUPTED = "committed work is kept, run the command again"
 
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rescan", action="store_true", help="read every image again")
     present = parser.add_mutually_exclusive_group()
     present.add_argument(
-        "--rebuild", action="store_true", help="set the present latents aside and build anew"
+        "--rebuild", action="store_true", help="set the present latents aside and start over"
     )
     present.add_argument(
         "--repair",
         action="store_true",
-        help="read the whole set; keep its good shards and build damaged ones anew",
+        help="read the whole set; keep its good shards and rebuild damaged ones",
     )
 
 

@@ -13,7 +13,7 @@ HELP = """Run one teacher over the latents set and write its predictions set.
 
 Run it once for every teacher, on as many GPUs and nodes as there are:
   accelerate launch tools/build_shards.py --config C
-Kill it whenever you like: the same command goes on where it was."""
+Kill it whenever you like: the same command picks up where it left off."""
 INTERRUPTED = "committed work is kept, run the command again"
 
 
@@ -24,13 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     present.add_argument(
         "--repair",
         action="store_true",
-        help="read the whole set; keep its good shards and build damaged and stale ones anew",
+        help="read the whole set; keep its good shards and rebuild damaged and stale ones",
     )
     present.add_argument(
         "--withdraw-only",
         action="store_true",
-        help="set the present set aside for cache.skip_existing: false and stop; once, before "
-        "a job array whose tasks cannot agree on it",
+        help="set the present set aside for cache.skip_existing: false and stop; run it once "
+        "before a job array, whose tasks cannot agree on it",
     )
     add_dry_run_arguments(parser)
 
@@ -68,11 +68,11 @@ def _withdraw(path: Path) -> None:
     if not World.from_environment().is_main:
         return
     if is_withdrawn(path):
-        print(f"{path} was set aside before, and what replaces it is not complete yet")
+        print(f"{path} was set aside before, and its replacement is not complete yet")
         return
     was_there = path.exists()
     aside = withdraw_set(path)
     if was_there:
-        print(f"{path} was set aside as {aside}, which goes when the next build is complete")
+        print(f"{path} was set aside as {aside}, which is deleted when the next build is complete")
     else:
-        print(f"there is no set at {path}: the next build makes it")
+        print(f"there is no set at {path}: the next build will create it")

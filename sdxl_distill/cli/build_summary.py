@@ -1,4 +1,4 @@
-"""What a builder says at its end: the set, this worker's part in it, and what was left out."""
+"""What a builder prints at its end: the set, this worker's part in it, and what was left out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def print_build_summary(path: Path, built: BuiltSet) -> None:
 
 
 def print_scan_report(report: ScanReport, undecodable: tuple[str, ...]) -> None:
-    """Print what a scan found, and every sort of image that needs a look."""
+    """Print what a scan found, and every kind of image that needs a look."""
     print(
         f"images: {report.num_images:,} ({report.num_new:,} new, "
         f"{report.num_duplicates:,} duplicates), {report.num_empty_captions:,} without caption"

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         action="store_true",
-        help="read the whole set; keep its good shards and build damaged and stale ones anew",
+        help="read the whole set; keep its good shards and rebuild damaged and stale ones",
     )
 
 

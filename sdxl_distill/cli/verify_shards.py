@@ -37,12 +37,14 @@ INTERRUPTED = "nothing was changed, run the command again"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    # The set, and how much of it is read.
     parser.add_argument(
         "--cache-dir", metavar="DIR", type=path_argument, required=True, help="folder of the set"
     )
     parser.add_argument(
         "--quick", action="store_true", help="manifest, indices and sizes only; tars stay closed"
     )
+    # What it is compared with: other sets, and the teacher itself.
     parser.add_argument(
         "--against",
         metavar="DIR",
@@ -68,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser, required=False)
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON object")
     add_threads_argument(parser)
+    # What a folder without set.json does not say.
     loose = parser.add_argument_group("loose folders without set.json")
-    loose.add_argument("--base-seed", type=int, help="from which seeds are computed again")
+    loose.add_argument("--base-seed", type=int, help="base seed, to compute the seeds again")
     loose.add_argument("--min-timestep", type=int, default=0, help="(default: %(default)s)")
     loose.add_argument("--max-timestep", type=int, default=1000, help="(default: %(default)s)")
 
@@ -101,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Verification:
-    """Verify what lies in the folder, alone; that it cannot be opened is a finding too."""
+    """Verify the folder by itself; a folder that cannot be opened is a finding too."""
     from sdxl_distill.cli.progress_bar import progress_bar
     from sdxl_distill.loose.folder import is_loose
     from sdxl_distill.storage.fsio import Directory
@@ -130,7 +133,7 @@ def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Veri
 
 
 def _recipe(arguments: argparse.Namespace, config: BuilderConfig | None) -> NoiseRecipe | None:
-    """Return from what the seeds of a loose folder follow, if the command line says it."""
+    """Return the recipe of a loose folder's seeds, if the command line gives one."""
     from sdxl_distill.core.noise import NOISE_ALGORITHM
     from sdxl_distill.shards.set_identity import NoiseRecipe
 
@@ -144,7 +147,7 @@ def _recipe(arguments: argparse.Namespace, config: BuilderConfig | None) -> Nois
 
 
 def _compare(arguments: argparse.Namespace, result: Verification) -> None:
-    """Add how the set differs from those of --against."""
+    """Add the differences between the set and those of --against."""
     if not arguments.against:
         return
     from braceexpand import braceexpand
@@ -162,7 +165,7 @@ def _compare(arguments: argparse.Namespace, result: Verification) -> None:
 
 
 def _recompute(arguments: argparse.Namespace, config: BuilderConfig, result: Verification) -> None:
-    """Add what the teacher says differently today."""
+    """Add the records that the teacher predicts differently today."""
     from sdxl_distill.cli.progress_bar import progress_bar
     from sdxl_distill.shards.shard_set import open_shard_set
     from sdxl_distill.verify.finding import FindingList
@@ -210,7 +213,7 @@ def _last_line(arguments: argparse.Namespace, result: Verification) -> str:
     if result.findings:
         verdict = f"NOT valid, {_count(len(result.findings), 'finding')}"
     elif not result.num_shards:
-        verdict = "valid"  # loose files: nobody says how many there should be
+        verdict = "valid"  # loose files: nothing says how many there should be
     elif arguments.quick:
         verdict = "complete; tars were not read (--quick)"
     else:

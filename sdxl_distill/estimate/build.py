@@ -1,6 +1,6 @@
 """What building a teacher's predictions will take, before it is started.
 
-In: a configuration and the latents set, or how many images there are. Out: forwards, shards,
+In: a configuration and the latents set, or the number of images. Out: forwards, shards,
 exact bytes on disk, device memory. No weights are read and nothing is written.
 """
 
@@ -36,7 +36,7 @@ from sdxl_distill.shards.record import (
 from sdxl_distill.shards.shard_name import ShardName
 
 _SIDECAR_BYTES: Final = 512
-"""A caption of seventy words and where the image came from; taken where nothing is known."""
+"""A caption of seventy words and the image's source; assumed where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class BuildEstimate:
 
     Attributes:
         predictions: the teacher's set.
-        text: of its text encoders; shared by all teachers that have the same.
-        latents: shared by all teachers.
-        has_latents: whether the latents set is there; else its images were counted, and taken
-            for images of the bucket of most pixels.
-        num_existing_shards: committed before.
-        num_forwards: of one record each, that are still to be done.
+        text: the set of its text encoders; shared by all teachers that have the same ones.
+        latents: the latents set; shared by all teachers.
+        has_latents: False while there is no latents set: images were then counted, and taken
+            for images of the bucket with the most pixels.
+        num_existing_shards: shards committed before.
+        num_forwards: forward passes still to be done, of one record each.
         bucket: the largest resolution, which `memory` is for.
-        memory: of one process: the UNet and its batch.
-        text_encoder_bytes: on the device before the UNet is loaded.
+        memory: memory of one process: the UNet and its batch.
+        text_encoder_bytes: memory of the device that is taken before the UNet is loaded.
         num_without_caption: image files without a caption anywhere; None where there are latents.
     """
 
@@ -83,6 +83,7 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
     text, num_channels = text_geometry(text_source), unet_geometry(checkpoint).channels
     cache = config.cache
 
+    # Every shard of the plan, and which of them are still to be built.
     shards, latents, num_without_caption = _plan(config)
     path = Path(cache.output_dir) / config.teacher.teacher_id
     missing = [
@@ -91,6 +92,7 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
     images = _sizes(shard for shard in shards if shard.name.draw == 0)
     bucket = _largest(Bucket(shard.name.width, shard.name.height) for shard in shards)
     stored = predictions_schema(cache.layout, STORED_DTYPES[cache.dtype], num_channels, *text)
+    # Refuse what a build would refuse.
     if latents is None:
         require_legal_config(config, latents_schema(num_channels))
     require_legal_plan(config.teacher.teacher_id, stored, shards)
@@ -113,9 +115,9 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
 
 
 def _plan(config: BuilderConfig) -> tuple[list[PlannedShard], Manifest | None, int | None]:
-    """Return all shards of the predictions set, and the manifest of its latents when built.
+    """Return all shards of the predictions set, and the manifest of its latents if they are built.
 
-    Where they are not: how many images have no caption.
+    If not, the third value is the number of images without a caption.
     """
     teacher_id, num_draws = config.teacher.teacher_id, config.cache.draws
     try:

@@ -1,4 +1,4 @@
-"""Records per second of this machine, asking a teacher or training, with inputs of zeros."""
+"""Records per second of this machine, predicting or training, with inputs of zeros."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     """Return records per second of one process, without reading and writing.
 
     Args:
-        config: of the builder.
-        bucket: the resolution.
+        config: the builder's configuration.
+        bucket: the resolution of all records.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the teacher cannot be loaded.
@@ -45,6 +45,7 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     noise_schedule = checkpoint.noise_schedule(
         config.teacher.prediction_type, config.teacher.zero_terminal_snr
     )
+    # The builder's own teacher.
     teacher = load_teacher(config, noise_schedule, device)
     num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     batch_size = config.cache.batch_size
@@ -57,6 +58,7 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     )
 
     teacher.predict(teacher_input)  # the first call allocates, and compiles if asked to
+    # As in a build, some batches are in flight while the next is asked for.
     answers = deque[TeacherAnswer]()
     started = time.perf_counter()
     num_done = 0
@@ -74,8 +76,8 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     """Return records per second of one process: forward, backward, clipping and optimizer.
 
     Args:
-        config: of the run.
-        bucket: the resolution.
+        config: the run's configuration.
+        bucket: the resolution of all records.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the student cannot be loaded.
@@ -83,6 +85,7 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     device = resolve_device(config.device, World.from_environment().local_rank)
     allow_tf32(config.tf32)
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
+    # The trainer's own student, optimizer and step.
     student = load_student(config, checkpoint, device)
     if config.training.compile:
         compile_unet(student, 1)
