@@ -56,6 +56,13 @@ def test_a_table_without_a_record_is_refused() -> None:
         schedule_of((512, 512, 0, 9, 0), (512, 512, 1, 9, 0))
 
 
+def test_a_table_without_a_row_is_refused_as_one_without_a_record() -> None:
+    none = np.array([], dtype=np.int64)
+    table = ShardTable(none, none, none, none, ((512, 512),))
+    with pytest.raises(ConfigError, match="none of 0 shards"):
+        StreamOrder(table, **SETTINGS)
+
+
 @pytest.mark.parametrize(("epoch", "step", "stop"), [(-1, 0, 0), (0, -1, 1), (0, 0, 4), (0, 4, 4)])
 def test_a_position_that_no_epoch_has_is_refused_at_the_call(
     epoch: int, step: int, stop: int
