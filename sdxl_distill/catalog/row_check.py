@@ -52,9 +52,9 @@ def require_legal_rows(table: pa.Table, where: str) -> None:
             bool((piece.value_lengths().to_numpy() > 0).all()) for piece in table["captions"].chunks
         ),
     }
-    absurd = next((name for name, legal in is_legal.items() if not legal), None)
-    if absurd is not None:
-        raise CorruptError(f"an illegal {absurd}", where=where, action=RESTORE_CATALOG)
+    illegal = next((name for name, legal in is_legal.items() if not legal), None)
+    if illegal is not None:
+        raise CorruptError(f"an illegal {illegal}", where=where, action=RESTORE_CATALOG)
     # The order of the rows.
     if not _are_sorted(places, table["image_id"]):
         raise CorruptError(
