@@ -158,7 +158,7 @@ def row_update(block: int | None, *, compiled: bool) -> RowUpdate:
     """Return `updated` for one length of a block, its last argument.
 
     Args:
-        block: as for `updated`.
+        block: number of elements per scale; None for float32 states.
         compiled: true fuses it into a few kernels, for rows of any number and length.
     """
 

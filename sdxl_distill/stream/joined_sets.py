@@ -117,7 +117,7 @@ def require_same_latents(shard_set: ShardSet, first: ShardSet, latents: ShardSet
     Args:
         shard_set: the set to check.
         first: the set whose latents are joined.
-        latents: that latents set, when it is already open.
+        latents: the joined latents set, when it is already open.
 
     Raises:
         IncompatibleError: naming the fields in which the two latents sets differ (VAE,

@@ -1,7 +1,7 @@
-"""What all ranks decide alike at a step's end, by one small reduction and without a stall.
+"""Agreement: what all ranks decide together at a step's end, by one small reduction.
 
-The question is asked when the gradients are there and answered when the optimizer's work is
-already queued, so that on a GPU nobody waits for more than the gradients.
+It starts when the gradients are there and is read when the optimizer's work is already queued,
+so that on a GPU no rank waits for more than the gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdxl_distill.runtime.device import HostCopy
 
 
 def sum_over_ranks(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elementwise sum of every rank's tensor, on every rank; starts it on a GPU."""
+    """Return the elementwise sum of all ranks' tensors, on every rank; a GPU only starts it."""
     return cast("torch.Tensor", accelerator.reduce(tensor, reduction="sum"))
 
 
@@ -29,7 +29,7 @@ class Verdict:
 
 
 class Agreement:
-    """One question to all ranks at a time."""
+    """Reductions over all ranks, one at a time: `ask`, then `answer`."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -38,8 +38,8 @@ class Agreement:
     def ask(self, stop: bool, numbers: torch.Tensor) -> None:
         """Start the reduction; `numbers` are on the device and should be finite."""
         # Filled, not copied from the host: such a copy would wait for all that is queued.
-        asked = torch.full((), float(stop), device=numbers.device)
-        flags = torch.stack([asked, (~numbers.isfinite()).any().float()])
+        stops = torch.full((), float(stop), device=numbers.device)
+        flags = torch.stack([stops, (~numbers.isfinite()).any().float()])
         self._flags = HostCopy(sum_over_ranks(self._accelerator, flags))
 
     def answer(self) -> Verdict:

@@ -45,10 +45,10 @@ class RunState:
     """The JSON part of a checkpoint.
 
     Attributes:
-        position: of the run.
+        position: the run's position.
         identity: configuration, student, noise schedule and sets that determine its steps.
         stream: identity of the stream order.
-        optimizer: what its state tensors mean.
+        optimizer: settings that give its state tensors their meaning.
     """
 
     position: Position
@@ -65,7 +65,7 @@ class RunState:
         """Build from what `to_json` returned.
 
         Args:
-            fields: of a checkpoint, which may come from a stranger.
+            fields: the fields of a checkpoint, which may come from a stranger.
             where: the checkpoint.
 
         Raises:
@@ -122,8 +122,8 @@ class CheckpointFolder:
     """The folder `{run}/checkpoints` and the checkpoints in it.
 
     Args:
-        path: of the folder; made when the first checkpoint is saved.
-        keep: how many checkpoints remain; at least two, so that a damaged one has a fallback.
+        path: the folder's path; made when the first checkpoint is saved.
+        keep: number of checkpoints that remain; at least two, so that a damaged one has a fallback.
     """
 
     def __init__(self, path: Path, keep: int = 2) -> None:
@@ -140,11 +140,11 @@ class CheckpointFolder:
     def save(self, step: int, checkpoint: Checkpoint) -> Path:
         """Write the checkpoint of a step, point `latest` at it and remove the oldest.
 
-        One of the same step is replaced and those of later steps go: the run went on from an
-        older one, because they are damaged or because it was told to.
+        One of the same step is replaced and those of later steps are removed: the run went on from
+        an older one, because they are damaged or because it was told to.
 
         Raises:
-            StorageError: when the disk is full or refuses; what was there is untouched.
+            StorageError: when the disk is full or refuses; the other checkpoints are untouched.
         """
         name = _name(step)
         with Directory(self.path, create=True) as folder:
@@ -158,7 +158,7 @@ class CheckpointFolder:
     def set_aside(self, step: int) -> Path | None:
         """Move the checkpoints from a step on into a folder of their own.
 
-        They are no longer the run's, but nothing of them is lost.
+        They no longer belong to the run, but nothing is lost.
 
         Returns:
             The folder; None when there was none to move.
@@ -174,7 +174,7 @@ class CheckpointFolder:
             number = next(each for each in count(1) if f"{_ASIDE}{each}" not in names)
             aside = self.path / f"{_ASIDE}{number}"
             aside.mkdir()
-            # The last one first: whatever is left when this is killed ends before it.
+            # The last one first: if this is killed, the earlier ones are still in place.
             for each in reversed(steps):
                 (self.path / _name(each)).rename(aside / _name(each))
             sync_folder(folder.descriptor)
@@ -257,7 +257,7 @@ class CheckpointFolder:
             sync_folder(folder.descriptor)
 
     def _remove(self, name: str) -> None:
-        """Remove a checkpoint such that a half-removed one is never taken for whole."""
+        """Remove a checkpoint so that a half-removed one is never taken for whole."""
         doomed = self.path / f"{TEMPORARY_PREFIX}{new_token()}"
         with storage_errors(self.path):
             (self.path / name).rename(doomed)
@@ -280,7 +280,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def step_of_checkpoint(path: Path) -> int:
-    """Return how many steps were done in a checkpoint, as its name or else its state says.
+    """Return the number of steps done at a checkpoint, from its name or else its state.
 
     Raises:
         ConfigError: when there is no such folder.
@@ -355,9 +355,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise _damaged(path, "the file is missing") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"no JSON ({error})") from error
+        raise _damaged(path, f"not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise _damaged(path, "no JSON object")
+        raise _damaged(path, "not a JSON object")
     return content
 
 
@@ -376,7 +376,7 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _damaged(path, f"no safetensors file ({error})") from error
+        raise _damaged(path, f"not a safetensors file ({error})") from error
 
 
 def _sha256_flushed(path: Path) -> str:

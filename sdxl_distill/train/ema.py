@@ -31,7 +31,7 @@ class Ema:
     Args:
         parameters: name and tensor of each; their present values are the start.
         ema_decay: the decay after warm-up, in [0, 1).
-        device: where the average lives; None: beside each parameter.
+        device: the average's device; None keeps each average on its parameter's device.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Ema:
     def update(self, parameters: Iterable[tuple[str, torch.Tensor]], step: int) -> None:
         """Move every average towards its parameter after optimizer step `step` (from 0).
 
-        Waits for the copy where a parameter is on a GPU and its average is not; else for nothing.
+        Waits for the copy where a parameter is on a GPU and its average is not, else for nothing.
         """
         rate = 1.0 - ema_decay_at(step, self.ema_decay)
         # All in float32 at once would double the memory.
         for group in bounded_groups(parameters, lambda each: each[1].numel(), _MAX_ELEMENTS):
             averages = [self.averages[name] for name, _ in group]
-            # In their own dtype: a bfloat16 weight takes half the way of its float32 copy.
+            # Copied in their own dtype: a bfloat16 weight has half the bytes of its float32 value.
             weights = [
                 weight.to(average.device, non_blocking=True)
                 for (_, weight), average in zip(group, averages, strict=True)
@@ -95,8 +95,8 @@ class BackgroundAverage:
     """Updates an average; in a thread where the weights are on a GPU and the average is not.
 
     Args:
-        ema: the average. Nobody else may look at it between `start` and `finish`.
-        device: of the weights.
+        ema: the average. Nothing else may read it between `start` and `finish`.
+        device: the weights' device.
     """
 
     def __init__(self, ema: Ema, device: torch.device) -> None:
@@ -111,7 +111,7 @@ class BackgroundAverage:
 
         Args:
             weights: name and tensor of each; must not change until `finish`.
-            step: from 0.
+            step: number of the optimizer step, from 0.
         """
         if self._pool is None:
             self._ema.update(weights, step)
@@ -121,7 +121,7 @@ class BackgroundAverage:
         self._update = self._pool.submit(self._follow, weights, step, ready)
 
     def finish(self) -> None:
-        """Wait until the average has all that was started; raises what went wrong there."""
+        """Wait for the update that was started; raises what failed in it."""
         if self._update is not None:
             self._update.result()
             self._update = None

@@ -37,12 +37,12 @@ class RunReport:
     """Progress and logs of one run; a context that closes both.
 
     Args:
-        name: of the run, before the bar.
-        log_folder: of TensorBoard's event files.
-        tags: of the loss sums.
+        name: the run's name, shown before the bar.
+        log_folder: folder of TensorBoard's event files.
+        tags: names of the loss sums, as `loss_tags` returns them.
         accelerator: adds the ranks' sums; its main process shows and writes.
-        num_steps: of the whole run.
-        num_done: where this process starts; events of a killed run after it are hidden.
+        num_steps: number of steps of the whole run.
+        num_done: number of steps done before this process; a killed run's later events are hidden.
 
     Raises:
         StorageError: when the log folder cannot be written.

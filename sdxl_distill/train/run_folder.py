@@ -57,7 +57,7 @@ class RunFolder:
         """
         with Directory(self.path, create=True) as folder:
             for name in folder.names():
-                # Folders of that name are exports, which need no lock and may be in the making.
+                # Folders of that name are exports, which need no lock and may be in progress.
                 if name.startswith(TEMPORARY_PREFIX) and not (self.path / name).is_dir():
                     folder.remove(name)
         self.checkpoints().clear_leftovers()
@@ -71,9 +71,9 @@ class RunFolder:
         """Return the folder of checkpoints."""
         return CheckpointFolder(self.path / "checkpoints", keep)
 
-    def tensorboard(self, config: DistillConfig) -> Path:
-        """Return the folder of the run's event files."""
-        return Path(config.training.tensorboard.base_dir) / config.run.name
+    def tensorboard(self, base_dir: str) -> Path:
+        """Return the folder of the run's event files below `base_dir`."""
+        return Path(base_dir) / self.path.name
 
     def require_new(self) -> None:
         """Refuse to train into a folder that already holds checkpoints.
@@ -89,16 +89,16 @@ class RunFolder:
                 action="continue it with `--resume latest`, or choose another run.name",
             )
 
-    def start(self, config: DistillConfig, resume: str | None) -> str | None:
+    def start(self, resume: str | None, num_steps: int) -> str | None:
         """Return the checkpoint to go on with, None for a new run, and refuse to do nothing.
 
         Args:
-            config: of the run.
-            resume: as `train`.
+            resume: `latest`, the path of a checkpoint, or None, as for `train_student`.
+            num_steps: number of steps of the whole run.
 
         Raises:
-            ConfigError: for a run that exists already, one without the checkpoint that is named,
-                or one that has taken all its steps and more.
+            ConfigError: when a new run exists already, the named checkpoint does not, or all steps
+                are done.
             CorruptError, StorageError: when the checkpoint's state cannot be read.
         """
         if resume is None:
@@ -111,15 +111,15 @@ class RunFolder:
                 checkpoints.require_none_aside()
                 return None
             done, path = steps[-1], checkpoints.path / f"step-{steps[-1]:08d}"
-            is_short = config.training.num_steps < done
+            is_short = num_steps < done
         else:
             path = Path(resume)
             done = step_of_checkpoint(path)
             # The export that follows takes the latest checkpoint, which this one need not be.
-            is_short = config.training.num_steps <= done
+            is_short = num_steps <= done
         if is_short:
             raise ConfigError(
-                f"training.num_steps is {config.training.num_steps}, but {done} steps are done",
+                f"training.num_steps is {num_steps}, but {done} steps are done",
                 expected=f"more than {done}",
                 where=str(path),
                 action="raise training.num_steps to train on; `export-student --checkpoint PATH` "
@@ -150,7 +150,7 @@ def decisive_fields(config: DistillConfig) -> dict[str, Any]:
         del section[name]
     for teacher in fields["teachers"]:
         del teacher["cache_dir"]
-    # A list has no paths to name a difference by; teachers have ids.
+    # Differences are named by path, which a list does not give; teachers have ids.
     fields["teachers"] = {teacher.pop("teacher_id"): teacher for teacher in fields["teachers"]}
     return fields
 
@@ -169,10 +169,10 @@ def require_equal(
     """Refuse to resume with another configuration, student or stream.
 
     Args:
-        found: what the checkpoint was made with.
-        expected: what this run has.
+        found: the identity that the checkpoint was made with.
+        expected: the identity of this run.
         where: the checkpoint.
-        action: what to do when they differ.
+        action: the advice when they differ.
 
     Raises:
         IncompatibleError: with every field that differs and both values.

@@ -1,8 +1,8 @@
 """One trainer at a time in the folder of a run: a lock that names its holder.
 
-The file `lock-{attempt:06d}.json` appears create-only, and its holder rewrites it every 15 s. A
-holder that died on this host is seen to be gone at once, one elsewhere when its file stood still
-for 120 s on the observer's own clock; who comes then publishes the next attempt.
+The file `lock-{attempt:06d}.json` is published create-only, and its holder rewrites it every 15 s.
+A holder that died on this host is noticed at once, one elsewhere when its file has not changed for
+120 s on the observer's own clock; the next trainer then publishes the next attempt.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _MAX_BYTES: Final = 4096
 
 @dataclass(frozen=True)
 class LockTiming:
-    """How often a holder shows life, and when others take it for dead."""
+    """How often a holder shows that it lives, and when others take it for dead."""
 
     beat_seconds: float = BEAT_SECONDS
-    """Between two beats of the holder."""
+    """Time between two beats of the holder."""
     expiry_seconds: float = EXPIRY_SECONDS
-    """A lock of another host that did not change for so long is nobody's."""
+    """Time after which an unchanged lock of another host has no holder any more."""
     poll_seconds: float = 0.5
-    """Between two looks at the lock of another host."""
+    """Time between two looks at the lock of another host."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What the file says of who holds the lock: host, process, since when, and a counter."""
+    """The lock's holder as its file describes it: process, host, start time and a counter."""
 
     identity: ProcessIdentity
     host: str
@@ -59,7 +59,7 @@ class Holder:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Holder | None:
-        """Decode; None for something else."""
+        """Decode; None when the content describes no holder."""
         try:
             fields: dict[str, Any] = json.loads(content)
             return cls(ProcessIdentity(**fields.pop("identity")), **fields)
@@ -71,8 +71,8 @@ class RunLock:
     """Holds a run's folder within its block.
 
     Args:
-        path: of the folder, which is made.
-        timing: replaced in tests.
+        path: the run's folder, which is made.
+        timing: the lock's timing; None is the usual one.
 
     Raises:
         ConfigError: on entry, when another process trains there.
@@ -88,7 +88,7 @@ class RunLock:
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
 
     def __enter__(self) -> RunLock:
-        # Where names cannot be made once, looking first is all there is: better than no training.
+        # Where files cannot be created exclusively, it only looks first: better than no training.
         self._folder = Directory(self._path, create=True, exclusive=True)
         try:
             while not self._try_once():
@@ -107,28 +107,28 @@ class RunLock:
         self._folder.close()
 
     def require_held(self) -> None:
-        """Check that nobody took this process for dead, as when it or its host was suspended.
+        """Check that no other process took this one for dead, as when it or its host was suspended.
 
         Raises:
-            StorageError: when another process did: what this run would write is no longer wanted.
+            StorageError: when one did: what this run would write is no longer wanted.
         """
         if self._attempts()[-1:] != [self._name]:
             raise StorageError(
-                "another process has taken this run over while this one stood still",
+                "another process has taken over this run while this one was suspended",
                 expected=f"{self._name}, the lock of this process",
                 where=str(self._path),
                 action="leave the run to the other process; nothing more is written by this one",
             )
 
     def _try_once(self) -> bool:
-        """Take the lock; False when another process was faster, so that one has to look again."""
+        """Take the lock; False when another process was faster: look again."""
         before = {name: self._require_dead(name) for name in self._attempts()}
         number = 1 + max((int(name[5:11]) for name in before), default=0)
         self._name = f"lock-{number:06d}.json"
         if not self._folder.publish_bytes(self._name, self._holder.to_bytes()):
             return False
-        # Runs of others may have come and gone since that look, so that a third one now holds a
-        # lower name, perhaps again one that was dead.
+        # Other runs may have come and gone since that look, so that a third one now holds a lower
+        # name, perhaps that of a dead lock.
         for name in self._attempts():
             if name != self._name and self._read(name) not in (None, before.get(name)):
                 self._folder.remove(self._name)
@@ -141,7 +141,7 @@ class RunLock:
         return sorted(filter(_NAME.fullmatch, self._folder.names()))
 
     def _require_dead(self, name: str) -> bytes | None:
-        """Return the content of a lock that nobody holds; None when it is gone."""
+        """Return the content of a lock without a living holder; None when the file is gone."""
         content = self._read(name)
         seen_at = time.monotonic()
         holder = None if content is None else Holder.from_bytes(content)

@@ -1,6 +1,6 @@
-"""From a configuration to a trained student: everything a run needs, opened from cheap to dear.
+"""From a configuration to a trained student: everything a run needs, cheapest checks first.
 
-What does not fit is refused before any weights are read: sets among each other, then student
+What does not fit is refused before any weights are read: the sets with each other, then student
 and sets, then the checkpoint that is resumed.
 """
 
@@ -48,13 +48,13 @@ _log = logging.getLogger(__name__)
 def train_student(
     config: DistillConfig, resume: str | None = None, signals: StopSignals | None = None
 ) -> TrainSummary:
-    """Train the student of a configuration, or go on with it.
+    """Train the student of a configuration, or resume its training.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         resume: `latest`, the path of a checkpoint, or None for a new run. `latest` of a run
             without a checkpoint starts it, so that a requeued job needs no other command.
-        signals: how it is asked to stop; they are listened to already. None: nothing asks.
+        signals: the signals that stop it, listened to already; None: nothing stops it.
 
     Raises:
         ConfigError: for a run that exists already, a missing set or checkpoint, or a number of
@@ -63,8 +63,9 @@ def train_student(
         CorruptError, StorageError: when something cannot be read or written.
         NumericalError: when loss or gradients are not finite.
         Preempted: when a signal asked to stop; the state is saved.
-        KeyboardInterrupt: when one did so before the first step, or for the second time.
+        KeyboardInterrupt: when a signal came before the first step, or a second one insisted.
     """
+    # Refuse a run that exists, before anything else starts.
     signals = signals or StopSignals()
     end_with_launcher()
     folder = RunFolder.of(config)
@@ -72,29 +73,21 @@ def train_student(
         folder.require_new()
     accelerator = make_accelerator(config)
     with open_teachers(config) as teachers, open_stream(config, teachers, accelerator) as stream:
-        checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
-        noise_schedule = checkpoint.noise_schedule()
+        # Sets and student must belong together.
+        model_folder = ModelFolder.resolve(config.student.checkpoint_path)
+        noise_schedule = model_folder.noise_schedule()
         require_same_table(noise_schedule, stream)
         require_convertible(noise_schedule, teachers)
-        # Up to here nothing was written, and another process may have been training.
+
+        # Nothing has been written so far; another process may be training this run.
         with locked_run(folder, accelerator) as lock:
-            start = folder.start(config, resume)
+            start = folder.start(resume, config.training.num_steps)
             if accelerator.is_main_process:
                 folder.prepare()
                 warn_of_memorising(stream, config.training.num_steps)
-            student = load_student(config, checkpoint, accelerator.device)
-            if config.training.compile:
-                # And one for the rehearsal of data parallelism.
-                compile_unet(student, len(stream.order.table.buckets) + 1)
-            trainer = Trainer(
-                config,
-                student,
-                noise_schedule,
-                checkpoint.unet_fingerprint(),
-                stream,
-                accelerator,
-                lock,
-            )
+
+            # Load the weights, and go on where the checkpoint ends.
+            trainer = _load_trainer(config, model_folder, noise_schedule, stream, accelerator, lock)
             if start is not None:
                 trainer.resume(start)
                 _log.info("resumed at step %d", trainer.position.global_step)
@@ -103,6 +96,23 @@ def train_student(
                 folder.write(config, identity)
             with signals.deferred() as stop:
                 return trainer.run(stop)
+
+
+def _load_trainer(
+    config: DistillConfig,
+    model_folder: ModelFolder,
+    noise_schedule: NoiseSchedule,
+    stream: JoinedStream,
+    accelerator: Accelerator,
+    lock: RunLock | None,
+) -> Trainer:
+    """Load the student's weights, and make all that trains them."""
+    student = load_student(config, model_folder, accelerator.device)
+    if config.training.compile:
+        # One extra for the warm-up pass of data parallelism.
+        compile_unet(student, len(stream.order.table.buckets) + 1)
+    fingerprint = model_folder.unet_fingerprint()
+    return Trainer(config, student, noise_schedule, fingerprint, stream, accelerator, lock)
 
 
 @contextmanager
@@ -227,7 +237,7 @@ def usual_reader_threads(world: World) -> int:
 
 
 def load_student(
-    config: DistillConfig, checkpoint: ModelFolder, device: torch.device
+    config: DistillConfig, model_folder: ModelFolder, device: torch.device
 ) -> torch.nn.Module:
     """Load the UNet that is trained, in training mode and with gradients.
 
@@ -235,7 +245,7 @@ def load_student(
         ConfigError, CorruptError, IncompatibleError: as `models.unet.load_unet`.
     """
     dtype = torch.bfloat16 if config.student.use_bf16 else torch.float32
-    student = load_unet(checkpoint, dtype, device)
+    student = load_unet(model_folder, dtype, device)
     if config.student.use_gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return student.requires_grad_(True).train()
@@ -257,11 +267,11 @@ def require_same_table(student: NoiseSchedule, stream: JoinedStream) -> None:
 
 
 def require_convertible(student: NoiseSchedule, teachers: Sequence[ShardSet]) -> None:
-    """Check that every prediction can be told as the student's type, at every timestep.
+    """Check that every prediction can be converted to the student's type, at every timestep.
 
     Raises:
-        IncompatibleError: for epsilon teachers of another student at timesteps of too little
-            signal, which a run would otherwise meet only after hours.
+        IncompatibleError: when the student does not predict epsilon, but a teacher does at
+            timesteps of too little signal; a run would otherwise meet this only after hours.
     """
     for teacher in teachers:
         source = noise_schedule_of(teacher).prediction_type
@@ -272,7 +282,7 @@ def require_convertible(student: NoiseSchedule, teachers: Sequence[ShardSet]) ->
                 f"teacher {teacher.id} predicts epsilon up to timestep {last}, "
                 f"where √ᾱ = {signal:.4f}",
                 expected=f"√ᾱ ≥ {MIN_SIGNAL} for a student that predicts {student.prediction_type}",
-                where=str(teacher.directory),
+                where=str(teacher.place),
                 action="build this teacher's predictions with a smaller cache.max_timestep",
             )
 
@@ -284,7 +294,7 @@ def warn_of_memorising(stream: JoinedStream, num_steps: int) -> None:
     if num_epochs > _MAX_VIEWS_OF_A_DRAW * num_draws:
         _log.warning(
             "%d steps are %d epochs over images of %d draws: the student will memorise them, and "
-            "its training loss falls without meaning; build more draws (cache.draws), and go by "
+            "its training loss will mean nothing; build more draws (cache.draws), and go by "
             "the validation losses",
             num_steps,
             num_epochs,

@@ -55,12 +55,12 @@ class DistillationStep:
 
     Args:
         student: the UNet, possibly wrapped for data parallelism.
-        noise_schedule: the student's; all joined sets share its ᾱ.
+        noise_schedule: the student's noise schedule; all joined sets share its ᾱ.
         teacher_types: prediction type of each teacher, in the order of the joined sets.
-        weights: of each teacher, summing to 1.
-        loss_type: what is minimised.
-        huber_delta: where huber and smooth_l1 turn linear.
-        device: of the student.
+        weights: weight of each teacher, summing to 1.
+        loss_type: the loss that is minimised.
+        huber_delta: distance at which huber and smooth_l1 turn linear.
+        device: the student's device.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class DistillationStep:
         """Run the student on a micro-batch and compare it with its teachers.
 
         Floor and teacher losses are plain MSE whatever the loss, so that
-        Σ wₖ‖s - tₖ‖² = ‖s - t̄‖² + floor holds of what is logged.
+        Σ wₖ‖s - tₖ‖² = ‖s - t̄‖² + floor holds for what is logged.
         """
+        # The student's prediction.
         alphas = self.alphas_cumprod[batch.timesteps]
         noisy_latents = add_noise(batch.latents, batch.noise, alphas)
         prediction = predict(
@@ -99,6 +100,8 @@ class DistillationStep:
             batch.pooled_embeds,
             batch.time_ids,
         )
+
+        # The teachers' predictions, converted to the student's type.
         targets = [
             target
             if source == self.prediction_type
@@ -107,6 +110,8 @@ class DistillationStep:
             )
             for target, source in zip(batch.predictions, self.teacher_types, strict=True)
         ]
+
+        # Distances to each of them and to their mean.
         with torch.no_grad():
             mean = teacher_mean(targets, self.weights)
             floor = loss_floor(targets, self.weights, mean)

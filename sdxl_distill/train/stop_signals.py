@@ -1,7 +1,7 @@
 """What SIGINT, SIGTERM and SIGUSR1 mean to a run, from its start-up to its export.
 
-While steps are taken the first is remembered until it is safe to save; before and after, where
-there is nothing to save, it ends the run by KeyboardInterrupt. Who presses Ctrl-C again means now.
+While steps are taken the first is remembered until it is safe to save; before and after, when
+there is nothing to save, it ends the run by KeyboardInterrupt. A second Ctrl-C means at once.
 A thread watches too, since Python's own handlers wait for PyTorch, which may wait for other ranks.
 """
 
@@ -22,7 +22,7 @@ from typing import Final
 from sdxl_distill.runtime.stop_request import StopRequest
 
 SIGNALS: Final = (signal.SIGINT, *StopRequest.SIGNALS)
-# Some launchers forward the signal that the terminal has sent to the whole group already.
+# Some launchers forward the signal that the terminal has already sent to the whole group.
 _SAME_PRESS_SECONDS: Final = 0.5
 _UNWIND_SECONDS: Final = 3.0
 
@@ -37,7 +37,7 @@ class StopSignals:
 
     Attributes:
         request: set by the first signal.
-        at_once: whether there was a second one that wants no saving.
+        at_once: true after a second one, which does not wait for a checkpoint.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[StopRequest]:
-        """Within the block only remember the first signal; the work there looks at it.
+        """Within the block only remember the first signal; the work there checks for it.
 
         Raises:
             KeyboardInterrupt: when a signal came before.
@@ -115,7 +115,7 @@ class StopSignals:
             number = os.read(received, 1)
             if not number:
                 return
-            if number[0] not in SIGNALS:  # one that another part of the process listens to
+            if number[0] not in SIGNALS:  # another part of the process listens to it
                 continue
             is_first = not presses.num_signals
             self.at_once |= presses.insist(number[0])

@@ -59,13 +59,13 @@ class Trainer:
     """Trains one student.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         student: the UNet, on the accelerator's device, in the dtype it is trained in.
-        noise_schedule: the student's.
-        student_fingerprint: of the weights it starts from.
+        noise_schedule: the student's noise schedule.
+        student_fingerprint: fingerprint of the weights it starts from.
         stream: the joined shard sets, for this rank.
         accelerator: the ranks; without mixed precision, which would change the outputs' dtype.
-        lock: of the run's folder, on the main rank; None where nobody else can write there.
+        lock: the run folder's lock, on the main rank; None where no other process writes there.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Trainer:
         self.position = Position()
 
     def resume(self, reference: str) -> None:
-        """Load a checkpoint: `latest`, or the path of one, before which the run is rewound.
+        """Load a checkpoint: `latest`, or the path of one, to which the run is rewound.
 
         Raises:
             ConfigError: when there is none.
@@ -137,10 +137,10 @@ class Trainer:
         """Train from the present position to `training.num_steps`.
 
         Args:
-            stop: of this rank; one of them stops all at the same step.
+            stop: this rank's stop request; a single one stops all ranks at the same step.
 
         Raises:
-            NumericalError: when loss or gradients are not finite; nothing of it is saved.
+            NumericalError: when loss or gradients are not finite; that step is not saved.
             Preempted: when asked to stop before the last step; the state is saved.
         """
         settings = self.config.training
@@ -194,8 +194,8 @@ class Trainer:
             started_seconds = time.perf_counter()
             self._write_checkpoint()
             warn_of_short_shutdown(time.perf_counter() - started_seconds)
-        asked = torch.tensor(float(stop.requested), device=self.accelerator.device)
-        return bool(sum_over_ranks(self.accelerator, asked) > 0)
+        num_stopped = torch.tensor(float(stop.requested), device=self.accelerator.device)
+        return bool(sum_over_ranks(self.accelerator, num_stopped) > 0)
 
     def _write_checkpoint(self) -> None:
         if self._lock is not None:
@@ -215,7 +215,7 @@ class Trainer:
         self.checkpoints.save(self.position.global_step, Checkpoint(state.to_json(), tensors))
 
     def _rewind(self, path: Path) -> None:
-        """Set later checkpoints of this run aside: what was given up is not its latest."""
+        """Set later checkpoints of this run aside, so that none of them is its latest."""
         step = self.position.global_step
         is_own = path.resolve().parent == self.checkpoints.path.resolve()
         aside = self.checkpoints.set_aside(step + is_own)
@@ -231,7 +231,7 @@ class Trainer:
             self._write_checkpoint()
 
     def _position_in_stream(self, state: RunState, where: str) -> Position:
-        """Return where to go on: in changed data, if that is allowed, at the next epoch."""
+        """Return where to go on: with changed data, if that is allowed, at the next epoch."""
         now = self.stream.order.identity()
         if self.config.data.on_change == "next_epoch":
             changed = {name: now[name] for name in ("buckets", "num_draws")}
@@ -256,7 +256,7 @@ class Trainer:
     def _open_report(self) -> RunReport:
         return RunReport(
             self.config.run.name,
-            self.folder.tensorboard(self.config),
+            self.folder.tensorboard(self.config.training.tensorboard.base_dir),
             self.tags,
             self.accelerator,
             num_steps=self.config.training.num_steps,
@@ -297,8 +297,8 @@ class Trainer:
         if not isinstance(self.step.student, DistributedDataParallel):
             return batches
         first = next(batches)
-        rehearsal = next(first.micro_batches(1)).to(self.accelerator.device)
-        self.step.losses(rehearsal).loss.sum().backward()
+        warm_up = next(first.micro_batches(1)).to(self.accelerator.device)
+        self.step.losses(warm_up).loss.sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
         return chain([first], batches)
 
@@ -324,7 +324,7 @@ class Trainer:
 
     def _exact_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self._weights:
-            # Weights with exact masters stand still for many steps while their masters move.
+            # Weights with exact masters may not change for many steps while their masters do.
             exact = self.config.training.exact_masters
             yield name, self.optimizer.exact_weight(weight) if exact else weight
 

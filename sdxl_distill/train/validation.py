@@ -30,9 +30,9 @@ def validation_losses(
 
     Args:
         step: holds the student.
-        batches: this rank's share; ranks may have different numbers of them, also none.
+        batches: this rank's share; ranks may have different numbers of them, even none.
         accelerator: adds the ranks' sums.
-        stop: of this rank.
+        stop: this rank's stop request.
     """
     # The last entries count records and ranks that stop, so that one reduction is enough.
     totals = torch.zeros(4 + len(step.weights), dtype=torch.float64, device=step.device)
@@ -50,11 +50,11 @@ def validation_losses(
 def averaged_weights(
     student: nn.Module, ema: Ema | None, accelerator: Accelerator
 ) -> Iterator[None]:
-    """Let the student of every rank have the moving average's weights within the block.
+    """Give every rank's student the moving average's weights within the block.
 
     Args:
-        student: of this rank; its own weights wait in main memory meanwhile.
-        ema: of the main rank; None on the others.
+        student: this rank's student; its own weights wait in main memory meanwhile.
+        ema: the main rank's average; None on the other ranks.
         accelerator: carries the average to the other ranks.
     """
     own = {

@@ -124,7 +124,7 @@ def test_a_holder_that_was_taken_for_dead_leaves_the_run_to_its_successor(tmp_pa
         (tmp_path / "lock-000001.json").unlink()
         (tmp_path / "lock-000002.json").write_bytes(ELSEWHERE.to_bytes())
         time.sleep(0.1)
-        with pytest.raises(StorageError, match="taken this run over"):
+        with pytest.raises(StorageError, match="taken over this run"):
             lock.require_held()
     assert files(tmp_path) == ["lock-000002.json"]
 

@@ -173,7 +173,8 @@ VALIDATION_TAGS = {
 
 
 def events(config: DistillConfig) -> dict[str, dict[int, float]]:
-    accumulator = EventAccumulator(str(RunFolder.of(config).tensorboard(config)))
+    folder = RunFolder.of(config).tensorboard(config.training.tensorboard.base_dir)
+    accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return {
         tag: {event.step: event.value for event in accumulator.Scalars(tag)}

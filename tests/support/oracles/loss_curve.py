@@ -10,6 +10,7 @@ from sdxl_distill.train.run_folder import RunFolder
 
 def logged_losses(config: DistillConfig) -> list[float]:
     """Return `distill/loss` of every step that was logged, in order."""
-    events = EventAccumulator(str(RunFolder.of(config).tensorboard(config)))
+    folder = RunFolder.of(config).tensorboard(config.training.tensorboard.base_dir)
+    events = EventAccumulator(str(folder))
     events.Reload()
     return [event.value for event in events.Scalars("distill/loss")]
