@@ -207,6 +207,7 @@ def _passes(tests: list[str], log: Path, seconds: float) -> bool:
         import pytest
 
         options = ["-x", "-q", "--tb=line", "-m", QUICK, f"--timeout={TEST_SECONDS}"]
+        options += ["--timeout-method=thread"]  # ends the process: hypothesis would try again
         warnings = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
         folders = ["-p", "no:cacheprovider", f"--basetemp={log.parent / 'basetemp'}"]
         arguments = [*options, *warnings, *folders, *tests]
