@@ -119,6 +119,9 @@ def _changeable(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
         return
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "cast":
+        yield from _changeable(node.args[1])
+        return
     yield node
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) or _is_docstring(node):
         return

@@ -45,6 +45,7 @@ def test_each_kind_of_change_is_made(source: str, expected: list[str]) -> None:
         "def f(a: 'int | None') -> 'str': ...",
         "x: Literal['a', 'b']",
         "Kind = Literal['a', 'b']",
+        "kept = cast('list[Any]', value)",
         "@cached(3)\ndef f(): ...",
         "assert a < b, 'never'",
         "x = 'a text for people'",
