@@ -147,6 +147,18 @@ def test_a_schema_survives_json(schema: RecordSchema) -> None:
     assert RecordSchema.from_json(json.loads(json.dumps(schema.to_json())), "x") == schema
 
 
+@pytest.mark.parametrize("num_tensors", [1, 32])
+def test_a_schema_may_have_one_to_thirty_two_tensors(num_tensors: int) -> None:
+    schema = RecordSchema(tuple(TensorSpec(f"t{n}", "F16", (1,)) for n in range(num_tensors)))
+    assert RecordSchema.from_json(schema.to_json(), "x") == schema
+
+
+def test_a_schema_of_more_tensors_is_refused_though_no_name_is_there_twice() -> None:
+    schema = RecordSchema(tuple(TensorSpec(f"t{n}", "F16", (1,)) for n in range(33)))
+    with pytest.raises(CorruptError, match="1 to 32"):
+        RecordSchema.from_json(schema.to_json(), "x")
+
+
 SPEC = TensorSpec("mask", "F16", (1, "H/8", "W/8"))
 
 
