@@ -101,7 +101,7 @@ class _Shard:
         digest = 1 if self._header.recreates_noise else None
         ids = sorted(image_id(str(row).encode()) for row in range(num_records))
         with self._directory.stage() as staged:
-            writer = ShardWriter(staged.file, name, self._header)
+            writer = ShardWriter(staged, name, self._header)
             for row, record_id in enumerate(ids):
                 record = self._header.encode(self._records[row % DISTINCT_RECORDS])
                 writer.write(name.key(record_id), record, noise_digest=digest)

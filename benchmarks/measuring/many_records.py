@@ -19,6 +19,7 @@ from torch import nn
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.builder.set_builder import EncodedRecord, ShardContent, build_set
 from sdxl_distill.core.image_id import image_id
+from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.derived_shards import planned_after
 from sdxl_distill.sets.latents_set import latents_identity
@@ -29,10 +30,12 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, RecordHeader, encode_record
 from sdxl_distill.shards.safetensors_layout import TORCH_DTYPES
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
+from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
 _BATCH = 64
 
@@ -64,12 +67,15 @@ class ManyRecords:
                 path = output_dir / config.teacher.teacher_id
                 with open_shard_set(text_path) as text:
                     identity = predictions_identity(
-                        config, latents, text.manifest.identity, output_dir
+                        config, self._source(), latents, text.manifest.identity, Place(output_dir)
                     )
                     content = _predictions_content(identity, latents, text, on_shard)
                     shards = planned_after(latents, identity.id)
                     self._build(path, identity, shards, content)
         return path
+
+    def _source(self) -> ModelFolder:
+        return ModelFolder.resolve(self.job.builder().teacher.checkpoint_path)
 
     def _build_latents(self) -> None:
         config = self.job.builder()
@@ -86,10 +92,10 @@ class ManyRecords:
 
         path = Path(config.data.latent_cache.cache_dir)
         content = _Zeros(keys, sidecar=b'{"captions":[""]}')
-        self._build(path, latents_identity(config), shards, content)
+        self._build(path, latents_identity(config, self._source()), shards, content)
 
     def _build_text(self, latents: ShardSet, output_dir: Path) -> Path:
-        identity = text_identity(self.job.builder(), latents, output_dir)
+        identity = text_identity(self._source(), latents, Place(output_dir))
 
         def keys(shard: PlannedShard) -> list[str]:
             name = shard.name
@@ -114,7 +120,7 @@ class ManyRecords:
         def describe(_: Directory, found: SetIdentity, indices: Iterable[ShardIndex]) -> Manifest:
             return Manifest.build(found, 0, indices, empty_sha256=empty_sha256)
 
-        build_set(path, identity, shards, lambda: content, describe, World())
+        build_set(Place(path), identity, shards, lambda: content, describe, World())
 
 
 class _Zeros:

@@ -30,6 +30,7 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME
 from sdxl_distill.shards.set_identity import (
     SET_IDENTITY_NAME,
     NoiseRecipe,
@@ -37,9 +38,10 @@ from sdxl_distill.shards.set_identity import (
     SetReference,
 )
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.shards.writer import ShardWriter
-from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.staged_file import StagedFile
 
 CHANNELS, HIDDEN_SIZE, POOLED_SIZE = 4, 2048, 1280
 BASE_SEED, MAX_TIMESTEP = 42, 1000
@@ -209,7 +211,9 @@ class _SetInProgress:
         return cls(identity, folder, [])
 
     def reference(self, directory: Path) -> SetReference:
-        return SetReference.between(self.identity.fingerprint, directory, self.folder.path)
+        return SetReference.between(
+            self.identity.fingerprint, Place(directory), Place(self.folder.path)
+        )
 
     def write_shard(
         self,
@@ -236,7 +240,7 @@ class _SetInProgress:
         ids: list[str],
         records: list[Tensors],
     ) -> ShardIndex:
-        writer = ShardWriter(staged.file, name, header)
+        writer = ShardWriter(staged, name, header)
         sidecar = SIDECAR if self.identity.kind == "latents" else None
         for record_id, shared in zip(ids, records, strict=True):
             digest = tensor_digest(shared["noise"]) if header.recreates_noise else None

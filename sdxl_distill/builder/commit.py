@@ -1,32 +1,31 @@
 """How a set and its shards become part of the cache: create-only, tar first, then its index.
 
-Whoever finds a tar under the name reads it strictly and publishes *its* index, not his own. So a
-name has one content for ever, and tar and index cannot mix, whoever sleeps, dies, works twice
-or rounds differently (docs/decisions/0002-create-only-publication.md).
+A worker that finds a tar under the name reads it strictly and publishes *its* index, not its own.
+So a name has one content for good, and tar and index cannot mix, whichever worker sleeps, dies,
+works twice or rounds differently (docs/decisions/0002-create-only-publication.md).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.builder.plan import PlannedShard
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.limits import MAX_SET_IDENTITY_BYTES
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import SetFolder, unless_absent
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.tar_index import index_of_tar
-from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.fsio import Directory
 from sdxl_distill.storage.regular_file import LostDirectoryError, storage_errors
+from sdxl_distill.storage.staged_file import StagedFile
 
 REPAIR = "run the builder once with --repair: it keeps the good shards and rebuilds this one"
 
 
-def publish_set_identity(directory: Directory, identity: SetIdentity) -> SetIdentity:
+def publish_set_identity(folder: SetFolder[Directory], identity: SetIdentity) -> SetIdentity:
     """Write `set.json`, or check that the one there describes the same set; return that one.
 
     Call it before the first claim and before any model is loaded: a folder that belongs to
@@ -38,19 +37,20 @@ def publish_set_identity(directory: Directory, identity: SetIdentity) -> SetIden
         CorruptError: when the one there is damaged.
         StorageError: when the folder cannot be written.
     """
-    where = str(directory.path / SET_IDENTITY_NAME)
-    found = until_not_swept(directory, lambda: _existing_identity(directory, identity, where))
+    where = folder.where(SET_IDENTITY_NAME)
+    found = until_not_swept(folder.folder, lambda: _existing_identity(folder, identity, where))
     identity.require_same(found, where)
     return found
 
 
-def _existing_identity(directory: Directory, identity: SetIdentity, where: str) -> SetIdentity:
-    if directory.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes()):
+def _existing_identity(
+    folder: SetFolder[Directory], identity: SetIdentity, where: str
+) -> SetIdentity:
+    if folder.folder.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes()):
         return identity
     try:
         with naming_repair(where):
-            content = directory.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
-            return SetIdentity.from_bytes(content, where)
+            return folder.identity()
     except FileNotFoundError as error:
         raise LostDirectoryError("a file that was there a moment ago is gone") from error
 
@@ -64,7 +64,7 @@ def shard_header(identity: SetIdentity, shard: PlannedShard) -> RecordHeader:
 
 
 def adopt_shard(
-    directory: Directory,
+    folder: SetFolder[Directory],
     name: ShardName,
     header: RecordHeader,
     accepts: Callable[[ShardIndex], bool],
@@ -72,28 +72,24 @@ def adopt_shard(
     """Commit the tar that is there, whoever wrote it; None when there is none.
 
     Args:
-        directory: of the set, opened before it was looked at.
-        name: of the shard.
-        header: that this shard's records must have: set fingerprint, schema, source.
-        accepts: whether the tar holds the keys of this shard.
+        folder: the set's folder, opened before it was looked at.
+        name: the shard's name.
+        header: the header that its records must have: set fingerprint, schema, source.
+        accepts: tells whether the tar holds the keys of this shard.
 
     Raises:
         CorruptError: when it is damaged or of another set; names `--repair`.
         StorageError: when the operating system refuses.
     """
-    with naming_repair(str(directory.path / name.tar)):
-        try:
-            descriptor = directory.open(name.tar)
-        except FileNotFoundError:
-            return None
-        try:
-            index = index_of_tar(descriptor, name, header)
-        finally:
-            os.close(descriptor)
+    directory, where = folder.folder, folder.where(name.tar)
+    with naming_repair(where):
+        index = unless_absent(lambda: folder.index_of_tar(name, header))
+    if index is None:
+        return None
     if not accepts(index):
         raise CorruptError(
             f"the tar holds {index.num_records} records with other keys than this shard's",
-            where=str(directory.path / name.tar),
+            where=where,
             action=REPAIR,
         )
     until_not_swept(directory, lambda: directory.publish_bytes(name.idx, index.to_bytes()))
@@ -101,7 +97,7 @@ def adopt_shard(
 
 
 def commit_shard(
-    directory: Directory,
+    folder: SetFolder[Directory],
     tar: StagedFile,
     index: ShardIndex,
     accepts: Callable[[ShardIndex], bool],
@@ -109,33 +105,33 @@ def commit_shard(
     """Publish a staged tar and its index; when a tar is there already, publish that one's.
 
     Args:
-        directory: of the set, opened before it was looked at.
-        tar: staged in that directory.
-        index: of the staged tar.
-        accepts: whether a tar that is there already holds the keys of this shard.
+        folder: the set's folder, opened before it was looked at.
+        tar: the tar, staged in that folder.
+        index: the index of the staged tar.
+        accepts: tells whether a tar that is there already holds the keys of this shard.
 
     Returns:
         The index that counts: of the tar under the shard's name.
 
     Raises:
-        LostDirectoryError: when somebody removed what was staged, or the folder.
+        LostDirectoryError: when another process removed what was staged, or the folder.
         CorruptError: when a tar is there already and damaged or of another set.
         StorageError: when the disk is full or refuses; nothing committed is touched.
     """
-    name = index.name
+    directory, name = folder.folder, index.name
     # Staged before the tar is published, so that a full disk cannot part the two.
     with directory.stage() as idx:
-        with storage_errors(directory.path / name.idx):
+        with storage_errors(folder.where(name.idx)):
             idx.file.write(index.to_bytes())
             idx.seal()
         if directory.publish(tar, name.tar):
             directory.publish(idx, name.idx)
             return index
-    adopted = adopt_shard(directory, name, index.header, accepts)
+    adopted = adopt_shard(folder, name, index.header, accepts)
     if adopted is None:
         raise LostDirectoryError(
             "a tar that was there a moment ago is gone",
-            where=str(directory.path / name.tar),
+            where=folder.where(name.tar),
             action="run again; committed work is kept",
         )
     return adopted

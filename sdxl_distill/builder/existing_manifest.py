@@ -6,41 +6,35 @@ to parse: it is parsed again only when it is another file.
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
 from sdxl_distill.builder.commit import REPAIR, naming_repair
 from sdxl_distill.builder.in_place import require_in_place
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.limits import MAX_MANIFEST_BYTES
 from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.shards.index_layout import index_bytes
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.regular_file import storage_errors
 
 _NUM_THREADS: Final = 8
 _ENTRIES_AT_ONCE: Final = 512
-
-_Status = tuple[int, int, int, int]
 
 
 class ExistingManifest:
     """The manifest in a folder, read again only when it has changed.
 
     Args:
-        directory: of the set.
+        folder: the set's folder.
     """
 
-    def __init__(self, directory: Directory) -> None:
-        self._directory = directory
-        self._status: _Status | None = None
+    def __init__(self, folder: SetFolder[Directory]) -> None:
+        self._folder = folder
+        self._version: Hashable = None
         self._manifest: Manifest | None = None
 
     def read(self) -> Manifest | None:
@@ -52,30 +46,22 @@ class ExistingManifest:
             CorruptError: when it is not a regular file, or absurdly large; names `--repair`.
             StorageError: when it cannot be read.
         """
-        where = str(self._directory.path / MANIFEST_NAME)
-        status = self._look(where)
-        if status is not None and status == self._status:
+        where = self._folder.where(MANIFEST_NAME)
+        version = self._folder.folder.version(MANIFEST_NAME)
+        if version is not None and version == self._version:
             return self._manifest
-        self._status = self._manifest = None
+        self._version = self._manifest = None
         with suppress(FileNotFoundError), naming_repair(where):
-            content = self._directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
-            self._manifest = parse_manifest(self._directory, content)
+            self._manifest = parse_manifest(self._folder.manifest_bytes(), where)
             # Taken before the content was: a newer file is read once more, never an older one.
-            self._status = status
+            self._version = version
         return self._manifest
 
-    def _look(self, where: str) -> _Status | None:
-        """Return what no two contents of the name share: it is never written in place."""
-        with storage_errors(where), suppress(FileNotFoundError):
-            found = os.stat(MANIFEST_NAME, dir_fd=self._directory.descriptor)
-            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        return None
 
-
-def parse_manifest(directory: Directory, content: bytes) -> Manifest | None:
+def parse_manifest(content: bytes, where: str) -> Manifest | None:
     """Read a manifest; None for a damaged one."""
     with suppress(CorruptError):
-        return Manifest.from_bytes(content, str(directory.path / MANIFEST_NAME))
+        return Manifest.from_bytes(content, where)
     return None
 
 
@@ -112,7 +98,7 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
         raise CorruptError(
             f"the set was complete, but a file of it {what}{others}",
             expected="the files that the manifest names",
-            where=str(directory.path / name),
+            where=directory.where(name),
             action=REPAIR,
         )
 
@@ -142,13 +128,10 @@ def _wrong_files(
 
 
 def _wrong_file(directory: Directory, name: str, num_bytes: int) -> str | None:
-    with storage_errors(directory.path / name):
-        try:
-            found = os.stat(name, dir_fd=directory.descriptor)
-        except FileNotFoundError:
-            return "is missing"
-    if not stat.S_ISREG(found.st_mode):
-        return "is not a regular file"
-    if found.st_size != num_bytes:
-        return f"has {found.st_size} bytes instead of {num_bytes}"
-    return None
+    try:
+        found = directory.num_bytes(name)
+    except CorruptError as error:
+        return error.found
+    if found is None:
+        return "is missing"
+    return None if found == num_bytes else f"has {found} bytes instead of {num_bytes}"

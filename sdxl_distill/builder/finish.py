@@ -7,26 +7,25 @@ by that of a later catalog.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from sdxl_distill.builder.commit import REPAIR, naming_repair, shard_header
 from sdxl_distill.builder.existing_manifest import ExistingManifest, parse_manifest
 from sdxl_distill.builder.in_place import require_in_place, until_not_swept
-from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.builder.plan import PlannedShard, SetBuild
 from sdxl_distill.builder.withdrawal import discard_withdrawn
-from sdxl_distill.builder.work_queue import WorkQueue
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
+from sdxl_distill.limits import MAX_MANIFEST_BYTES
 from sdxl_distill.runtime.ordered_map import ordered_map
-from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
 FINISH = "finish"
 _NUM_THREADS = 8
@@ -39,35 +38,25 @@ Sources = dict[ShardName, str | None]
 
 
 def finish_set(
-    directory: Directory,
-    existing: ExistingManifest,
-    queue: WorkQueue,
-    identity: SetIdentity,
-    shards: Sequence[PlannedShard],
-    catalog: int,
-    describe: Describe,
-    stop: StopRequest,
+    build: SetBuild, existing: ExistingManifest, catalog: int, describe: Describe
 ) -> Manifest:
     """Return the manifest of a set whose shards are all committed; write it if need be.
 
     While another worker writes it, wait for that one, or for its death.
 
     Args:
-        directory: of the set.
-        existing: the manifest in it.
-        queue: the claims on it.
-        identity: the set record that is there.
-        shards: all shards of catalog `catalog`.
-        catalog: its number; a manifest of a greater one is left alone.
+        build: this worker's part; its shards are all those of catalog `catalog`.
+        existing: the manifest in the set's folder.
+        catalog: the number of the catalog; a manifest of a greater one is left alone.
         describe: makes the manifest.
-        stop: ends the wait.
 
     Raises:
         CorruptError: when an index or tar is missing, damaged, or of another set.
         IncompatibleError: when a shard was made from another latents shard than today's.
         StorageError, Preempted: as `build_shards`.
     """
-    planned = {shard.name: shard.source_sha256 for shard in shards}
+    directory, identity, queue = build.directory, build.identity, build.queue
+    planned = {shard.name: shard.source_sha256 for shard in build.shards}
     judged: Manifest | None = None
     while True:
         found = existing.read()
@@ -75,16 +64,16 @@ def finish_set(
         if found is not judged and found is not None and _holds(found, identity, catalog, planned):
             break
         judged = found
-        stop.check(str(directory.path))
+        build.stop.check(directory.where())
         require_in_place(directory)
         claim = queue.claim(FINISH)
         if claim is None:
             time.sleep(queue.timing.poll_seconds)
             continue
-        manifest = describe(directory, identity, _indices(directory, queue, identity, shards))
+        manifest = describe(directory, identity, _indices(build))
         until_not_swept(directory, partial(_put, directory, manifest))
         queue.release(claim, committed=False)
-    discard_withdrawn(directory.path, identity.id)
+    discard_withdrawn(Place(directory.where()), identity.id)
     queue.sweep()
     return found
 
@@ -97,7 +86,7 @@ def _put(directory: Directory, manifest: Manifest) -> None:
     newest = manifest
     while True:
         content = directory.swap_bytes(MANIFEST_NAME, newest.to_bytes(), MAX_MANIFEST_BYTES)
-        replaced = content and parse_manifest(directory, content)
+        replaced = content and parse_manifest(content, directory.where(MANIFEST_NAME))
         if not replaced or not _is_later(replaced, newest):
             return
         newest = replaced
@@ -126,35 +115,33 @@ def _sources(manifest: Manifest) -> Sources:
     return dict(zip(manifest.names(), sources, strict=True))
 
 
-def _indices(
-    directory: Directory, queue: WorkQueue, identity: SetIdentity, shards: Sequence[PlannedShard]
-) -> Iterator[ShardIndex]:
+def _indices(build: SetBuild) -> Iterator[ShardIndex]:
     """Yield the index of each shard; threads read ahead, since most of it is waiting for a disk."""
-    for index in ordered_map(partial(_index, directory, identity), shards, _NUM_THREADS, "finish"):
+    check = partial(_index, build.folder, build.identity)
+    for index in ordered_map(check, build.shards, _NUM_THREADS, "finish"):
         yield index
-        queue.heartbeat.show_progress()
+        build.queue.heartbeat.show_progress()
 
 
-def _index(directory: Directory, identity: SetIdentity, shard: PlannedShard) -> ShardIndex:
-    with naming_repair(str(directory.path / shard.name.idx)):
-        return _checked_index(directory, identity, shard)
+def _index(folder: SetFolder[Directory], identity: SetIdentity, shard: PlannedShard) -> ShardIndex:
+    with naming_repair(folder.where(shard.name.idx)):
+        return _checked_index(folder, identity, shard)
 
 
-def _checked_index(directory: Directory, identity: SetIdentity, shard: PlannedShard) -> ShardIndex:
+def _checked_index(
+    folder: SetFolder[Directory], identity: SetIdentity, shard: PlannedShard
+) -> ShardIndex:
     name, expected = shard.name, shard_header(identity, shard)
     try:
-        index = ShardIndex.from_bytes(directory.read(name.idx, MAX_INDEX_BYTES), name)
-        descriptor = directory.open(name.tar)
+        index, num_bytes = folder.index(name), folder.tar(name).num_bytes
     except FileNotFoundError as error:
         raise CorruptError("the index or its tar, once committed, is missing") from error
-    num_bytes = os.fstat(descriptor).st_size
-    os.close(descriptor)
     if index.header.source_sha256 != expected.source_sha256:
         raise IncompatibleError(
             "the shard was planned for other images than those of the catalog today"
             if identity.kind == "latents"
             else "the shard was made from another latents shard than the one there today",
-            where=str(directory.path / name.idx),
+            where=folder.where(name.idx),
             action=REPAIR,
         )
     if index.header.content != expected.content or num_bytes != index.tar_bytes:

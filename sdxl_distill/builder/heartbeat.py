@@ -8,7 +8,6 @@ clock, for how long it saw no change. Rejected: a time stamp per claim, wrong un
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from sdxl_distill.builder.in_place import until_not_swept
 from sdxl_distill.errors import CorruptError, StorageError
 from sdxl_distill.runtime.process_identity import BEAT_SECONDS, EXPIRY_SECONDS, ProcessIdentity
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.regular_file import LostDirectoryError, in_use
+from sdxl_distill.storage.regular_file import LostDirectoryError
 
 HEARTBEAT_BYTES = 512
 _NUM_LOOK_INTERVALS = 2
@@ -137,13 +136,8 @@ class Heartbeat:
         it slept, removed it: an empty heartbeat would name no process.
         """
         token, content = self._workers.token, self.beat.to_bytes()
-        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with suppress(LostDirectoryError), in_use(self._workers.path):
-            descriptor = os.open(token, flags, dir_fd=self._workers.descriptor)
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                file.write(content)
-            return
-        until_not_swept(self._workers, partial(self._workers.publish_bytes, token, content))
+        if not self._workers.rewrite(token, content):
+            until_not_swept(self._workers, partial(self._workers.publish_bytes, token, content))
 
 
 class Observer:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
 from sdxl_distill.errors import StorageError
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.regular_file import LostDirectoryError, storage_errors
+from sdxl_distill.storage.regular_file import LostDirectoryError
 
 T = TypeVar("T")
 
@@ -23,29 +21,22 @@ def require_in_place(directory: Directory) -> None:
     Raises:
         StorageError: when it was withdrawn or moved, so that all further work would be lost.
     """
-    with storage_errors(directory.path):
-        try:
-            is_in_place = os.path.samestat(directory.path.stat(), os.fstat(directory.descriptor))
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
-            is_in_place = False
-    if not is_in_place:
+    if not directory.is_in_place():
         raise StorageError(
             "the set was withdrawn or moved while it was being built",
-            where=str(directory.path),
+            where=directory.where(),
             action="run again to go on with the set that is there now",
         )
 
 
 def until_not_swept(directory: Directory, work: Callable[[], T]) -> T:
-    """Call `work`, again when what it staged was swept: it costs less than to plan again.
+    """Call `work`; retry if its staged file was swept: cheaper than planning again.
 
     A folder of claims or heartbeats that was removed is made again: it guards no data.
 
     Args:
-        directory: that `work` is done in.
-        work: what to do.
+        directory: the folder that `work` writes to.
+        work: the function to call.
 
     Raises:
         StorageError: when the set itself is gone, whatever else `work` raises, and the last loss

@@ -36,7 +36,7 @@ def shown_progress(
     with tqdm(
         total=total,
         initial=_count(directory, queue, num_records),
-        desc=directory.path.name,
+        desc=directory.name,
         unit="rec",
         mininterval=0,
     ) as bar:

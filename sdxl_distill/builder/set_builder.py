@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from sdxl_distill.builder.commit import (
@@ -25,7 +24,7 @@ from sdxl_distill.builder.finish import Describe, finish_set
 from sdxl_distill.builder.heartbeat import Timing
 from sdxl_distill.builder.launch import require_one_worker
 from sdxl_distill.builder.pipeline import run_pipeline
-from sdxl_distill.builder.plan import PlannedShard
+from sdxl_distill.builder.plan import PlannedShard, SetBuild
 from sdxl_distill.builder.progress import shown_progress
 from sdxl_distill.builder.work_queue import Claim, WorkQueue
 from sdxl_distill.runtime.stop_request import StopRequest
@@ -33,10 +32,10 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.writer import ShardWriter
-from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.path_text import real_path
+from sdxl_distill.storage.place import Place
 from sdxl_distill.storage.regular_file import LostDirectoryError
 
 
@@ -48,7 +47,7 @@ class BuiltSet(NamedTuple):
 
 
 def build_set(
-    path: Path,
+    place: Place,
     identity: SetIdentity,
     shards: Sequence[PlannedShard],
     make_content: Callable[[], ShardContent[Batch, Result]],
@@ -64,7 +63,7 @@ def build_set(
     Call it from the main thread: SIGTERM and SIGUSR1 are listened to.
 
     Args:
-        path: folder of the set; made when it does not exist.
+        place: the folder of the set; made when it does not exist.
         identity: the identity of the set.
         shards: all shards of catalog `catalog`, the same list for every worker.
         make_content: loads what builds them; called after the set record was accepted, and
@@ -83,17 +82,19 @@ def build_set(
         StorageError: when the disk is full or refuses; committed work is kept.
         Preempted: after a signal; own claims and temporary files are gone.
     """
-    require_one_worker(world, exclusive, str(path))
+    require_one_worker(world, exclusive, str(place))
     # Resolved once: where the folder is a symbolic link, a withdrawal renames what it points to.
     with (
-        Directory(real_path(path), create=True, exclusive=exclusive) as directory,
+        place.real().open(create=True, exclusive=exclusive) as directory,
         WorkQueue(directory, timing) as queue,
         StopRequest().listening() as stop,
     ):
-        identity = publish_set_identity(directory, identity)
+        folder = SetFolder(directory)
+        identity = publish_set_identity(folder, identity)
+        build = SetBuild(folder, queue, identity, shards, stop)
         if world.is_main:
             queue.sweep_temporaries()
-        existing = ExistingManifest(directory)
+        existing = ExistingManifest(folder)
         found = existing.read() if world.is_main else None
         if found is not None and found.identity == identity:
             require_files(directory, found)
@@ -101,8 +102,8 @@ def build_set(
         summary = BuildSummary(len(shards), num_present=sum(s.name.idx in names for s in shards))
         if summary.num_present < len(shards):
             content = make_content()
-            summary = build_shards(directory, queue, identity, shards, content, world, stop)
-        manifest = finish_set(directory, existing, queue, identity, shards, catalog, describe, stop)
+            summary = build_shards(build, content, world)
+        manifest = finish_set(build, existing, catalog, describe)
     return BuiltSet(manifest, summary)
 
 
@@ -174,24 +175,14 @@ class BuildSummary:
 
 
 def build_shards(
-    directory: Directory,
-    queue: WorkQueue,
-    identity: SetIdentity,
-    shards: Sequence[PlannedShard],
-    content: ShardContent[Batch, Result],
-    world: World,
-    stop: StopRequest,
+    build: SetBuild, content: ShardContent[Batch, Result], world: World
 ) -> BuildSummary:
     """Build what is missing, together with all other workers; end when all is committed.
 
     Args:
-        directory: of the set, opened before it was looked at.
-        queue: the claims on that set.
-        identity: of the set; its `set.json` is there.
-        shards: all shards of the set, the same list for every worker.
-        content: what is in them.
+        build: this worker's part; the set's `set.json` is there.
+        content: what is in the shards.
         world: this worker among those of its launch; rank 0 shows the progress of all.
-        stop: ends the build between two batches.
 
     Raises:
         Preempted: when asked to stop; own claims and temporary files are gone.
@@ -199,10 +190,12 @@ def build_shards(
         StorageError: when the disk is full or refuses, or the set was withdrawn.
         BaseException: whatever `content` raises; nothing of the shard is committed then.
     """
-    num_records = {str(shard.name): shard.num_records for shard in shards}
-    progress = shown_progress(directory, queue, num_records) if world.is_main else nullcontext()
+    num_records = {str(shard.name): shard.num_records for shard in build.shards}
+    progress = nullcontext()
+    if world.is_main:
+        progress = shown_progress(build.directory, build.queue, num_records)
     with progress:
-        return _ShardWorker(directory, queue, identity, shards, content, world, stop).run()
+        return _ShardWorker(build, content, world).run()
 
 
 class _Claimed(NamedTuple):
@@ -221,25 +214,14 @@ _END = _End()
 class _ShardWorker(Generic[Batch, Result]):
     """The three stages of one worker."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        queue: WorkQueue,
-        identity: SetIdentity,
-        shards: Sequence[PlannedShard],
-        content: ShardContent[Batch, Result],
-        world: World,
-        stop: StopRequest,
-    ) -> None:
-        self._directory = directory
-        self._queue = queue
-        self._identity = identity
-        self._shards = {str(shard.name): shard for shard in shards}
+    def __init__(self, build: SetBuild, content: ShardContent[Batch, Result], world: World) -> None:
+        self._build = build
+        self._directory, self._queue, self._stop = build.directory, build.queue, build.stop
+        self._shards = {str(shard.name): shard for shard in build.shards}
         self._content = content
         self._world = world
-        self._stop = stop
-        self._where = str(directory.path)
-        self._summary = BuildSummary(num_shards=len(shards))
+        self._where = build.directory.where()
+        self._summary = BuildSummary(num_shards=len(build.shards))
 
     def run(self) -> BuildSummary:
         started = time.monotonic()
@@ -277,7 +259,7 @@ class _ShardWorker(Generic[Batch, Result]):
         num_records, committed = 0, False
         try:
             with self._directory.stage() as tar:
-                writer = ShardWriter(tar.file, name, claimed.header)
+                writer = ShardWriter(tar, name, claimed.header)
                 for result in results:
                     num_before = num_records
                     for encoded in self._content.encode(result, claimed.header):
@@ -285,7 +267,7 @@ class _ShardWorker(Generic[Batch, Result]):
                         num_records += 1
                     heartbeat.finish_records(num_records - num_before)
                 index = writer.close()
-                published = commit_shard(self._directory, tar, index, self._content.accepts)
+                published = commit_shard(self._build.folder, tar, index, self._content.accepts)
             committed = True
             self._count(num_records, index, published)
         except LostDirectoryError:
@@ -308,12 +290,12 @@ class _ShardWorker(Generic[Batch, Result]):
 
     def _claimed(self, claim: Claim) -> _Claimed:
         shard = self._shards[claim.unit]
-        return _Claimed(claim, shard, shard_header(self._identity, shard))
+        return _Claimed(claim, shard, shard_header(self._build.identity, shard))
 
     def _adopt(self, claimed: _Claimed) -> bool:
         """Commit the tar that a dead worker left without its index, if there is one."""
         name, accepts = claimed.shard.name, self._content.accepts
-        if adopt_shard(self._directory, name, claimed.header, accepts) is None:
+        if adopt_shard(self._build.folder, name, claimed.header, accepts) is None:
             return False
         self._summary.num_adopted += 1
         self._queue.release(claimed.claim, committed=False)

@@ -7,29 +7,26 @@ removes it. Rejected: deleting shards in place, which frees names for workers th
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from typing import Final
 
 from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.builder.work_queue import BUILD_FOLDER
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.shards.manifest import MANIFEST_NAME
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
-from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory, new_token, sync_folder
-from sdxl_distill.storage.path_text import real_path
-from sdxl_distill.storage.regular_file import storage_errors
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, new_token
+from sdxl_distill.storage.place import Place
 
+_OWN_FOLDERS: Final = (BUILD_FOLDER, CATALOG_FOLDER)
 _REPAIRING = "-repairing"
 _REPAIRED = "-repaired"
 
 
-def withdraw_for_rebuild(launch: Launch, path: Path) -> None:
+def withdraw_for_rebuild(launch: Launch, place: Place) -> None:
     """Withdraw a set once for a whole launch (`cache.skip_existing: false`).
 
     A withdrawal whose new set is not complete yet is continued, not repeated, so that a killed
@@ -42,113 +39,92 @@ def withdraw_for_rebuild(launch: Launch, path: Path) -> None:
     """
 
     def decide() -> None:
-        if is_withdrawn(path) or launch.is_restart:
+        if is_withdrawn(place) or launch.is_restart:
             return
-        refuse_in_job_array(launch, str(path))
-        withdraw_set(path)
+        refuse_in_job_array(launch, str(place))
+        withdraw_set(place)
 
-    launch.decide(f"withdraw {path}", decide)
+    launch.decide(f"withdraw {place}", decide)
 
 
-def is_withdrawn(path: Path) -> bool:
+def is_withdrawn(place: Place) -> bool:
     """Whether the set was renamed aside to be rebuilt and its new manifest is not there yet."""
-    aside = any(not place.name.endswith((_REPAIRING, _REPAIRED)) for place in folders_aside(path))
-    return aside and not (path / MANIFEST_NAME).exists()
+    aside = any(not each.name.endswith((_REPAIRING, _REPAIRED)) for each in folders_aside(place))
+    return aside and not (place / MANIFEST_NAME).exists()
 
 
-def withdraw_set(path: Path, *, for_repair: bool = False) -> Path:
+def withdraw_set(place: Place, *, for_repair: bool = False) -> Place:
     """Rename a set aside in one step and return where it is now.
 
-    Where there is no set, an empty folder aside marks that the set is being built anew.
+    Where there is no set, an empty folder aside marks that the set is being built again.
 
     Raises:
         ConfigError: when folders lie in it that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
-    path = real_path(path)
-    require_own_folders(path)
-    aside = path.parent / f"{_prefix(path)}{new_token()}{_REPAIRING if for_repair else ''}"
-    with Directory(path.parent, create=True) as parent, storage_errors(path):
-        if path.exists():
-            path.rename(aside)
-        else:
-            aside.mkdir()
-        sync_folder(parent.descriptor)
+    place = place.real()
+    require_own_folders(place)
+    aside = place.renamed(f"{_prefix(place)}{new_token()}{_REPAIRING if for_repair else ''}")
+    if place.exists():
+        place.rename(aside)
+    else:
+        aside.make()
     return aside
 
 
-def require_own_folders(path: Path) -> None:
+def require_own_folders(place: Place) -> None:
     """Check that nothing else would go aside with a set: predictions, images, other work.
 
     Raises:
         ConfigError: naming a folder in it that no builder of sets makes there.
+        StorageError: when it cannot be listed.
     """
-    with storage_errors(path):
-        own = (BUILD_FOLDER, CATALOG_FOLDER)
-        foreign: list[str] = []
-        if path.is_dir():
-            with os.scandir(path) as entries:  # which asks for no status of each of many shards
-                foreign = sorted(each.name for each in entries if each.is_dir())
-        foreign = [name for name in foreign if name not in own]
+    foreign = [name for name in place.folders() if name not in _OWN_FOLDERS]
     if foreign:
         raise ConfigError(
             f"the folder {foreign[0]!r} lies in the set's folder and would go aside with it",
             expected="nothing but the set in its folder",
-            where=str(path),
+            where=str(place),
             action="move it elsewhere, and change the configuration if it names it",
         )
 
 
-def folders_aside(path: Path) -> list[Path]:
+def folders_aside(place: Place) -> list[Place]:
     """Return the folders of earlier states of a set, those kept by a repair included."""
-    path = real_path(path)
-    if not path.parent.is_dir():
-        return []
-    prefix = _prefix(path)
-    return sorted(place for place in path.parent.iterdir() if place.name.startswith(prefix))
+    place = place.real()
+    return place.siblings(_prefix(place))
 
 
-def folders_to_repair_from(path: Path) -> list[Path]:
+def folders_to_repair_from(place: Place) -> list[Place]:
     """Return the folders that an unfinished repair takes good shards from."""
-    return [place for place in folders_aside(path) if place.name.endswith(_REPAIRING)]
+    return [each for each in folders_aside(place) if each.name.endswith(_REPAIRING)]
 
 
-def kept_after_repair(aside: Path) -> Path:
+def kept_after_repair(aside: Place) -> Place:
     """Return the name that a repair's folder has once the repaired set is complete."""
-    return aside.with_name(aside.name.removesuffix(_REPAIRING) + _REPAIRED)
+    return aside.renamed(aside.name.removesuffix(_REPAIRING) + _REPAIRED)
 
 
-def discard_withdrawn(path: Path, set_id: str) -> None:
+def discard_withdrawn(place: Place, set_id: str) -> None:
     """Remove what was withdrawn, once the new set is complete; a repair's folder stays.
 
-    Only files that a builder of set `set_id` writes are removed: others are somebody's.
+    Only files that a builder of set `set_id` writes are removed: others belong to the user.
     """
-    for aside in folders_aside(path):
+    for aside in folders_aside(place):
         # All workers of a launch do this at once: what one finds gone, another removed.
-        with storage_errors(aside), suppress(FileNotFoundError):
-            if aside.name.endswith(_REPAIRING):
-                aside.rename(kept_after_repair(aside))
-            elif not aside.name.endswith(_REPAIRED):
-                _discard(aside, set_id)
+        if aside.name.endswith(_REPAIRING):
+            aside.rename(kept_after_repair(aside), missing_ok=True)
+        elif not aside.name.endswith(_REPAIRED):
+            aside.remove_own(_OWN_FOLDERS, partial(_is_own_file, set_id))
 
 
-def _discard(aside: Path, set_id: str) -> None:
-    for folder in (BUILD_FOLDER, CATALOG_FOLDER):
-        shutil.rmtree(aside / folder, ignore_errors=True)
-    for place in _own_files(aside, set_id):
-        place.unlink(missing_ok=True)
-    with suppress(OSError):  # not empty: foreign files, or a zombie that still writes
-        aside.rmdir()
+def _is_own_file(set_id: str, name: str) -> bool:
+    return (
+        name in (SET_IDENTITY_NAME, MANIFEST_NAME, EMPTY_RECORD_NAME)
+        or name.startswith(TEMPORARY_PREFIX)
+        or ShardName.parse(name, set_id) is not None
+    )
 
 
-def _own_files(aside: Path, set_id: str) -> Iterator[Path]:
-    for place in aside.iterdir():
-        name = place.name
-        known = name in (SET_IDENTITY_NAME, MANIFEST_NAME, EMPTY_RECORD_NAME)
-        temporary = name.startswith(TEMPORARY_PREFIX)
-        if known or temporary or ShardName.parse(name, set_id):
-            yield place
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}.withdrawn-"
+def _prefix(place: Place) -> str:
+    return f".{place.name}.withdrawn-"

@@ -35,8 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Build the set."""
-    from pathlib import Path
-
     from sdxl_distill.config.builder import BuilderConfig
 
     config = config_of(arguments, BuilderConfig)
@@ -58,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if done.report is not None:
         print_scan_report(done.report, done.built.manifest.undecodable)
-        print_build_summary(Path(config.data.latent_cache.cache_dir), done.built)
+        print_build_summary(config.data.latent_cache.cache_dir, done.built)
 
 
 def _scan_progress() -> Progress:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdxl_distill.cli.arguments import add_config_arguments, config_of
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_build_estimate
+
+if TYPE_CHECKING:
+    from sdxl_distill.storage.place import Place
 
 SUMMARY = "run one teacher over the latents set and write its predictions set"
 HELP = """Run one teacher over the latents set and write its predictions set.
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build the set."""
     from sdxl_distill.config.builder import BuilderConfig
+    from sdxl_distill.storage.place import Place
 
     config = config_of(arguments, BuilderConfig)
     if config is None:
@@ -45,9 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     if is_dry_run(arguments):
         print_build_estimate(config, arguments)
         return
-    path = Path(config.cache.output_dir) / config.teacher.teacher_id
+    place = Place(config.cache.output_dir) / config.teacher.teacher_id
     if arguments.withdraw_only:
-        _withdraw(path)
+        _withdraw(place)
         return
     from sdxl_distill.builder.launch import Launch
     from sdxl_distill.cli.build_summary import print_build_summary
@@ -57,22 +61,22 @@ def run(arguments: argparse.Namespace) -> None:
     world = World.from_environment()
     done = build_predictions_set(config, Launch(world), repair=arguments.repair)
     if world.is_main:
-        print_build_summary(done.text_path, done.text)
-        print_build_summary(path, done.predictions)
+        print_build_summary(done.text_place, done.text)
+        print_build_summary(place, done.predictions)
 
 
-def _withdraw(path: Path) -> None:
+def _withdraw(place: Place) -> None:
     from sdxl_distill.builder.withdrawal import is_withdrawn, withdraw_set
     from sdxl_distill.runtime.world import World
 
     if not World.from_environment().is_main:
         return
-    if is_withdrawn(path):
-        print(f"{path} was set aside before, and its replacement is not complete yet")
+    if is_withdrawn(place):
+        print(f"{place} was set aside before, and its replacement is not complete yet")
         return
-    was_there = path.exists()
-    aside = withdraw_set(path)
-    if was_there:
-        print(f"{path} was set aside as {aside}, which is deleted when the next build is complete")
+    existed = place.exists()
+    aside = withdraw_set(place)
+    if existed:
+        print(f"{place} was set aside as {aside}, which is deleted when the next build is complete")
     else:
-        print(f"there is no set at {path}: the next build will create it")
+        print(f"there is no set at {place}: the next build will create it")

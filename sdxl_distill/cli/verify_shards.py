@@ -107,26 +107,27 @@ def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Veri
     """Verify the folder by itself; a folder that cannot be opened is a finding too."""
     from sdxl_distill.cli.progress_bar import progress_bar
     from sdxl_distill.loose.folder import is_loose
-    from sdxl_distill.storage.fsio import Directory
+    from sdxl_distill.storage.place import Place
     from sdxl_distill.verify.finding import FindingList
     from sdxl_distill.verify.loose_folder import verify_loose
     from sdxl_distill.verify.whole_set import Verification, verify_set
 
-    path, num_threads = Path(arguments.cache_dir), arguments.threads
-    result = Verification(Path(os.path.realpath(path)).name)
+    num_threads = arguments.threads
+    result = Verification(Path(os.path.realpath(arguments.cache_dir)).name)
     findings = FindingList(result.set_id)
     with findings.collecting():
-        with Directory(path) as directory:
+        place = Place(arguments.cache_dir)
+        with place.open() as directory:
             loose = is_loose(directory.names())
         with progress_bar("verify", "file" if loose else "shard", hidden=arguments.json) as show:
             if loose:
                 recipe = _recipe(arguments, config)
                 result = verify_loose(
-                    path, recipe=recipe, num_threads=num_threads, on_progress=show
+                    place, recipe=recipe, num_threads=num_threads, on_progress=show
                 )
             else:
                 result = verify_set(
-                    path, quick=arguments.quick, num_threads=num_threads, on_progress=show
+                    place, quick=arguments.quick, num_threads=num_threads, on_progress=show
                 )
     result.findings += findings.all()
     return result

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
@@ -20,12 +19,12 @@ from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.estimate.network_memory import ForwardMemory, num_parameters, prediction_memory
 from sdxl_distill.estimate.set_size import SetSize, planned_size, present_size
-from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.sets.derived_shards import planned_after
 from sdxl_distill.sets.legal_plan import require_legal_config, require_legal_plan
 from sdxl_distill.sets.predictions_set import check_teacher, open_latents
+from sdxl_distill.sets.teacher_sources import TeacherSources
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import (
     STORED_DTYPES,
@@ -34,6 +33,7 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 from sdxl_distill.shards.shard_name import ShardName
+from sdxl_distill.storage.place import Place
 
 _SIDECAR_BYTES: Final = 512
 """A caption of seventy words and the image's source; assumed where nothing is known."""
@@ -77,18 +77,20 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
             be used, there is neither a latents set nor an image folder, or no reader would accept
             the sets that are planned.
     """
-    check_teacher(config)
-    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
-    text_source = ModelFolder.resolve(config.text_source)
+    sources = TeacherSources.of(config)
+    check_teacher(config, sources)
+    checkpoint, text_source = sources
     text, num_channels = text_geometry(text_source), unet_geometry(checkpoint).channels
     cache = config.cache
 
     # Every shard of the plan, and which of them are still to be built.
     shards, latents, num_without_caption = _plan(config)
-    path = Path(cache.output_dir) / config.teacher.teacher_id
-    missing = [
-        shard for shard in shards if not (cache.skip_existing and (path / shard.name.idx).is_file())
-    ]
+    place = Place(cache.output_dir) / config.teacher.teacher_id
+    committed = set[str]()
+    if cache.skip_existing and place.is_folder():
+        with place.open() as directory:
+            committed = directory.names()
+    missing = [shard for shard in shards if shard.name.idx not in committed]
     images = _sizes(shard for shard in shards if shard.name.draw == 0)
     bucket = _largest(Bucket(shard.name.width, shard.name.height) for shard in shards)
     stored = predictions_schema(cache.layout, STORED_DTYPES[cache.dtype], num_channels, *text)

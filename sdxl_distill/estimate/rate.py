@@ -21,6 +21,7 @@ from sdxl_distill.runtime.device import allow_tf32, resolve_device
 from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.predictions_content import TeacherAnswer, TeacherInput
 from sdxl_distill.sets.predictions_set import load_teacher
+from sdxl_distill.sets.teacher_sources import TeacherSources
 from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
 
@@ -41,13 +42,13 @@ def measure_build_rate(config: BuilderConfig, bucket: Bucket) -> float:
     """
     device = resolve_device(config.device, World.from_environment().local_rank)
     allow_tf32(config.tf32)
-    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
+    checkpoint, text_source = TeacherSources.of(config)
     noise_schedule = checkpoint.noise_schedule(
         config.teacher.prediction_type, config.teacher.zero_terminal_snr
     )
     # The builder's own teacher.
-    teacher = load_teacher(config, noise_schedule, device)
-    num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
+    teacher = load_teacher(config, checkpoint, noise_schedule, device)
+    num_tokens = text_geometry(text_source).num_tokens
     batch_size = config.cache.batch_size
     asked = UnetInput.zeros(unet_geometry(checkpoint), batch_size, bucket, num_tokens)
     teacher_input = TeacherInput(

@@ -1,13 +1,12 @@
 """Packs a loose folder into a shard set: the tars, indices and manifest that a builder writes.
 
-Which record belongs into which shard is read off the latents set, so shard i holds the same keys
+Which record belongs in which shard is read off the latents set, so shard i holds the same keys
 in every set. All names and headers are checked before the first byte is written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SET_IDENTITY_BYTES, MAX_SIDECAR_BYTES
+from sdxl_distill.limits import MAX_HEADER_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.loose.folder import LooseFolder, LooseRecord, open_new_folder
 from sdxl_distill.loose.segments import (
     LooseCatalog,
@@ -28,13 +27,15 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.legal_set import Remedy, ShardLoad, require_legal_shards
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
+from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
+from sdxl_distill.shards.tar import read_at
 from sdxl_distill.shards.tar_index import recreated_noise_digest
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.regular_file import storage_errors
+from sdxl_distill.storage.place import Place
 
 Progress = Callable[[int, int], None]
 
@@ -51,9 +52,9 @@ class _Plan(NamedTuple):
 
 
 def pack_set(
-    path: str | Path,
-    output: str | Path,
-    latents_path: str | Path | None = None,
+    path: str | Path | Place,
+    output: str | Path | Place,
+    latents_path: str | Path | Place | None = None,
     *,
     records_per_shard: int | None = None,
     on_progress: Progress = lambda _done, _all: None,
@@ -64,7 +65,7 @@ def pack_set(
 
     Args:
         path: a folder that `unpack_set` wrote; it is only read.
-        output: new or empty folder.
+        output: a new or empty folder.
         latents_path: the latents set that the records follow. For latents themselves None: the
             catalog in the folder; without one, sorted keys are cut, and the set cannot grow.
         records_per_shard: of latents that are cut again; None takes that of `set.json`.
@@ -77,25 +78,28 @@ def pack_set(
         CorruptError: when a file is damaged.
         StorageError: when the disk is full or refuses.
     """
-    with Directory(path) as source:
+    place, target_place = Place(path), Place(output)
+    with place.open() as source:
+        # Whose files these are, and which record belongs in which shard.
         identity = _read_identity(source)
         folder, before, origin = LooseFolder.of(source.names()), None, None
         _require_no_strangers(folder, identity, source)
         latents = None if latents_path is None else open_shard_set(latents_path)
         if latents is not None:
-            before, origin = latents.manifest, latents.directory
-            identity = _follow(identity, latents, Path(output))
+            before, origin = latents.manifest, latents.place
+            identity = _follow(identity, latents, target_place)
             plans = _plan_after(latents, identity, folder)
-        elif identity.kind == "latents" and has_catalog(source.path):
-            loose, origin = read_loose_catalog(source.path, identity), source.path
+        elif identity.kind == "latents" and has_catalog(place):
+            loose, origin = read_loose_catalog(place, identity), place
             before, plans = loose.manifest, _plan_by_catalog(loose, identity)
         else:
             plans = _plan_anew(identity, folder, records_per_shard, source)
+        # Everything that can be refused is refused before the first byte is written.
         if before is not None:
             _require_same_records(folder, plans, source)
         _require_headers(source, plans)
         _require_legal(source, identity, plans)
-        with open_new_folder(output) as target:
+        with open_new_folder(target_place) as target:
             target.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes())
             indices: list[ShardIndex] = []
             for num_done, plan in enumerate(plans, 1):
@@ -103,7 +107,7 @@ def pack_set(
                 on_progress(num_done, len(plans))
             is_latents = identity.kind == "latents"
             if is_latents and origin is not None and has_catalog(origin):
-                copy_catalog(origin, target.path)
+                copy_catalog(origin, target_place)
             catalog = 0 if before is None else before.catalog
             left_out = before.undecodable if before and is_latents else ()
             empty = _copy_empty_record(source, target, identity)
@@ -113,18 +117,16 @@ def pack_set(
 
 
 def _read_identity(source: Directory) -> SetIdentity:
-    where = str(source.path / SET_IDENTITY_NAME)
     try:
-        content = source.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
+        return SetFolder(source).identity()
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no {SET_IDENTITY_NAME} beside the loose files",
             expected="a folder that unpack-shards wrote",
-            where=str(source.path),
+            where=source.where(),
             action="files made elsewhere do not say which teacher, text encoders and latents "
             "they came from, and cannot be packed: build the set with build_shards",
         ) from error
-    return SetIdentity.from_bytes(content, where)
 
 
 def _require_no_strangers(folder: LooseFolder, identity: SetIdentity, source: Directory) -> None:
@@ -135,12 +137,12 @@ def _require_no_strangers(folder: LooseFolder, identity: SetIdentity, source: Di
         raise ConfigError(
             f"{len(strangers)} files are no records, the first is {strangers[0]!r}",
             expected="{image_id}_{W}x{H}.safetensors, or …_d{k}.safetensors",
-            where=str(source.path),
+            where=source.where(),
             action="move them elsewhere",
         )
 
 
-def _follow(identity: SetIdentity, latents: ShardSet, output: Path) -> SetIdentity:
+def _follow(identity: SetIdentity, latents: ShardSet, output: Place) -> SetIdentity:
     """Check that the set was made from these latents, and refer to where they lie now."""
     found = latents.manifest.identity.fingerprint
     reference = identity.latents
@@ -149,12 +151,12 @@ def _follow(identity: SetIdentity, latents: ShardSet, output: Path) -> SetIdenti
         raise IncompatibleError(
             f"set {latents.id} has fingerprint {found[:12]}…",
             expected=f"{expected[:12]}…, the latents of set {identity.id}",
-            where=str(latents.directory),
+            where=str(latents.place),
             action="name the latents set that the records were made from",
         )
     if reference is None:
         return identity
-    return replace(identity, latents=SetReference.between(found, output, latents.directory))
+    return replace(identity, latents=SetReference.between(found, output, latents.place))
 
 
 def _plan_after(latents: ShardSet, identity: SetIdentity, folder: LooseFolder) -> list[_Plan]:
@@ -190,7 +192,7 @@ def _plan_anew(
         raise ConfigError(
             f"a {identity.kind} set is packed along its latents set, and none is named",
             expected="the folder of the latents set",
-            where=str(source.path),
+            where=source.where(),
             action="add --latents DIR",
         )
     configured = identity.content.get("records_per_shard")
@@ -225,7 +227,7 @@ def _require_same_records(folder: LooseFolder, plans: list[_Plan], source: Direc
         raise IncompatibleError(
             "; ".join(parts),
             expected=f"the {len(planned)} records of the latents set, in {folder.num_draws} draws",
-            where=str(source.path),
+            where=source.where(),
             action=_UNPACK_ANEW,
         )
 
@@ -243,7 +245,7 @@ def _require_headers(source: Directory, plans: list[_Plan]) -> None:
         raise IncompatibleError(
             found,
             expected="records of one set, made from the latents shards there today",
-            where=str(source.path),
+            where=source.where(),
             action=_UNPACK_ANEW,
         )
 
@@ -261,11 +263,7 @@ def _require_legal(source: Directory, identity: SetIdentity, plans: list[_Plan])
 
 def _size(source: Directory, name: str) -> int:
     """Return the bytes of a file; 0 where there is none, which is reported when it is read."""
-    try:
-        with os.fdopen(source.open(name), "rb") as file:
-            return os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        return 0
+    return source.num_bytes(name) or 0
 
 
 def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader) -> str | None:
@@ -275,21 +273,21 @@ def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader
         CorruptError: when its header is damaged, or the file is cut.
         IncompatibleError: when it is of latents whose catalog is missing.
     """
-    where = str(source.path / record.file_name)
-    with os.fdopen(source.open(record.file_name), "rb") as file, storage_errors(where):
-        num_bytes = os.fstat(file.fileno()).st_size
-        content = file.read(len(header.content))
-        if content == header.content and num_bytes == header.record_bytes:
+    where = source.where(record.file_name)
+    with source.open(record.file_name) as file:
+        num_bytes = file.num_bytes
+        is_whole = num_bytes == header.record_bytes
+        if is_whole and read_at(file, len(header.content), 0, where) == header.content:
             return None
-        content += file.read(MAX_HEADER_BYTES)
-    found = RecordHeader.parse(content, where)
+        longest = min(num_bytes, len(header.content) + MAX_HEADER_BYTES)
+        found = RecordHeader.parse(bytes(read_at(file, longest, 0, where)), where)
     if found.fingerprint != header.fingerprint:
         return f"are of set {found.fingerprint[:12]}…"
     if header.source_sha256 is None:  # latents that are cut again, of a set that has a catalog
         raise IncompatibleError(
             "the records are of shards that a catalog planned, and the catalog is missing",
             expected="the folder catalog next to them, as unpack-shards writes it",
-            where=str(source.path),
+            where=source.where(),
             action="put it back, or unpack the set again",
         )
     if found.source_sha256 != header.source_sha256:
@@ -305,7 +303,7 @@ def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader
 def _write_shard(source: Directory, target: Directory, plan: _Plan) -> ShardIndex:
     name = plan.name
     with target.stage() as staged:
-        writer = ShardWriter(staged.file, name, plan.header)
+        writer = ShardWriter(staged, name, plan.header)
         for record in plan.records:
             content = source.read(record.file_name, plan.header.record_bytes)
             digest = recreated_noise_digest(plan.header, name, content)
@@ -319,7 +317,7 @@ def _write_shard(source: Directory, target: Directory, plan: _Plan) -> ShardInde
 def _sidecar(source: Directory, plan: _Plan, record: LooseRecord) -> bytes | None:
     if "latents" not in {place.name for place in plan.header.places}:  # no others have captions
         return None
-    where = str(source.path / record.sidecar_name)
+    where = source.where(record.sidecar_name)
     try:
         content = source.read(record.sidecar_name, MAX_SIDECAR_BYTES)
     except FileNotFoundError:
@@ -335,7 +333,7 @@ def _copy_empty_record(source: Directory, target: Directory, identity: SetIdenti
     """Copy the empty caption's record of a text set; return its SHA-256."""
     if identity.kind != "text":
         return None
-    where = str(source.path / EMPTY_RECORD_NAME)
+    where = source.where(EMPTY_RECORD_NAME)
     header = RecordHeader.build(identity.schema, 8, 8, identity.fingerprint)
     try:
         content = source.read(EMPTY_RECORD_NAME, header.record_bytes)

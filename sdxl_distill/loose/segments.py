@@ -6,17 +6,17 @@ shards, and which images did not decode. Without it nothing says in which shard 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
 from sdxl_distill.catalog.segment import segment_name
 from sdxl_distill.errors import CorruptError, IncompatibleError
-from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_SEGMENT_BYTES
+from sdxl_distill.limits import MAX_SEGMENT_BYTES
 from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
-from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
 
 class LooseCatalog(NamedTuple):
@@ -26,12 +26,12 @@ class LooseCatalog(NamedTuple):
     plan: LatentsPlan
 
 
-def has_catalog(path: Path) -> bool:
+def has_catalog(place: Place) -> bool:
     """Whether a folder, of a set or of loose files, holds a catalog."""
-    return (path / CATALOG_FOLDER).is_dir()
+    return (place / CATALOG_FOLDER).is_folder()
 
 
-def copy_catalog(source: Path, target: Path, manifest: Manifest | None = None) -> None:
+def copy_catalog(source: Place, target: Place, manifest: Manifest | None = None) -> None:
     """Copy the segments of a catalog, checked, and the manifest next to them if one is given.
 
     Raises:
@@ -39,29 +39,28 @@ def copy_catalog(source: Path, target: Path, manifest: Manifest | None = None) -
         StorageError: when the disk refuses.
     """
     with (
-        Directory(source / CATALOG_FOLDER) as there,
-        Directory(target / CATALOG_FOLDER, create=True) as here,
+        (source / CATALOG_FOLDER).open() as original,
+        (target / CATALOG_FOLDER).open(create=True) as copy,
     ):
-        for n in range(Catalog.load(there).n + 1):
+        for n in range(Catalog.load(original).n + 1):
             name = segment_name(n)
-            here.publish_bytes(name, there.read(name, MAX_SEGMENT_BYTES))
+            copy.publish_bytes(name, original.read(name, MAX_SEGMENT_BYTES))
         if manifest is not None:
-            here.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
+            copy.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
 
 
-def read_loose_catalog(path: Path, identity: SetIdentity) -> LooseCatalog:
+def read_loose_catalog(place: Place, identity: SetIdentity) -> LooseCatalog:
     """Read the catalog of a loose folder.
 
     Raises:
         CorruptError: when it is damaged, or its manifest is missing.
         IncompatibleError: when catalog and manifest do not belong to this set, or together.
     """
-    where = str(path / CATALOG_FOLDER / MANIFEST_NAME)
     action = "unpack the set again, or remove the folder catalog: images cannot be added then"
-    with Directory(path / CATALOG_FOLDER) as folder:
-        catalog = Catalog.load(folder)
+    with (place / CATALOG_FOLDER).open() as folder:
+        catalog, where = Catalog.load(folder), folder.where(MANIFEST_NAME)
         try:
-            manifest = Manifest.from_bytes(folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES), where)
+            manifest = SetFolder(folder).manifest()
         except FileNotFoundError as error:
             raise CorruptError("is missing", where=where, action=action) from error
     if manifest.identity.fingerprint != identity.fingerprint:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SET_IDENTITY_BYTES
 from sdxl_distill.loose.folder import LooseRecord, open_new_folder
 from sdxl_distill.loose.segments import copy_catalog, has_catalog
 from sdxl_distill.runtime.ordered_map import ordered_map
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
+from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.regular_file import read_bytes
+from sdxl_distill.storage.place import Place
 
 
 class Unpacked(NamedTuple):
@@ -30,8 +30,8 @@ class Unpacked(NamedTuple):
 
 
 def unpack_set(
-    path: str | Path,
-    output: str | Path,
+    path: str | Path | Place,
+    output: str | Path | Place,
     *,
     num_threads: int = 1,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -51,7 +51,8 @@ def unpack_set(
         CorruptError: when a record is damaged; files written before stay.
         StorageError: when the disk is full or refuses.
     """
-    with open_shard_set(path) as shard_set, open_new_folder(output) as directory:
+    target = Place(output)
+    with open_shard_set(path) as shard_set, open_new_folder(target) as directory:
         names = shard_set.manifest.names()
         num_records = num_bytes = 0
         unpack = partial(_unpack_shard, shard_set, directory)
@@ -61,12 +62,10 @@ def unpack_set(
             on_progress(num_done, len(names))
         if shard_set.manifest.empty_sha256 is not None:
             shard_set.read_empty_record()  # checks it
-            content = read_bytes(shard_set.directory / EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
-            _write_new(directory, EMPTY_RECORD_NAME, content)
-        if shard_set.manifest.identity.kind == "latents" and has_catalog(shard_set.directory):
-            copy_catalog(shard_set.directory, directory.path, shard_set.manifest)
-        content = read_bytes(shard_set.directory / SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
-        _write_new(directory, SET_IDENTITY_NAME, content)
+            _write_new(directory, EMPTY_RECORD_NAME, shard_set.folder.empty_record())
+        if shard_set.manifest.identity.kind == "latents" and has_catalog(shard_set.place):
+            copy_catalog(shard_set.place, target, shard_set.manifest)
+        _write_new(directory, SET_IDENTITY_NAME, shard_set.folder.identity_bytes())
     return Unpacked(num_records, num_bytes)
 
 
@@ -89,6 +88,6 @@ def _write_new(directory: Directory, name: str, content: bytes) -> None:
     if not directory.publish_bytes(name, content):
         raise StorageError(
             "another process writes into the folder",
-            where=str(directory.path / name),
+            where=directory.where(name),
             action="unpack into a folder of its own",
         )

@@ -18,7 +18,7 @@ def ordered_map(
 ) -> Iterator[R]:
     """Yield `function(argument)` of each argument, in their order.
 
-    Unlike `ThreadPoolExecutor.map` it takes an argument only when a thread will soon be free for it,
+    Unlike `ThreadPoolExecutor.map` it takes an argument only when a thread will soon be free,
     so that neither pending calls nor unread results pile up.
 
     Args:

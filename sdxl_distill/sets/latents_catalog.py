@@ -8,30 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 from sdxl_distill.builder.withdrawal import folders_to_repair_from
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER, Catalog
 from sdxl_distill.catalog.segment import RESTORE_CATALOG
 from sdxl_distill.errors import CorruptError, DistillError, IncompatibleError
-from sdxl_distill.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES
-from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.latents_plan import LatentsPlan, catalog_too_short, plan_faults
-from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.set_folder import SetFolder, shard_names
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.regular_file import read_bytes
+from sdxl_distill.storage.place import Place
 
 
-def load_bound_catalog(path: Path, identity: SetIdentity, *, repair: bool = False) -> Catalog:
+def load_bound_catalog(place: Place, identity: SetIdentity, *, repair: bool = False) -> Catalog:
     """Load the catalog of a set, and check that the set's shards were planned by it.
 
     Args:
-        path: folder of the set; need not exist.
-        identity: of the set.
-        repair: shards that were planned for other images are no fault, since they will be built
-            again; those that the catalog does not know are.
+        place: the folder of the set; need not exist.
+        identity: the identity of the set.
+        repair: accept shards that were planned for other images, since they will be built again;
+            those that the catalog does not know are refused all the same.
 
     Raises:
         IncompatibleError: when it is missing, shorter than the set, or another one.
@@ -39,12 +36,12 @@ def load_bound_catalog(path: Path, identity: SetIdentity, *, repair: bool = Fals
         StorageError: when the disk refuses.
     """
     # In this order: another launch may publish a segment and then shards in the meantime.
-    manifest, names = _manifest_of(path, identity), sorted(_existing_shards(path, identity))
-    catalog = Catalog()
-    if (path / CATALOG_FOLDER).is_dir():
-        with Directory(path / CATALOG_FOLDER) as folder:
+    manifest, names = _manifest_of(place, identity), sorted(_existing_shards(place, identity))
+    catalog, catalog_place = Catalog(), place / CATALOG_FOLDER
+    if catalog_place.is_folder():
+        with catalog_place.open() as folder:
             catalog = Catalog.load(folder)
-    plan, where = LatentsPlan(catalog), str(path / CATALOG_FOLDER)
+    plan, where = LatentsPlan(catalog), str(catalog_place)
     if manifest is not None and manifest.catalog > catalog.n:
         error = catalog_too_short(catalog, manifest.catalog)
         raise IncompatibleError(
@@ -60,20 +57,20 @@ def load_bound_catalog(path: Path, identity: SetIdentity, *, repair: bool = Fals
             action=RESTORE_CATALOG,
         )
     if manifest is not None and not repair:
-        _require_no_fault(list(plan_faults(catalog, manifest)), path)
+        _require_no_fault(list(plan_faults(catalog, manifest)), place)
     return catalog
 
 
-def latents_plan(path: Path, identity: SetIdentity, catalog: Catalog) -> LatentsPlan:
+def latents_plan(place: Place, identity: SetIdentity, catalog: Catalog) -> LatentsPlan:
     """Return what a catalog plans for a set; shards of earlier versions stay as they are."""
-    manifest = _manifest_of(path, identity)
+    manifest = _manifest_of(place, identity)
     if manifest is not None:
         return LatentsPlan.after(catalog, manifest)
     plan = LatentsPlan(catalog)
-    return LatentsPlan(catalog, _unbound_shards(path, identity, plan))
+    return LatentsPlan(catalog, _unbound_shards(place, identity, plan))
 
 
-def _require_no_fault(faults: list[DistillError], path: Path) -> None:
+def _require_no_fault(faults: list[DistillError], place: Place) -> None:
     if not faults:
         return
     first = faults[0]
@@ -81,40 +78,39 @@ def _require_no_fault(faults: list[DistillError], path: Path) -> None:
     raise type(first)(
         f"{first.where}: {first.found}{more}",
         expected=first.expected,
-        where=str(path),
+        where=str(place),
         action=first.action,
     )
 
 
-def _manifest_of(path: Path, identity: SetIdentity) -> Manifest | None:
+def _manifest_of(place: Place, identity: SetIdentity) -> Manifest | None:
     """Return the manifest of a set, also while a repair has it aside; None: none can be read."""
-    for folder in (path, *folders_to_repair_from(path)):
-        where = folder / MANIFEST_NAME
+    for folder in (place, *folders_to_repair_from(place)):
         with suppress(FileNotFoundError, CorruptError):
-            manifest = Manifest.from_bytes(read_bytes(where, MAX_MANIFEST_BYTES), str(where))
+            manifest = SetFolder(folder.look()).manifest()
             if manifest.identity.fingerprint == identity.fingerprint:
                 return manifest
     return None
 
 
-def _existing_shards(path: Path, identity: SetIdentity) -> Iterator[ShardName]:
-    if path.is_dir():
-        with Directory(path) as directory:
-            found = {ShardName.parse(name, identity.id) for name in directory.names()}
-        yield from (name for name in found if name is not None)
+def _existing_shards(place: Place, identity: SetIdentity) -> set[ShardName]:
+    if not place.is_folder():
+        return set()
+    with place.open() as directory:
+        return shard_names(directory.names(), identity.id)
 
 
-def _unbound_shards(path: Path, identity: SetIdentity, plan: LatentsPlan) -> Iterator[ShardName]:
+def _unbound_shards(place: Place, identity: SetIdentity, plan: LatentsPlan) -> Iterator[ShardName]:
     """Yield the committed shards that name no source, in a set that lost its manifest.
 
     Only those that hold all images of their plan: of no other one can be told what is missing.
     The first shard there tells the version; the indices of a set of this one need no reading.
     """
-    there = set(_existing_shards(path, identity))
-    for name in (name for name in plan.names if name in there):
+    folder, existing = SetFolder(place.look()), _existing_shards(place, identity)
+    for name in (name for name in plan.names if name in existing):
         index = None
         with suppress(FileNotFoundError, CorruptError):
-            index = ShardIndex.from_bytes(read_bytes(path / name.idx, MAX_INDEX_BYTES), name)
+            index = folder.index(name)
         if index is None:
             continue
         if index.header.source_sha256 is not None:

@@ -41,9 +41,10 @@ from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.latents_plan import LATENTS_ID, LatentsPlan
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import latents_schema
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
-from sdxl_distill.storage.path_text import real_path
+from sdxl_distill.storage.place import Place
 
 _COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_DECODERS: Final = 8
@@ -99,14 +100,15 @@ def build_latents_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
-    path = Path(config.data.latent_cache.cache_dir)
-    require_one_worker(launch.world, config.cache.exclusive, str(path))
+    place = Place(config.data.latent_cache.cache_dir)
+    require_one_worker(launch.world, config.cache.exclusive, str(place))
+    source = ModelFolder.resolve(config.vae_source)
     images = ImageFolder(Path(config.data.image_dir))  # as it is before the scan
     report: list[ScanReport] = []
 
     def decide() -> _Decision:
         identity, catalog, found = _prepare(
-            config, launch, path, rebuild, repair, rescan, scan_progress
+            config, source, launch, place, rebuild, repair, rescan, scan_progress
         )
         report.append(found)
         return _Decision(identity, catalog.n, tuple(found.mounts))
@@ -114,14 +116,14 @@ def build_latents_set(
     identity, n, mounts = launch.decide(
         "latents", decide, encode=_Decision.to_json, decode=_Decision.from_json
     )
-    with Directory(path / CATALOG_FOLDER) as directory:
+    with (place / CATALOG_FOLDER).open() as directory:
         catalog = Catalog.load(directory, n)
-    plan = latents_plan(path, identity, catalog)
+    plan = latents_plan(place, identity, catalog)
     built = build_set(
-        path,
+        place,
         identity,
         planned_shards(plan),
-        partial(_content, config, plan, launch, images, mounts),
+        partial(_content, config, source, plan, launch, images, mounts),
         partial(_describe, plan, catalog.n),
         launch.world,
         catalog=catalog.n,
@@ -130,23 +132,26 @@ def build_latents_set(
     return BuiltLatents(built, report[0] if report else None)
 
 
-def latents_identity(config: BuilderConfig) -> SetIdentity:
+def latents_identity(config: BuilderConfig, source: ModelFolder) -> SetIdentity:
     """Return the identity of the latents set that a configuration describes.
+
+    Args:
+        config: the builder's configuration.
+        source: the checkpoint whose VAE encodes the images.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when its VAE is missing, damaged or of
             another kind.
     """
-    checkpoint = ModelFolder.resolve(config.vae_source)
     return SetIdentity(
         kind="latents",
         id=LATENTS_ID,
-        schema=latents_schema(latent_channels(checkpoint)),
+        schema=latents_schema(latent_channels(source)),
         content={
             "buckets": sorted(list(bucket) for bucket in config.buckets),
             "image_pipeline": IMAGE_PIPELINE,
             "records_per_shard": config.data.records_per_shard,
-            "vae": checkpoint.vae_fingerprint(),
+            "vae": source.vae_fingerprint(),
             "vae_dtype": config.data.latent_cache.dtype,
         },
     )
@@ -154,38 +159,39 @@ def latents_identity(config: BuilderConfig) -> SetIdentity:
 
 def _prepare(
     config: BuilderConfig,
+    source: ModelFolder,
     launch: Launch,
-    path: Path,
+    place: Place,
     rebuild: bool,
     repair: bool,
     rescan: bool,
     progress: Progress | None,
 ) -> tuple[SetIdentity, Catalog, ScanReport]:
     """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
-    identity, seen = latents_identity(config), None
+    identity, seen = latents_identity(config, source), None
     require_legal_config(config, identity.schema)
-    require_complete(path, identity, [ModelFolder.resolve(config.vae_source).vae])
+    require_complete(place, identity, [source.vae])
     if rebuild:
         # Before the withdrawal: a wrong image folder must not cost the set that is there.
         seen = _scan(config, Catalog(), rescan, progress)
-        withdraw_for_rebuild(launch, path)
+        withdraw_for_rebuild(launch, place)
     if repair:
-        refuse_in_job_array(launch, str(path))
-        _repair(path, identity, config.cache.exclusive)
-    catalog, report = _update_catalog(config, path, identity, rescan, seen, progress)
+        refuse_in_job_array(launch, str(place))
+        _repair(place, identity, config.cache.exclusive)
+    catalog, report = _update_catalog(config, place, identity, rescan, seen, progress)
     return identity, catalog, report
 
 
-def _repair(path: Path, identity: SetIdentity, exclusive: bool) -> None:
+def _repair(place: Place, identity: SetIdentity, exclusive: bool) -> None:
     """Keep the good ones of the shards that the catalog there knows."""
-    restore_catalog(path, exclusive=exclusive)
-    plan = latents_plan(path, identity, load_bound_catalog(path, identity, repair=True))
-    repair_set(path, identity, planned_shards(plan), plan.accepts, exclusive=exclusive)
+    restore_catalog(place, exclusive=exclusive)
+    plan = latents_plan(place, identity, load_bound_catalog(place, identity, repair=True))
+    repair_set(place, identity, planned_shards(plan), plan.accepts, exclusive=exclusive)
 
 
 def _update_catalog(
     config: BuilderConfig,
-    path: Path,
+    place: Place,
     identity: SetIdentity,
     rescan: bool,
     seen: Scan | None,
@@ -194,9 +200,9 @@ def _update_catalog(
     """Add what is new in the image folder to the catalog, while no other launch does so."""
     # Another configuration must be refused before it adds to this one's catalog, and a set
     # begins only when there are images for it.
-    require_same_set(path, identity)
+    require_same_set(place, identity)
     with (
-        Directory(real_path(path), create=True, exclusive=config.cache.exclusive) as directory,
+        place.real().open(create=True, exclusive=config.cache.exclusive) as directory,
         WorkQueue(directory) as queue,
         directory.folder(CATALOG_FOLDER) as folder,
     ):
@@ -208,9 +214,9 @@ def _update_catalog(
             if progress is not None:
                 progress(num_done, num_files)
 
-        known = load_bound_catalog(path, identity)
+        known = load_bound_catalog(place, identity)
         scan = seen or _scan(config, known, rescan, show)
-        publish_set_identity(directory, identity)
+        publish_set_identity(SetFolder(directory), identity)
         catalog, report = extend_catalog(
             folder,
             scan,
@@ -253,6 +259,7 @@ def _sweep_catalog(folder: Directory) -> None:
 
 def _content(
     config: BuilderConfig,
+    source: ModelFolder,
     plan: LatentsPlan,
     launch: Launch,
     images: ImageFolder,
@@ -262,7 +269,7 @@ def _content(
     settings = config.data.latent_cache
     device = resolve_device(config.device, launch.world.local_rank)
     allow_tf32(config.tf32)
-    vae = load_vae(ModelFolder.resolve(config.vae_source), _COMPUTE_DTYPES[settings.dtype], device)
+    vae = load_vae(source, _COMPUTE_DTYPES[settings.dtype], device)
     return LatentsContent(
         plan,
         ImageReader(images, config.data.max_image_pixels, config.data.on_bad_image),

@@ -17,10 +17,10 @@ from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import DistillError
 from sdxl_distill.limits import MAX_SHARD_BYTES, MAX_SHARDS
-from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.sets.latents_content import sidecar_of
+from sdxl_distill.sets.teacher_sources import TeacherSources
 from sdxl_distill.shards.legal_set import Remedy, ShardLoad, most_records_in, require_legal_shards
 from sdxl_distill.shards.record import (
     STORED_DTYPES,
@@ -120,8 +120,8 @@ def _following_schemas(config: BuilderConfig) -> dict[str, RecordSchema]:
         return schemas
     cache = config.cache
     with suppress(DistillError):  # the teacher's own builder says what is wrong with it
-        text = text_geometry(ModelFolder.resolve(config.text_source))
-        unet = unet_geometry(ModelFolder.resolve(config.teacher.checkpoint_path))
+        sources = TeacherSources.of(config)
+        text, unet = text_geometry(sources.text), unet_geometry(sources.teacher)
         schemas["text"] = text_schema(*text)
         schemas[config.teacher.teacher_id] = predictions_schema(
             cache.layout, STORED_DTYPES[cache.dtype], unet.channels, *text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Final, NamedTuple, cast
 
 import torch
@@ -21,10 +20,11 @@ from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import require_fit, text_geometry
 from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 from sdxl_distill.runtime.device import allow_tf32, resolve_device
-from sdxl_distill.sets.derived_shards import holds_same_keys, planned_after
+from sdxl_distill.sets.derived_shards import decide_identity, holds_same_keys, planned_after
 from sdxl_distill.sets.legal_plan import require_legal_plan
 from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher
 from sdxl_distill.sets.preflight import require_complete, require_same_set
+from sdxl_distill.sets.teacher_sources import TeacherSources
 from sdxl_distill.sets.text_set import build_text_set, text_identity
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
@@ -32,6 +32,7 @@ from sdxl_distill.shards.record import STORED_DTYPES, predictions_schema
 from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
 _TORCH_DTYPES: Final = {
     "fp16": torch.float16,
@@ -45,7 +46,7 @@ class BuiltPredictions(NamedTuple):
 
     predictions: BuiltSet
     text: BuiltSet
-    text_path: Path
+    text_place: Place
 
 
 def build_predictions_set(
@@ -65,68 +66,62 @@ def build_predictions_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
-    output_dir = Path(config.cache.output_dir)
-    path = output_dir / config.teacher.teacher_id
-    require_one_worker(launch.world, config.cache.exclusive, str(path))
-    launch.decide("teacher", partial(check_teacher, config))
+    output_dir = Place(config.cache.output_dir)
+    place = output_dir / config.teacher.teacher_id
+    require_one_worker(launch.world, config.cache.exclusive, str(place))
+    sources = TeacherSources.of(config)
+    launch.decide("teacher", partial(check_teacher, config, sources))
     latents = _open_latents(config, launch)
     shards = planned_after(latents, config.teacher.teacher_id, config.cache.draws)
 
     def decide() -> SetIdentity:
-        text = text_identity(config, latents, output_dir)
-        identity = predictions_identity(config, latents, text, output_dir)
+        text = text_identity(sources.text, latents, output_dir)
+        identity = predictions_identity(config, sources.teacher, latents, text, output_dir)
         require_legal_plan(identity.id, identity.schema, shards)
-        teacher = ModelFolder.resolve(config.teacher.checkpoint_path)
-        require_complete(path, identity, [teacher.unet])
+        require_complete(place, identity, [sources.teacher.unet])
         if not config.cache.skip_existing:
             # After the checkpoints were looked at: a broken one must not cost the set there.
-            withdraw_for_rebuild(launch, path)
+            withdraw_for_rebuild(launch, place)
         # Before the captions are encoded: that may take an hour.
-        require_same_set(path, identity, repair=repair)
+        require_same_set(place, identity, repair=repair)
         if repair:
-            refuse_in_job_array(launch, str(path))
-            num_draws = max(config.cache.draws, num_existing_draws(path, identity.id))
-            there = planned_after(latents, identity.id, num_draws)
+            refuse_in_job_array(launch, str(place))
+            num_draws = max(config.cache.draws, num_existing_draws(place, identity.id))
+            existing = planned_after(latents, identity.id, num_draws)
             accepts = partial(holds_same_keys, latents=latents)
-            repair_set(path, identity, there, accepts, exclusive=config.cache.exclusive)
+            repair_set(place, identity, existing, accepts, exclusive=config.cache.exclusive)
         return identity
 
-    identity = launch.decide(
-        "predictions",
-        decide,
-        encode=SetIdentity.to_json,
-        decode=partial(SetIdentity.from_json, where="launch"),
+    identity = decide_identity(launch, "predictions", decide)
+    text_place, built_text = build_text_set(
+        config, latents, launch, repair=repair, encoders=sources.text
     )
-    text_path, built_text = build_text_set(config, latents, launch, repair=repair)
-    text = open_shard_set(text_path)
+    text = open_shard_set(text_place)
     built = build_set(
-        path,
+        place,
         identity,
         shards,
-        partial(_content, config, latents, text, identity, launch),
+        partial(_content, config, sources.teacher, latents, text, identity, launch),
         partial(_describe, latents.manifest.catalog),
         launch.world,
         catalog=latents.manifest.catalog,
         exclusive=config.cache.exclusive,
     )
-    return BuiltPredictions(built, built_text, text_path)
+    return BuiltPredictions(built, built_text, text_place)
 
 
-def check_teacher(config: BuilderConfig) -> None:
+def check_teacher(config: BuilderConfig, sources: TeacherSources) -> None:
     """Check that teacher and text encoders fit each other, without reading any weights.
 
     Raises:
         ConfigError: when the range of timesteps goes beyond the teacher's.
         IncompatibleError: when the checkpoint is not SDXL's kind or the encoders do not fit.
     """
-    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
-    text = ModelFolder.resolve(config.text_source)
+    teacher, text = sources
     require_fit(
-        text_geometry(text),
-        unet_geometry(checkpoint),
-        f"{config.text_source} beside {config.teacher.checkpoint_path}",
+        text_geometry(text), unet_geometry(teacher), f"{text.reference} next to {teacher.reference}"
     )
-    num_steps = checkpoint.noise_schedule().num_train_timesteps
+    num_steps = teacher.noise_schedule().num_train_timesteps
     if config.cache.max_timestep > num_steps:
         raise ConfigError(
             f"{config.cache.max_timestep}",
@@ -137,30 +132,34 @@ def check_teacher(config: BuilderConfig) -> None:
 
 
 def predictions_identity(
-    config: BuilderConfig, latents: ShardSet, text: SetIdentity, output_dir: Path
+    config: BuilderConfig,
+    checkpoint: ModelFolder,
+    latents: ShardSet,
+    text: SetIdentity,
+    output_dir: Place,
 ) -> SetIdentity:
     """Return the identity of the predictions set that a configuration describes.
 
     Args:
-        config: of the builder.
+        config: the builder's configuration.
+        checkpoint: the teacher.
         latents: the set that the teacher follows.
-        text: record of the text set beside it, which need not be built yet.
-        output_dir: holds one folder for each set.
+        text: the identity of the text set next to it, which need not be built yet.
+        output_dir: the folder that holds one folder for each set.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the teacher is missing, damaged or
             of another kind than the latents.
     """
     cache, teacher = config.cache, config.teacher
-    checkpoint = ModelFolder.resolve(teacher.checkpoint_path)
     geometry = unet_geometry(checkpoint)
-    latents_identity, path = latents.manifest.identity, output_dir / teacher.teacher_id
+    latents_identity, place = latents.manifest.identity, output_dir / teacher.teacher_id
     num_channels = cast("int", latents_identity.schema.tensors[0].shape[0])
     if num_channels != geometry.channels:
         raise IncompatibleError(
             f"latents of {num_channels} channels",
             expected=f"{geometry.channels}, as the UNet takes them",
-            where=str(latents.directory),
+            where=str(latents.place),
             action="use the teacher with latents of its own family's VAE",
         )
     num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
@@ -187,28 +186,32 @@ def predictions_identity(
         noise_schedule=checkpoint.noise_schedule(
             teacher.prediction_type, teacher.zero_terminal_snr
         ),
-        latents=SetReference.between(latents_identity.fingerprint, path, latents.directory),
-        text=SetReference.between(text.fingerprint, path, output_dir / text.id)
+        latents=SetReference.between(latents_identity.fingerprint, place, latents.place),
+        text=SetReference.between(text.fingerprint, place, output_dir / text.id)
         if is_compact
         else None,
     )
 
 
 def load_teacher(
-    config: BuilderConfig, noise_schedule: NoiseSchedule, device: torch.device
+    config: BuilderConfig,
+    checkpoint: ModelFolder,
+    noise_schedule: NoiseSchedule,
+    device: torch.device,
 ) -> Teacher:
     """Load the UNet of a configuration.
 
     Args:
-        config: of the builder.
-        noise_schedule: of the predictions set.
-        device: where it runs.
+        config: the builder's configuration.
+        checkpoint: the teacher.
+        noise_schedule: the noise schedule of the predictions set.
+        device: the device that it runs on.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `models.unet.load_unet`.
     """
     dtype = torch.bfloat16 if config.teacher.use_bf16 else torch.float32
-    unet = load_unet(ModelFolder.resolve(config.teacher.checkpoint_path), dtype, device)
+    unet = load_unet(checkpoint, dtype, device)
     full_batch = None
     if config.cache.compile:
         compile_unet(unet, len(config.buckets))
@@ -241,19 +244,24 @@ def _open_latents(config: BuilderConfig, launch: Launch) -> ShardSet:
     if latents.manifest.digest != digest:
         raise StorageError(
             "the latents set grew while this launch started",
-            where=str(latents.directory),
+            where=str(latents.place),
             action="run again",
         )
     return latents
 
 
 def _content(
-    config: BuilderConfig, latents: ShardSet, text: ShardSet, identity: SetIdentity, launch: Launch
+    config: BuilderConfig,
+    checkpoint: ModelFolder,
+    latents: ShardSet,
+    text: ShardSet,
+    identity: SetIdentity,
+    launch: Launch,
 ) -> PredictionsContent:
     device = resolve_device(config.device, launch.world.local_rank)
     allow_tf32(config.tf32)
     assert identity.noise_schedule is not None and identity.noise is not None
-    teacher = load_teacher(config, identity.noise_schedule, device)
+    teacher = load_teacher(config, checkpoint, identity.noise_schedule, device)
     return PredictionsContent(teacher, latents, text, identity.noise, config.cache.batch_size)
 
 

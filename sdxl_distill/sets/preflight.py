@@ -7,24 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from pathlib import Path
 
 from sdxl_distill.builder.commit import naming_repair
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.limits import MAX_SET_IDENTITY_BYTES
 from sdxl_distill.models.component import Component
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
-from sdxl_distill.storage.regular_file import read_bytes
+from sdxl_distill.storage.place import Place
 
 
-def require_same_set(path: Path, identity: SetIdentity, *, repair: bool = False) -> None:
+def require_same_set(place: Place, identity: SetIdentity, *, repair: bool = False) -> None:
     """Check that a folder is free, or holds the set that is to be built; writes nothing.
 
     `commit.publish_set_identity` decides; this saves the work until then.
 
     Args:
-        path: folder of the set; need not exist.
-        identity: what is to be built there.
+        place: the folder of the set; need not exist.
+        identity: the identity of the set that is to be built there.
         repair: a damaged `set.json` is no fault, since it will be replaced.
 
     Raises:
@@ -32,13 +31,14 @@ def require_same_set(path: Path, identity: SetIdentity, *, repair: bool = False)
         CorruptError: when the set record there is damaged.
         StorageError: when it cannot be read.
     """
-    where = str(path / SET_IDENTITY_NAME)
+    folder = SetFolder(place.look())
+    where = folder.where(SET_IDENTITY_NAME)
     forgiven = (FileNotFoundError, CorruptError) if repair else (FileNotFoundError,)
     with suppress(*forgiven), naming_repair(where):
-        identity.require_same(_existing_identity(path), where)
+        identity.require_same(folder.identity(), where)
 
 
-def require_complete(path: Path, identity: SetIdentity, networks: Iterable[Component]) -> None:
+def require_complete(place: Place, identity: SetIdentity, networks: Iterable[Component]) -> None:
     """Check that networks have all the weights that they need, if a set is to be begun with them.
 
     A set that was begun with networks of this fingerprint shows that they were checked before.
@@ -46,8 +46,8 @@ def require_complete(path: Path, identity: SetIdentity, networks: Iterable[Compo
     imported, each time that a builder finds everything done.
 
     Args:
-        path: folder of the set; need not exist.
-        identity: what is to be built there.
+        place: the folder of the set; need not exist.
+        identity: the identity of the set that is to be built there.
         networks: whose fingerprints are in the record.
 
     Raises:
@@ -55,12 +55,7 @@ def require_complete(path: Path, identity: SetIdentity, networks: Iterable[Compo
         StorageError: when the set record there cannot be read.
     """
     with suppress(FileNotFoundError, CorruptError):
-        if _existing_identity(path).fingerprint == identity.fingerprint:
+        if SetFolder(place.look()).identity().fingerprint == identity.fingerprint:
             return
     for network in networks:
         network.require_complete()
-
-
-def _existing_identity(path: Path) -> SetIdentity:
-    where = path / SET_IDENTITY_NAME
-    return SetIdentity.from_bytes(read_bytes(where, MAX_SET_IDENTITY_BYTES), str(where))

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Final, cast
 
 from sdxl_distill.builder.in_place import until_not_swept
@@ -15,20 +14,21 @@ from sdxl_distill.builder.launch import Launch, refuse_in_job_array
 from sdxl_distill.builder.repair import repair_set
 from sdxl_distill.builder.set_builder import BuiltSet, build_set
 from sdxl_distill.config.builder import BuilderConfig
-from sdxl_distill.limits import MAX_RECORD_BYTES
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import TextEncoders, text_geometry
 from sdxl_distill.runtime.device import resolve_device
-from sdxl_distill.sets.derived_shards import holds_same_keys, planned_after
+from sdxl_distill.sets.derived_shards import decide_identity, holds_same_keys, planned_after
 from sdxl_distill.sets.legal_plan import require_legal_plan
 from sdxl_distill.sets.preflight import require_complete
 from sdxl_distill.sets.text_content import CaptionEncoder, TextContent, text_tensors
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import FINGERPRINT, encode_record, text_schema
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity, SetReference
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet
+from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
 _ID_DIGITS: Final = 12
 
@@ -36,8 +36,13 @@ _log = logging.getLogger(__name__)
 
 
 def build_text_set(
-    config: BuilderConfig, latents: ShardSet, launch: Launch, *, repair: bool = False
-) -> tuple[Path, BuiltSet]:
+    config: BuilderConfig,
+    latents: ShardSet,
+    launch: Launch,
+    *,
+    repair: bool = False,
+    encoders: ModelFolder | None = None,
+) -> tuple[Place, BuiltSet]:
     """Build what is missing of the text set, beside any other workers.
 
     Args:
@@ -45,6 +50,7 @@ def build_text_set(
         latents: the set whose captions are encoded.
         launch: this process among those started with it.
         repair: keep the good shards of a damaged set and build the others.
+        encoders: the checkpoint that `text_source` names, if the caller has found it already.
 
     Returns:
         The folder of the set, and what was built.
@@ -54,13 +60,13 @@ def build_text_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     device = resolve_device(config.device, launch.world.local_rank)
-    output_dir = Path(config.cache.output_dir)
+    output_dir = Place(config.cache.output_dir)
+    encoders = encoders or ModelFolder.resolve(config.text_source)
 
     def decide() -> SetIdentity:
-        identity = text_identity(config, latents, output_dir)
+        identity = text_identity(encoders, latents, output_dir)
         require_legal_plan(identity.id, identity.schema, planned_after(latents, identity.id))
-        encoders = ModelFolder.resolve(config.text_source).text_encoders
-        require_complete(output_dir / identity.id, identity, encoders)
+        require_complete(output_dir / identity.id, identity, encoders.text_encoders)
         if repair:
             refuse_in_job_array(launch, str(output_dir / identity.id))
             repair_set(
@@ -72,23 +78,17 @@ def build_text_set(
             )
         return identity
 
-    identity = launch.decide(
-        "text",
-        decide,
-        encode=SetIdentity.to_json,
-        decode=partial(SetIdentity.from_json, where="launch"),
-    )
-    path, shards = output_dir / identity.id, planned_after(latents, identity.id)
+    identity = decide_identity(launch, "text", decide)
+    place, shards = output_dir / identity.id, planned_after(latents, identity.id)
     loaded: list[CaptionEncoder] = []
 
     def encoder() -> CaptionEncoder:
         if not loaded:
-            checkpoint = ModelFolder.resolve(config.text_source)
-            loaded.append(CaptionEncoder(TextEncoders.load(checkpoint, device)))
+            loaded.append(CaptionEncoder(TextEncoders.load(encoders, device)))
         return loaded[0]
 
     built = build_set(
-        path,
+        place,
         identity,
         shards,
         lambda: TextContent(latents, encoder()),
@@ -99,7 +99,7 @@ def build_text_set(
     )
     if loaded:
         _report_cut_captions(loaded[0].num_truncated, identity)
-    return path, built
+    return place, built
 
 
 def _report_cut_captions(num_truncated: int, identity: SetIdentity) -> None:
@@ -111,24 +111,28 @@ def _report_cut_captions(num_truncated: int, identity: SetIdentity) -> None:
         )
 
 
-def text_identity(config: BuilderConfig, latents: ShardSet, output_dir: Path) -> SetIdentity:
+def text_identity(encoders: ModelFolder, latents: ShardSet, output_dir: Place) -> SetIdentity:
     """Return the identity of the text set; its id is made of its fingerprint.
+
+    Args:
+        encoders: the checkpoint whose text encoders encode the captions.
+        latents: the set whose captions are encoded.
+        output_dir: the folder that holds one folder for each set.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the encoders are missing or damaged.
     """
-    checkpoint = ModelFolder.resolve(config.text_source)
-    geometry = text_geometry(checkpoint)
+    geometry = text_geometry(encoders)
     identity = SetIdentity(
         kind="text",
         id="text",
         schema=text_schema(geometry.num_tokens, geometry.hidden_size, geometry.pooled_size),
-        content={"text": checkpoint.text_fingerprint()},
+        content={"text": encoders.text_fingerprint()},
         latents=SetReference(latents.manifest.identity.fingerprint),
     )
     identity = replace(identity, id=f"text-{identity.fingerprint[:_ID_DIGITS]}")
     reference = SetReference.between(
-        latents.manifest.identity.fingerprint, output_dir / identity.id, latents.directory
+        latents.manifest.identity.fingerprint, output_dir / identity.id, latents.place
     )
     return replace(identity, latents=reference)
 
@@ -144,6 +148,5 @@ def _describe(
         metadata = {FINGERPRINT: identity.fingerprint}
         content = encode_record(text_tensors(encoder()("")), metadata)
         until_not_swept(directory, partial(directory.publish_bytes, EMPTY_RECORD_NAME, content))
-    empty = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
-    digest = hashlib.sha256(empty).hexdigest()
+    digest = hashlib.sha256(SetFolder(directory).empty_record()).hexdigest()
     return Manifest.build(identity, catalog, indices, empty_sha256=digest)

@@ -6,7 +6,6 @@ read and the digest release the GIL, so threads scale.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -19,7 +18,7 @@ from sdxl_distill.shards.index import Int64, ShardIndex, UInt64
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.safetensors_layout import AnyTensor, TensorPlace, byte_view, dtype_of
 from sdxl_distill.shards.tar import BLOCK_BYTES, padded, read_fully
-from sdxl_distill.storage.open_file import OpenFile
+from sdxl_distill.storage.random_access import RandomAccess
 
 Buffer: TypeAlias = "AnyTensor | memoryview"
 
@@ -36,7 +35,7 @@ class ShardReader:
 
     def __init__(
         self,
-        file: OpenFile,
+        file: RandomAccess,
         index: ShardIndex,
         diagnose: Callable[[CorruptError], DistillError],
     ) -> None:
@@ -133,7 +132,7 @@ class ShardReader:
 
     def _fill(self, buffer: memoryview, offset: int, record: int) -> None:
         try:
-            read_fully(self.file.read_into, buffer, offset, self._where(record))
+            read_fully(self.file, buffer, offset, self._where(record))
         except CorruptError as error:
             raise self._diagnose(error) from error
 
@@ -225,17 +224,17 @@ def _offsets_of(index: ShardIndex, offset: int) -> Sequence[int] | Int64:
 
 
 def _read_side_by_side(
-    file: OpenFile, buffers: Sequence[memoryview], offset: int, where: str
+    file: RandomAccess, buffers: Sequence[memoryview], offset: int, where: str
 ) -> bool:
     """Fill buffers from one stretch of a file; whether all of it was in the page cache."""
     try:
-        num_read = file.read_into(buffers, offset, os.RWF_NOWAIT)
+        num_read = file.read_into(buffers, offset, wait=False)
     except OSError:
         num_read = 0
     if num_read == sum(map(len, buffers)):
         return True
     for buffer in buffers:
-        read_fully(file.read_into, buffer, offset, where)
+        read_fully(file, buffer, offset, where)
         offset += len(buffer)
     return False
 

@@ -7,12 +7,10 @@ that differ. Its fingerprint is in every record, so that a tar proves whose it i
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from sdxl_distill.core.noise_schedule import NoiseSchedule
@@ -28,6 +26,7 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 from sdxl_distill.shards.shard_name import is_safe_set_id
+from sdxl_distill.storage.place import Place
 
 _MAX_LEADING_PARENTS: Final = 3
 _MAX_PARTS: Final = 32
@@ -50,17 +49,14 @@ class SetReference:
     place: str | None = None
 
     @classmethod
-    def between(cls, target_fingerprint: str, directory: Path, target: Path) -> SetReference:
-        """Refer to the set in folder `target` from the set in folder `directory`."""
-        # Not Path.resolve: what is there may be a link onto itself, which opening it will say.
-        places = os.path.realpath(target), os.path.realpath(directory)
-        relative = PurePosixPath(os.path.relpath(*places))
-        place = str(relative)
+    def between(cls, target_fingerprint: str, own: Place, target: Place) -> SetReference:
+        """Refer to the set in the folder `target` from the set in the folder `own`."""
+        place = target.seen_from(own)
         return cls(target_fingerprint, place if is_safe_place(place) else None)
 
-    def resolve(self, directory: Path) -> Path | None:
-        """Return the folder referred to by the set in `directory`."""
-        return None if self.place is None else directory / self.place
+    def resolve(self, own: Place) -> Place | None:
+        """Return the folder referred to by the set in the folder `own`."""
+        return None if self.place is None else own / self.place
 
 
 def parse_reference(value: Any, where: str) -> SetReference | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final, Literal, TypeVar
 
@@ -18,35 +17,27 @@ from sdxl_distill.errors import (
     IncompatibleError,
     StorageError,
 )
-from sdxl_distill.limits import (
-    MAX_INDEX_BYTES,
-    MAX_MANIFEST_BYTES,
-    MAX_RECORD_BYTES,
-    MAX_SET_IDENTITY_BYTES,
-)
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
-from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity, SetReference
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder, unless_absent
+from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetReference
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.open_file import OPEN_FILES, OpenFile
-from sdxl_distill.storage.path_text import require_path
-from sdxl_distill.storage.regular_file import open_regular, read_bytes
+from sdxl_distill.storage.place import Place
 
 T = TypeVar("T")
 
-EMPTY_RECORD_NAME: Final = "empty.safetensors"
 _CACHED_INDICES: Final = 64
 
 
-def open_shard_set(path: str | Path, *, max_open_shards: int = 64) -> ShardSet:
+def open_shard_set(path: str | Path | Place, *, max_open_shards: int = 64) -> ShardSet:
     """Open a complete shard set; reads `set.json` and `manifest.json` and no shard.
 
     Args:
-        path: folder of the set.
-        max_open_shards: how many shards are kept with their indices once they were asked for.
+        path: the folder of the set.
+        max_open_shards: the number of shards that are kept with their indices after their use.
 
     Raises:
         ConfigError: when there is no set, it is not complete yet, or this cannot be a path.
@@ -54,25 +45,19 @@ def open_shard_set(path: str | Path, *, max_open_shards: int = 64) -> ShardSet:
         IncompatibleError: when they do not belong together or a newer version wrote them.
         StorageError: when the operating system refuses.
     """
-    require_path(path)
-    directory = Path(path)
-    identity = SetIdentity.from_bytes(
-        _read_or_explain(directory, SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES),
-        str(directory / SET_IDENTITY_NAME),
-    )
-    manifest = Manifest.from_bytes(
-        _read_or_explain(directory, MANIFEST_NAME, MAX_MANIFEST_BYTES),
-        str(directory / MANIFEST_NAME),
-    )
+    place = Place(path)
+    folder = SetFolder(place.look())
+    identity = _read_or_explain(folder.identity, place, SET_IDENTITY_NAME)
+    manifest = _read_or_explain(folder.manifest, place, MANIFEST_NAME)
     if manifest.identity != identity:
         raise IncompatibleError(
             f"a manifest of generation {manifest.identity.generation} of set "
             f"{manifest.identity.fingerprint[:12]}…",
             expected=f"generation {identity.generation} of {identity.fingerprint[:12]}…",
-            where=str(directory / MANIFEST_NAME),
-            action="finish building this set, or copy it anew",
+            where=folder.where(MANIFEST_NAME),
+            action="finish building this set, or copy it again",
         )
-    return ShardSet(directory, manifest, max_open_shards=max_open_shards)
+    return ShardSet(place, manifest, max_open_shards=max_open_shards)
 
 
 class ShardSet:
@@ -86,14 +71,15 @@ class ShardSet:
     ```
 
     Attributes:
-        directory: folder of the set.
-        manifest: as it was when the set was opened.
+        place: the folder of the set.
+        folder: the door to what lies in it.
+        manifest: the manifest as it was when the set was opened.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, *, max_open_shards: int) -> None:
-        self.directory = directory
+    def __init__(self, place: Place, manifest: Manifest, *, max_open_shards: int) -> None:
+        self.place = place
+        self.folder = SetFolder(place.look())
         self.manifest = manifest
-        self._folder = str(directory)  # to put a path together takes longer than to open it
         self._indices = lru_cache(_CACHED_INDICES)(self._load_index)
         self._readers = lru_cache(max_open_shards)(self._open_reader)
 
@@ -130,25 +116,20 @@ class ShardSet:
         Raises:
             CorruptError: when the file is missing or not the manifest's.
         """
-        path = self.directory / EMPTY_RECORD_NAME
-        try:
-            content = read_bytes(path, MAX_RECORD_BYTES)
-        except FileNotFoundError:
-            content = b""
+        where = self.folder.where(EMPTY_RECORD_NAME)
+        content = unless_absent(self.folder.empty_record) or b""
         if hashlib.sha256(content).hexdigest() != self.manifest.empty_sha256:
-            raise self._diagnose(
-                CorruptError("is missing or damaged", where=str(path), action=ACTION)
-            )
-        return RecordHeader.parse(content, str(path)).decode(bytearray(content))
+            raise self._diagnose(CorruptError("is missing or damaged", where=where, action=ACTION))
+        return RecordHeader.parse(content, where).decode(bytearray(content))
 
     def open_referenced(
-        self, kind: Literal["latents", "text"], place: str | Path | None = None
+        self, kind: Literal["latents", "text"], place: str | Path | Place | None = None
     ) -> ShardSet:
         """Open the latents or the text set that this set was made from.
 
         Args:
-            kind: which of the two.
-            place: its folder, where it is no longer at the recorded place.
+            kind: the kind of that set.
+            place: its folder, if it is no longer at the recorded place.
 
         Raises:
             ConfigError: when there is no recorded place, or nothing at it.
@@ -157,14 +138,14 @@ class ShardSet:
         identity = self.manifest.identity
         reference = identity.latents if kind == "latents" else identity.text
         assert reference is not None, f"a {identity.kind} set has no {kind} set"
-        directory = Path(place) if place is not None else reference.resolve(self.directory)
-        if directory is None:
+        found = Place(place) if place is not None else reference.resolve(self.place)
+        if found is None:
             raise ConfigError(
                 f"set {self.id} does not say where its {kind} set lies",
-                where=str(self.directory),
+                where=str(self.place),
                 action=f"name the folder of the {kind} set in the configuration",
             )
-        return _open_as(directory, reference, kind, self.id)
+        return _open_as(found, reference, kind, self.id)
 
     def close(self) -> None:
         """Let go of all indices and open tars."""
@@ -180,9 +161,9 @@ class ShardSet:
     def _load_index(self, name: ShardName) -> ShardIndex:
         entry = self.manifest.entry(name)
         try:
-            content = _read_again(
-                f"{self._folder}/{name.idx}", lambda path: read_bytes(path, MAX_INDEX_BYTES)
-            )
+            content = unless_absent(partial(self.folder.index_bytes, name))
+            if content is None:
+                raise self._missing(name.idx)
             return self._checked_index(content, name, entry)
         except CorruptError as error:
             raise self._diagnose(error) from error
@@ -216,9 +197,10 @@ class ShardSet:
 
     def _with_tar(self, index: ShardIndex) -> ShardReader:
         name = index.name
-        path = f"{self._folder}/{name.tar}"
         try:
-            file = OpenFile(lambda: _read_again(path, open_regular), f"set {self.id}, {name.tar}")
+            file = unless_absent(partial(self.folder.tar, name))
+            if file is None:
+                raise self._missing(name.tar)
         except CorruptError as error:
             raise self._diagnose(error) from error
         if file.num_bytes != index.tar_bytes:
@@ -232,11 +214,14 @@ class ShardSet:
             )
         return ShardReader(file, index, self._diagnose)
 
+    def _missing(self, name: str) -> CorruptError:
+        where = self.folder.where(name)
+        return CorruptError("is missing", expected="a file", where=where, action=ACTION)
+
     def _diagnose(self, error: CorruptError) -> DistillError:
         """Return `error`, or what explains it: that the set is no longer the one opened."""
-        path = self.directory / MANIFEST_NAME
         try:
-            content = read_bytes(path, MAX_MANIFEST_BYTES)
+            content = self.folder.manifest_bytes()
         except (FileNotFoundError, CorruptError):
             content = b""
         if content == self.manifest.to_bytes():
@@ -249,38 +234,27 @@ class ShardSet:
         )
 
 
-def _open_as(directory: Path, reference: SetReference, kind: str, set_id: str) -> ShardSet:
-    opened = open_shard_set(directory)
+def _open_as(place: Place, reference: SetReference, kind: str, set_id: str) -> ShardSet:
+    opened = open_shard_set(place)
     found = opened.manifest.identity.fingerprint
     if found != reference.fingerprint:
         raise IncompatibleError(
             f"set {opened.id} has fingerprint {found[:12]}…",
             expected=f"{reference.fingerprint[:12]}…, the {kind} set of {set_id}",
-            where=str(directory),
+            where=str(place),
             action=f"name the right {kind} folder in the configuration, or rebuild {set_id}",
         )
     return opened
 
 
-def _read_or_explain(directory: Path, name: str, max_bytes: int) -> bytes:
+def _read_or_explain(read: Callable[[], T], place: Place, name: str) -> T:
     try:
-        return read_bytes(directory / name, max_bytes)
+        return read()
     except FileNotFoundError as error:
         is_set = name == MANIFEST_NAME
         raise ConfigError(
             "this shard set is not complete yet" if is_set else "there is no shard set",
             expected=f"a file {name}",
-            where=str(directory),
+            where=str(place),
             action="run its builder until it reports the set complete, or check the path",
         ) from error
-
-
-def _read_again(path: str, read: Callable[[str], T]) -> T:
-    """Return `read(path)`; once more after listing the folder, where NFS remembers an absence."""
-    with suppress(FileNotFoundError):
-        return OPEN_FILES.with_room(lambda: read(path))
-    try:
-        sorted(Path(path).parent.iterdir())
-        return OPEN_FILES.with_room(lambda: read(path))
-    except FileNotFoundError as error:
-        raise CorruptError("is missing", expected="a file", where=path, action=ACTION) from error

@@ -7,13 +7,12 @@ all 512 bytes, so that no field can lie (docs/format.md says what tarfile lets p
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
 
 from sdxl_distill.errors import CorruptError
+from sdxl_distill.storage.random_access import RandomAccess
 from sdxl_distill.storage.regular_file import storage_errors
 
 OWNER: Final = "sdxl_distill"
@@ -64,11 +63,7 @@ def member_header(name: str, num_bytes: int) -> bytes:
     return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
 
 
-ReadInto: TypeAlias = Callable[[Sequence[memoryview], int], int]
-"""Fills buffers from an offset of a file on and returns how many bytes came, as `os.preadv`."""
-
-
-def read_fully(read_into: ReadInto, buffer: memoryview, offset: int, where: str) -> None:
+def read_fully(file: RandomAccess, buffer: memoryview, offset: int, where: str) -> None:
     """Fill `buffer` from a file at `offset`, without a copy and without the GIL.
 
     Raises:
@@ -76,9 +71,9 @@ def read_fully(read_into: ReadInto, buffer: memoryview, offset: int, where: str)
         StorageError: when the operating system refuses.
     """
     with storage_errors(where):
-        num_read = read_into([buffer], offset)
+        num_read = file.read_into([buffer], offset)
         while 0 < num_read < len(buffer):
-            more = read_into([buffer[num_read:]], offset + num_read)
+            more = file.read_into([buffer[num_read:]], offset + num_read)
             if more == 0:
                 break
             num_read += more
@@ -86,10 +81,10 @@ def read_fully(read_into: ReadInto, buffer: memoryview, offset: int, where: str)
         raise _ends(offset + num_read, offset + len(buffer), where)
 
 
-def read_at(descriptor: int, num_bytes: int, offset: int, where: str) -> bytearray:
-    """Return bytes of an open file; raises as `read_fully`."""
+def read_at(file: RandomAccess, num_bytes: int, offset: int, where: str) -> bytearray:
+    """Return bytes of a file; raises as `read_fully`."""
     buffer = bytearray(num_bytes)
-    read_fully(partial(os.preadv, descriptor), memoryview(buffer), offset, where)
+    read_fully(file, memoryview(buffer), offset, where)
     return buffer
 
 
@@ -100,14 +95,13 @@ class TarStream:
     is known what follows them.
 
     Args:
-        descriptor: of the tar.
-        num_bytes: of the tar.
-        where: for errors.
+        file: the tar.
+        where: the tar's name in messages.
     """
 
-    def __init__(self, descriptor: int, num_bytes: int, where: str) -> None:
-        self._read_into = partial(os.preadv, descriptor)
-        self._num_bytes = num_bytes
+    def __init__(self, file: RandomAccess, where: str) -> None:
+        self._file = file
+        self._num_bytes = num_bytes = file.num_bytes
         self._where = where
         self._sha256 = hashlib.sha256()
         self._buffer = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
@@ -152,21 +146,23 @@ class TarStream:
             self._begin = self._kept
         start = self._end - self._begin
         piece = self._buffer[start : start + self._num_bytes - self._end]
-        read_fully(self._read_into, piece, self._end, self._where)
+        read_fully(self._file, piece, self._end, self._where)
         self._sha256.update(piece)
         self._end += len(piece)
 
 
-def read_members(descriptor: int, num_bytes: int, where: str) -> Iterator[TarMember]:
-    """Yield the members of a tar of `num_bytes`, checking every byte that is no payload.
-
-    Payloads are not read.
+def read_members(file: RandomAccess, where: str) -> Iterator[TarMember]:
+    """Yield the members of a tar, checking every byte that is not payload; payloads are not read.
 
     Raises:
         CorruptError: at the first byte that is not as `webdataset.TarWriter` with our settings
             writes it, or when the tar ends too early or too late.
     """
-    return _members(lambda offset, size: read_at(descriptor, size, offset, where), num_bytes, where)
+
+    def read(offset: int, num_bytes: int) -> bytearray:
+        return read_at(file, num_bytes, offset, where)
+
+    return _members(read, file.num_bytes, where)
 
 
 def _members(

@@ -6,7 +6,6 @@ another one publishes this index, never its own (docs/decisions/0002-create-only
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -20,6 +19,7 @@ from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import TarMember, TarStream, read_at, read_members
+from sdxl_distill.storage.random_access import RandomAccess
 
 
 class IndexRows:
@@ -101,24 +101,25 @@ Look = Callable[[str, memoryview, bytes], None]
 
 
 def index_of_tar(
-    descriptor: int, name: ShardName, header: RecordHeader, look: Look | None = None
+    file: RandomAccess, name: ShardName, header: RecordHeader, look: Look | None = None
 ) -> ShardIndex:
     """Return the index of a tar: of its bytes alone, but for the header of an empty tar.
 
     Args:
-        descriptor: of the tar, open for reading.
-        name: that the tar has or shall have; its members are checked against it.
-        header: that its records must have, byte for byte; `header_of_tar` tells what they have.
-        look: at each record while it is in memory.
+        file: the tar.
+        name: the name that the tar has or will have; its members are checked against it.
+        header: the header that its records must have, byte for byte; `header_of_tar` returns the
+            one that they do have.
+        look: a function that sees each record while it is in memory.
 
     Raises:
         CorruptError: at the first byte that is not as our writer writes it, or when the records
             belong to another set, bucket, draw or source shard.
         StorageError: when the operating system refuses to read.
     """
-    num_bytes = _checked_size(descriptor, name)
+    _require_legal_size(file, name)
     rows = IndexRows(name, header)
-    tar = TarStream(descriptor, num_bytes, name.tar)
+    tar = TarStream(file, name.tar)
     for image_id, member, sidecar in _records(tar.members(), name, header.record_bytes):
         content = b"" if sidecar is None else bytes(tar.read(sidecar.offset, sidecar.num_bytes))
         # After its sidecar: what reads on may move what was read before.
@@ -132,17 +133,16 @@ def index_of_tar(
     return rows.index(tar.sha256())
 
 
-def header_of_tar(descriptor: int, name: ShardName) -> RecordHeader | None:
+def header_of_tar(file: RandomAccess, name: ShardName) -> RecordHeader | None:
     """Return the header of a tar's first record; None when the tar holds no record.
 
     Raises:
         CorruptError, StorageError: as `index_of_tar`, but only the first record is looked at.
     """
-    num_bytes = _checked_size(descriptor, name)
-    for _, member, _ in _records(read_members(descriptor, num_bytes, name.tar), name, None):
-        content = read_at(
-            descriptor, min(member.num_bytes, MAX_HEADER_BYTES + 8), member.offset, name.tar
-        )
+    _require_legal_size(file, name)
+    for _, member, _ in _records(read_members(file, name.tar), name, None):
+        num_bytes = min(member.num_bytes, MAX_HEADER_BYTES + 8)
+        content = read_at(file, num_bytes, member.offset, name.tar)
         return RecordHeader.parse(bytes(content), f"{name.tar}, {member.name}")
     return None
 
@@ -167,11 +167,9 @@ def recreated_noise_digest(
     return tensor_digest(noise(seed, name.width, name.height, num_channels))
 
 
-def _checked_size(descriptor: int, name: ShardName) -> int:
-    num_bytes = os.fstat(descriptor).st_size
-    if num_bytes > MAX_SHARD_BYTES:
-        raise _corrupt(name, f"{num_bytes} bytes", f"at most {MAX_SHARD_BYTES}")
-    return num_bytes
+def _require_legal_size(file: RandomAccess, name: ShardName) -> None:
+    if file.num_bytes > MAX_SHARD_BYTES:
+        raise _corrupt(name, f"{file.num_bytes} bytes", f"at most {MAX_SHARD_BYTES}")
 
 
 def _records(

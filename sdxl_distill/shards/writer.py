@@ -17,6 +17,7 @@ from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.tar import BLOCK_BYTES, MODE, OWNER, closed_bytes, padded, read_members
 from sdxl_distill.shards.tar_index import IndexRows
 from sdxl_distill.storage.regular_file import storage_errors
+from sdxl_distill.storage.staged_file import StagedFile
 
 _PIECE_BYTES: Final = 1 << 19
 
@@ -26,7 +27,7 @@ class ShardWriter:
 
     ```
     with directory.stage() as tar:
-        writer = ShardWriter(tar.file, name, header)
+        writer = ShardWriter(tar, name, header)
         for key, tensors in ...:
             writer.write(key, header.encode(tensors))
         index = writer.close()
@@ -35,13 +36,14 @@ class ShardWriter:
     Without `close` nothing of it counts: the staged file vanishes.
 
     Args:
-        file: opened for reading and writing, empty; stays open and is the caller's to close.
-        name: of the shard.
-        header: that all its records share, from `RecordHeader.build`.
+        tar: the empty file to be filled; it is the caller's to close.
+        name: the shard's name.
+        header: the header that all its records share, from `RecordHeader.build`.
     """
 
-    def __init__(self, file: BinaryIO, name: ShardName, header: RecordHeader) -> None:
-        self._file = _HashingFile(file)
+    def __init__(self, tar: StagedFile, name: ShardName, header: RecordHeader) -> None:
+        self._staged = tar
+        self._file = _HashingFile(tar.file)
         self._name = name
         self._header = header
         self._rows = IndexRows(name, header)
@@ -102,8 +104,7 @@ class ShardWriter:
             self._tar.close()
             self._file.flush()
         index = self._rows.index(self._file.sha256())
-        descriptor = self._file.fileno()
-        members = list(read_members(descriptor, self._file.num_bytes, self._name.tar))
+        members = list(read_members(self._staged, self._name.tar))
         offsets = [member.offset for member in members if member.name.endswith(".safetensors")]
         if offsets != index.offsets.tolist() or self._file.num_bytes != index.tar_bytes:
             raise CorruptError(
@@ -154,9 +155,6 @@ class _HashingFile:
     def flush(self) -> None:
         self._write_piece()
         self._file.flush()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
 
     def sha256(self) -> str:
         self._wait_for_hash()

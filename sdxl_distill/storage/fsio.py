@@ -12,6 +12,8 @@ import errno
 import os
 import secrets
 import shutil
+import stat
+from collections.abc import Hashable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -20,13 +22,16 @@ from typing import BinaryIO
 from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.storage.path_text import require_path
 from sdxl_distill.storage.publication import Staged, Volume, exchange, is_refusal
+from sdxl_distill.storage.random_access import Descriptor
 from sdxl_distill.storage.regular_file import (
     LostDirectoryError,
     in_use,
+    not_regular,
     open_regular,
     read_bytes,
     storage_errors,
 )
+from sdxl_distill.storage.staged_file import StagedFile
 
 TEMPORARY_PREFIX = ".tmp-"
 _BLOCK_BYTES = 1 << 20
@@ -46,35 +51,6 @@ def sync_folder(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
-
-
-class StagedFile:
-    """A temporary file that becomes a name when published, and vanishes otherwise."""
-
-    def __init__(self, directory: Directory, temporary_name: str) -> None:
-        self.directory = directory
-        self.temporary_name = temporary_name
-        descriptor = os.open(
-            temporary_name,
-            os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
-            0o666,  # less what the umask takes
-            dir_fd=directory.descriptor,
-        )
-        self.file: BinaryIO = os.fdopen(descriptor, "w+b")
-
-    def seal(self) -> None:
-        """Flush every byte to the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def __enter__(self) -> StagedFile:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        with suppress(OSError):
-            self.file.close()
-        with suppress(OSError):
-            os.unlink(self.temporary_name, dir_fd=self.directory.descriptor)
 
 
 class Directory:
@@ -108,6 +84,11 @@ class Directory:
         self.descriptor = self._opened(create)
         is_same_volume = parent is not None and self._device() == parent._device()
         self.volume = parent.volume if parent and is_same_volume else Volume(exclusive=exclusive)
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.name
 
     def folder(self, name: str) -> Directory:
         """Open a folder in this one, by its handle; make it when it is missing.
@@ -156,6 +137,24 @@ class Directory:
                     "there is no such folder", where=str(self.path), action="check the path"
                 ) from error
 
+    def is_in_place(self) -> bool:
+        """Whether the folder's name still stands for the folder that was opened.
+
+        Raises:
+            StorageError: when the operating system refuses to say.
+        """
+        with storage_errors(self.path):
+            try:
+                return os.path.samestat(self.path.stat(), os.fstat(self.descriptor))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+                return False
+
+    def sync(self) -> None:
+        """Have the disk hold the folder's names, as far as the file system can be asked to."""
+        sync_folder(self.descriptor)
+
     def _device(self) -> int:
         with in_use(self.path):
             return os.fstat(self.descriptor).st_dev
@@ -175,7 +174,9 @@ class Directory:
     def stage(self) -> StagedFile:
         """Open a new temporary file of this owner, to be filled and published."""
         with in_use(self.path):
-            return StagedFile(self, f"{TEMPORARY_PREFIX}{self.token}-{next(self._numbers)}")
+            return StagedFile(
+                self.descriptor, f"{TEMPORARY_PREFIX}{self.token}-{next(self._numbers)}"
+            )
 
     def publish(self, staged: StagedFile, name: str) -> bool:
         """Give a staged file its name, create-only. True: made; False: the name existed.
@@ -269,10 +270,10 @@ class Directory:
             FileNotFoundError: when there is no such file.
             StorageError: when the disk is full or refuses, or gives back other bytes.
         """
-        with os.fdopen(source.open(name), "rb") as original:
+        with os.fdopen(source._open(name), "rb") as original:
             if not self.exists(name) and self._copy(original, name):
                 return True
-            with os.fdopen(self.open(name), "rb") as there, in_use(self.path):
+            with os.fdopen(self._open(name), "rb") as there, in_use(self.path):
                 return _same_content(original, there)
 
     def _copy(self, original: BinaryIO, name: str) -> bool:
@@ -308,15 +309,61 @@ class Directory:
             finally:
                 os.close(descriptor)
 
-    def open(self, name: str) -> int:
-        """Open a regular file as `open_regular`; `FileNotFoundError` when it is not there."""
-        _check_name(name)
-        return open_regular(name, self.descriptor)
+    def where(self, name: str = "") -> str:
+        """Return where the folder or a file in it lies, for messages."""
+        return f"{self.path}/{name}" if name else str(self.path)
+
+    def open(self, name: str, where: str | None = None) -> Descriptor:
+        """Open a regular file as `open_regular`; `FileNotFoundError` when it is not there.
+
+        It is closed as a context, or when the last reference to it is gone.
+        """
+        del where  # what is read by handle is not opened again
+        return Descriptor(self._open(name))
+
+    def num_bytes(self, name: str) -> int | None:
+        """Return the size of a regular file, whatever is in it; None when it is not there.
+
+        Raises:
+            CorruptError: when it is not a regular file.
+            StorageError: when the operating system refuses.
+        """
+        status = self._status_of_target(name)
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            raise not_regular(self.where(name))
+        return None if status is None else status.st_size
+
+    def version(self, name: str) -> Hashable:
+        """Return what no two contents of a name share, if none is written in place; None: absent.
+
+        Raises:
+            StorageError: when the operating system refuses.
+        """
+        status = self._status_of_target(name)
+        return status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def read(self, name: str, max_bytes: int) -> bytes:
         """Read a whole regular file as `read_bytes`; `FileNotFoundError` when not there."""
         _check_name(name)
         return read_bytes(name, max_bytes, self.descriptor)
+
+    def rewrite(self, name: str, content: bytes) -> bool:
+        """Rewrite a small file in place: over NFS others see it at their next open.
+
+        Returns:
+            False when the file or this folder is gone.
+
+        Raises:
+            StorageError: when the disk is full or refuses.
+        """
+        _check_name(name)
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with suppress(LostDirectoryError), in_use(self.path):
+            descriptor = os.open(name, flags, dir_fd=self.descriptor)
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                file.write(content)
+            return True
+        return False
 
     def remove(self, name: str) -> None:
         """Remove `name`; nothing happens when another process already did, or took the folder."""
@@ -326,6 +373,16 @@ class Directory:
 
     def _rename_over(self, temporary_name: str, name: str) -> None:
         os.rename(temporary_name, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def _open(self, name: str) -> int:
+        _check_name(name)
+        return open_regular(name, self.descriptor)
+
+    def _status_of_target(self, name: str) -> os.stat_result | None:
+        _check_name(name)
+        with storage_errors(self.where(name)), suppress(FileNotFoundError):
+            return os.stat(name, dir_fd=self.descriptor)
+        return None
 
     def _status(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)

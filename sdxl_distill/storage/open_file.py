@@ -8,7 +8,6 @@ when it is read next. All sets share one budget, which leaves descriptors to the
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import threading
 import weakref
@@ -18,6 +17,7 @@ from contextlib import suppress
 from typing import Final, TypeVar
 
 from sdxl_distill.errors import CorruptError, StorageError
+from sdxl_distill.storage.random_access import Descriptor
 
 T = TypeVar("T")
 
@@ -28,18 +28,6 @@ _RESERVE: Final = 512
 """Descriptors left to sockets, logs, checkpoints and libraries; of a low limit, half."""
 
 _TOO_MANY: Final = {errno.EMFILE, errno.ENFILE}
-
-
-class _Descriptor:
-    """A descriptor that is closed when the last reference is gone.
-
-    So a thread that still reads, while another one makes room, never meets a descriptor that
-    means another file.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        weakref.finalize(self, os.close, number)
 
 
 class OpenFile:
@@ -65,17 +53,17 @@ class OpenFile:
         self._open_it = open_it
         self._where = where
         self._files = files or OPEN_FILES
-        self._descriptor: _Descriptor | None = None
+        self._descriptor: Descriptor | None = None
         self._is_recent = True
-        self.num_bytes = os.fstat(self._open().number).st_size
+        self.num_bytes = self._open().num_bytes
 
-    def read_into(self, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+    def read_into(self, buffers: Sequence[memoryview], offset: int, *, wait: bool = True) -> int:
         """Fill buffers from `offset` on by one call of the system; return how many bytes came.
 
         Args:
             buffers: of any sizes.
             offset: in the file.
-            flags: of preadv, such as `os.RWF_NOWAIT`.
+            wait: False returns only what is in the page cache, possibly nothing.
 
         Raises:
             OSError: as `os.preadv`.
@@ -84,12 +72,12 @@ class OpenFile:
         """
         descriptor = self._descriptor or self._open_again()
         self._is_recent = True
-        return os.preadv(descriptor.number, buffers, offset, flags)
+        return descriptor.read_into(buffers, offset, wait=wait)
 
     def prefetch(self, offset: int, num_bytes: int) -> None:
         """Let the disk start on what `read_into` will ask for."""
         descriptor = self._descriptor or self._open_again()
-        os.posix_fadvise(descriptor.number, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+        descriptor.prefetch(offset, num_bytes)
 
     def let_go(self) -> bool:
         """Close the file once no thread reads it, unless it was read since the last call."""
@@ -99,18 +87,18 @@ class OpenFile:
         self._descriptor = None
         return True
 
-    def _open(self) -> _Descriptor:
-        descriptor = _Descriptor(self._files.with_room(self._open_it))
+    def _open(self) -> Descriptor:
+        descriptor = Descriptor(self._files.with_room(self._open_it))
         self._descriptor = descriptor
         self._files.admit(self)
         return descriptor
 
-    def _open_again(self) -> _Descriptor:
+    def _open_again(self) -> Descriptor:
         try:
             descriptor = self._open()
         except FileNotFoundError as error:
             raise CorruptError("is missing", expected="a file", where=self._where) from error
-        num_bytes = os.fstat(descriptor.number).st_size
+        num_bytes = descriptor.num_bytes
         if num_bytes != self.num_bytes:
             raise CorruptError(
                 f"{num_bytes} bytes", expected=f"{self.num_bytes} bytes", where=self._where

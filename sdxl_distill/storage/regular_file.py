@@ -86,7 +86,7 @@ def _open_regular(path: str | Path, dir_fd: int | None) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket, or a device that is not there
-            raise _not_regular(path) from error
+            raise not_regular(path) from error
         raise
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -95,10 +95,11 @@ def _open_regular(path: str | Path, dir_fd: int | None) -> int:
         os.close(descriptor)
         raise
     os.close(descriptor)
-    raise _not_regular(path)
+    raise not_regular(path)
 
 
-def _not_regular(path: str | Path) -> CorruptError:
+def not_regular(path: str | Path) -> CorruptError:
+    """Return the error for a FIFO, a device, a socket or a folder in the place of a file."""
     return CorruptError(
         "is not a regular file",
         expected="a regular file",

@@ -20,7 +20,7 @@ from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 from sdxl_distill.verify.finding import Finding, FindingList
 
 NO_CATALOG: Final = (
@@ -30,7 +30,7 @@ NO_CATALOG: Final = (
 
 
 def check_catalog(
-    directory: Directory,
+    place: Place,
     identity: SetIdentity,
     manifest: Manifest | None,
     names: Iterable[ShardName],
@@ -40,17 +40,18 @@ def check_catalog(
     """Check the catalog of a latents set, as far as the damage lets it.
 
     Args:
-        directory: of the set.
-        identity: of the set.
-        manifest: of the set; None when it is not complete.
-        names: of the shards that are committed.
+        place: the set's folder.
+        identity: the identity of the set.
+        manifest: the set's manifest; None when it is not complete.
+        names: the names of the committed shards.
         quick: leave out what is computed again for each row.
     """
     findings = FindingList(identity.id)
-    if not (directory.path / CATALOG_FOLDER).is_dir():
+    catalog_place = place / CATALOG_FOLDER
+    if not catalog_place.is_folder():
         findings.add(_fault("is missing", "the folder of its segments"))
         return findings.all()
-    with findings.collecting(), Directory(directory.path / CATALOG_FOLDER) as folder:
+    with findings.collecting(), catalog_place.open() as folder:
         for name in sorted(folder.names()):
             if segment_number(name) is None and not name.startswith("."):
                 findings.add(_stranger(name))
@@ -74,12 +75,12 @@ def check_catalog(
     return findings.all()
 
 
-def is_without_catalog(directory: Directory, manifest: Manifest | None) -> bool:
+def is_without_catalog(place: Place, manifest: Manifest | None) -> bool:
     """Whether a set has no catalog and need not: an earlier version packed it without one."""
     return (
         manifest is not None
         and all(entry.source_sha256 is None for entry in manifest.shards)
-        and not (directory.path / CATALOG_FOLDER).exists()
+        and not (place / CATALOG_FOLDER).exists()
     )
 
 

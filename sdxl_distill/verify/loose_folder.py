@@ -17,9 +17,11 @@ from sdxl_distill.limits import MAX_RECORD_BYTES, MAX_SIDECAR_BYTES
 from sdxl_distill.loose.folder import LooseFolder, LooseRecord
 from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, Kind, NoiseRecipe, SetIdentity
 from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 from sdxl_distill.verify.finding import FindingList
 from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 from sdxl_distill.verify.set_check import check_recipe, read_identity
@@ -51,7 +53,7 @@ class _LooseCheck(NamedTuple):
 
 
 def verify_loose(
-    path: str | Path,
+    path: str | Path | Place,
     *,
     recipe: NoiseRecipe | None = None,
     num_threads: int = 1,
@@ -70,13 +72,14 @@ def verify_loose(
         ConfigError: when there is no such folder.
         StorageError: when it cannot be listed.
     """
-    with Directory(path) as directory:
+    place = Place(path)
+    with place.open() as directory:
         names = directory.names()
         folder = LooseFolder.of(names)
-        result = Verification(directory.path.resolve().name)
+        result = Verification(place.real().name)
         identity: SetIdentity | None = None
         if SET_IDENTITY_NAME in names:
-            identity, result.findings = read_identity(directory)
+            identity, result.findings = read_identity(SetFolder(directory))
         if identity is not None:
             result.findings += check_recipe(identity)
             recipe = recipe or identity.noise

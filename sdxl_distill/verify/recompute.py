@@ -72,15 +72,18 @@ def recompute_records(
         raise ConfigError(
             f"set {predictions.id} is a {identity.kind} set",
             expected="a predictions set, to be computed again by its teacher",
-            where=str(predictions.directory),
+            where=str(predictions.place),
             action="leave out --recompute, or name a teacher's folder",
         )
-    _require_same_teacher(config, predictions)
+    checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
+    _require_same_teacher(config, checkpoint, predictions)
     latents = predictions.open_referenced("latents", config.data.latent_cache.cache_dir)
     # In layout `full` a set is its own text set.
     text = predictions if identity.text is None else predictions.open_referenced("text")
     assert identity.noise_schedule is not None
-    teacher = load_teacher(config, identity.noise_schedule, resolve_device(config.device, 0))
+    teacher = load_teacher(
+        config, checkpoint, identity.noise_schedule, resolve_device(config.device, 0)
+    )
     asked = _Asked(predictions, latents, text, replace(teacher, dtype=torch.float32))
     bound = MAX_DIFFERENCE_BF16 if config.teacher.use_bf16 else MAX_DIFFERENCE_FP32
     chosen = choose_records(predictions.manifest, num_records, seed)
@@ -116,11 +119,12 @@ def choose_records(manifest: Manifest, num_records: int, seed: int) -> list[tupl
     ]
 
 
-def _require_same_teacher(config: BuilderConfig, predictions: ShardSet) -> None:
+def _require_same_teacher(
+    config: BuilderConfig, checkpoint: ModelFolder, predictions: ShardSet
+) -> None:
     identity = predictions.manifest.identity
     assert identity.noise_schedule is not None
     teacher = config.teacher
-    checkpoint = ModelFolder.resolve(teacher.checkpoint_path)
     found = {
         "teacher": checkpoint.unet_fingerprint(),
         "use_bf16": teacher.use_bf16,

@@ -13,26 +13,26 @@ from typing import Final
 from sdxl_distill.catalog.catalog import CATALOG_FOLDER
 from sdxl_distill.core.noise import NOISE_ALGORITHM
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
-from sdxl_distill.limits import MAX_MANIFEST_BYTES, MAX_RECORD_BYTES, MAX_SET_IDENTITY_BYTES
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder, shard_names
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 from sdxl_distill.verify.finding import Finding, FindingList
 from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 
 _FINISH: Final = "run its builder until it reports the set complete"
 
 
-def read_identity(directory: Directory) -> tuple[SetIdentity | None, list[Finding]]:
+def read_identity(folder: SetFolder[Directory]) -> tuple[SetIdentity | None, list[Finding]]:
     """Read `set.json`; None when it is missing or damaged."""
-    findings = FindingList(_folder_name(directory), SET_IDENTITY_NAME)
+    findings = FindingList(_folder_name(folder), SET_IDENTITY_NAME)
     with findings.collecting():
         try:
-            content = directory.read(SET_IDENTITY_NAME, MAX_SET_IDENTITY_BYTES)
+            content = folder.identity_bytes()
         except FileNotFoundError as error:
             raise ConfigError(
                 f"there is no {SET_IDENTITY_NAME}",
@@ -43,12 +43,12 @@ def read_identity(directory: Directory) -> tuple[SetIdentity | None, list[Findin
     return None, findings.all()
 
 
-def read_manifest(directory: Directory) -> tuple[Manifest | None, list[Finding]]:
+def read_manifest(folder: SetFolder[Directory]) -> tuple[Manifest | None, list[Finding]]:
     """Read `manifest.json`; None without a finding when there is none yet."""
-    findings = FindingList(_folder_name(directory), MANIFEST_NAME)
+    findings = FindingList(_folder_name(folder), MANIFEST_NAME)
     with findings.collecting():
         try:
-            content = directory.read(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+            content = folder.manifest_bytes()
         except FileNotFoundError:
             return None, []
         return Manifest.from_bytes(content, MANIFEST_NAME), []
@@ -57,9 +57,9 @@ def read_manifest(directory: Directory) -> tuple[Manifest | None, list[Finding]]
 
 def incomplete(identity: SetIdentity, names: Collection[str]) -> tuple[list[ShardName], Finding]:
     """Return the committed shards of a set without a manifest, and the finding that says so."""
-    shards = sorted(filter(None, (ShardName.parse(name, identity.id) for name in names)))
-    committed = [name for name in dict.fromkeys(shards) if name.idx in names]
-    num_open = len(set(shards)) - len(committed)
+    shards = sorted(shard_names(names, identity.id))
+    committed = [name for name in shards if name.idx in names]
+    num_open = len(shards) - len(committed)
     error = ConfigError(
         f"the set is not complete: {len(committed)} shards are committed, {num_open} tars have "
         "no index yet",
@@ -142,13 +142,13 @@ def check_strangers(
 
 
 def check_empty_record(
-    directory: Directory, identity: SetIdentity, manifest: Manifest | None
+    folder: SetFolder[Directory], identity: SetIdentity, manifest: Manifest | None
 ) -> list[Finding]:
     """Check the embeddings of the empty caption, which a text set holds beside its shards."""
     findings = FindingList(identity.id, EMPTY_RECORD_NAME)
     with findings.collecting():
         try:
-            content = directory.read(EMPTY_RECORD_NAME, MAX_RECORD_BYTES)
+            content = folder.empty_record()
         except FileNotFoundError as error:
             raise CorruptError("is missing", expected="a file", action=ACTION) from error
         digest = hashlib.sha256(content).hexdigest()
@@ -171,5 +171,5 @@ def check_empty_record(
     return findings.all()
 
 
-def _folder_name(directory: Directory) -> str:
-    return directory.path.resolve().name
+def _folder_name(folder: SetFolder[Directory]) -> str:
+    return Place(folder.where()).real().name

@@ -5,26 +5,24 @@ What is wrong is collected, not raised, and the check goes on as far as the dama
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from sdxl_distill.errors import CorruptError, DistillError
-from sdxl_distill.limits import MAX_INDEX_BYTES
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.index_layout import ACTION
 from sdxl_distill.shards.manifest import ShardEntry
 from sdxl_distill.shards.reader import ShardReader
 from sdxl_distill.shards.record import RecordHeader
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.shards.tar_index import header_of_tar, index_of_tar
-from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.open_file import OpenFile
+from sdxl_distill.storage.folder import Folder
+from sdxl_distill.storage.random_access import RandomAccess
 from sdxl_distill.verify.finding import Finding, FindingList
 from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 
@@ -45,7 +43,7 @@ class CheckedShard:
 
 
 def check_shard(
-    directory: Directory,
+    folder: SetFolder[Folder],
     identity: SetIdentity,
     name: ShardName,
     entry: ShardEntry | None,
@@ -55,48 +53,49 @@ def check_shard(
     """Verify one shard of a set.
 
     Args:
-        directory: of the set.
-        identity: of the set.
-        name: of the shard.
-        entry: what the manifest says of it; None where there is no manifest.
+        folder: the set's folder.
+        identity: the identity of the set.
+        name: the shard's name.
+        entry: the manifest's entry of it; None where there is no manifest.
         quick: look at the index and at the size of the tar only.
     """
     findings = FindingList(identity.id, name.tar)
     stored: ShardIndex | None = None
     with findings.collecting():
-        stored = _stored_index(directory, identity, name, entry)
+        stored = _stored_index(folder, identity, name, entry)
     index = stored
-    with findings.collecting(), os.fdopen(_open_tar(directory, name), "rb") as tar:
-        _require_size(tar.fileno(), entry, stored)
+    with findings.collecting():
+        tar = _open_tar(folder, name)
+        _require_size(tar, entry, stored)
         if not quick:
-            index = _check_content(tar.fileno(), identity, name, entry, stored, findings)
+            index = _check_content(tar, identity, name, entry, stored, findings)
     return CheckedShard(name, index, findings.all())
 
 
 def existing_index(
-    directory: Directory, identity: SetIdentity, name: ShardName
+    folder: SetFolder[Folder], identity: SetIdentity, name: ShardName
 ) -> ShardIndex | None:
     """Return the index of a shard again, the tar's where it is damaged; None without either."""
     try:
-        return _stored_index(directory, identity, name, None)
+        return _stored_index(folder, identity, name, None)
     except DistillError:
         pass
     try:
-        with os.fdopen(_open_tar(directory, name), "rb") as tar:
-            source = _source_sha256(tar.fileno(), name, None, None)
-            return index_of_tar(tar.fileno(), name, _header(identity, name, source))
+        tar = _open_tar(folder, name)
+        return index_of_tar(
+            tar, name, _header(identity, name, _source_sha256(tar, name, None, None))
+        )
     except DistillError:
         return None
 
 
 def _stored_index(
-    directory: Directory, identity: SetIdentity, name: ShardName, entry: ShardEntry | None
+    folder: SetFolder[Folder], identity: SetIdentity, name: ShardName, entry: ShardEntry | None
 ) -> ShardIndex:
     try:
-        content = directory.read(name.idx, MAX_INDEX_BYTES)
+        index = folder.index(name)
     except FileNotFoundError as error:
         raise CorruptError("the index is missing", expected=name.idx, action=ACTION) from error
-    index = ShardIndex.from_bytes(content, name)
     if index.header.content != _header(identity, name, index.header.source_sha256).content:
         raise CorruptError(
             f"the index is one of records of set {index.header.fingerprint[:12]}…",
@@ -115,25 +114,24 @@ def _stored_index(
     return index
 
 
-def _open_tar(directory: Directory, name: ShardName) -> int:
+def _open_tar(folder: SetFolder[Folder], name: ShardName) -> RandomAccess:
     try:
-        return directory.open(name.tar)
+        return folder.tar(name)
     except FileNotFoundError as error:
         raise CorruptError("the tar is missing", expected=name.tar, action=ACTION) from error
 
 
-def _require_size(descriptor: int, entry: ShardEntry | None, stored: ShardIndex | None) -> None:
+def _require_size(tar: RandomAccess, entry: ShardEntry | None, stored: ShardIndex | None) -> None:
     """Compare sizes first: of a tar that was cut, nothing needs to be read."""
     known = entry or stored
-    num_bytes = os.fstat(descriptor).st_size
-    if known is not None and num_bytes != known.tar_bytes:
+    if known is not None and tar.num_bytes != known.tar_bytes:
         raise CorruptError(
-            f"the tar has {num_bytes} bytes", expected=f"{known.tar_bytes}", action=ACTION
+            f"the tar has {tar.num_bytes} bytes", expected=f"{known.tar_bytes}", action=ACTION
         )
 
 
 def _check_content(
-    descriptor: int,
+    tar: RandomAccess,
     identity: SetIdentity,
     name: ShardName,
     entry: ShardEntry | None,
@@ -148,14 +146,14 @@ def _check_content(
     computed: ShardIndex | None = None
     wrong: list[tuple[str, CorruptError]] = []
     with findings.collecting():
-        source = _source_sha256(descriptor, name, entry, stored)
+        source = _source_sha256(tar, name, entry, stored)
         header = _header(identity, name, source)
 
         def look(image_id: str, content: memoryview, sidecar: bytes) -> None:
             errors = _wrong_content(identity, name, image_id, header.decode(content), sidecar)
             wrong.extend((name.key(image_id), error) for error in errors)
 
-        computed = index_of_tar(descriptor, name, header, look)
+        computed = index_of_tar(tar, name, header, look)
     index = stored or computed
     if index is None:
         return None
@@ -165,7 +163,7 @@ def _check_content(
         return index
     # Something is damaged: the index tells which records are.
     num_before = len(findings)
-    _check_records(descriptor, identity, index, findings)
+    _check_records(tar, identity, index, findings)
     is_explained = len(findings) > num_before
     if computed is not None and not is_explained:
         findings.add(
@@ -179,9 +177,8 @@ def _check_content(
 
 
 def _check_records(
-    descriptor: int, identity: SetIdentity, index: ShardIndex, findings: FindingList
+    tar: RandomAccess, identity: SetIdentity, index: ShardIndex, findings: FindingList
 ) -> None:
-    tar = OpenFile(partial(os.dup, descriptor), index.name.tar)
     reader = ShardReader(tar, index, diagnose=lambda error: error)
     for number in range(index.num_records):
         key, image_id = index.key(number), index.image_id(number)
@@ -209,11 +206,11 @@ def _wrong_content(
 
 
 def _source_sha256(
-    descriptor: int, name: ShardName, entry: ShardEntry | None, stored: ShardIndex | None
+    tar: RandomAccess, name: ShardName, entry: ShardEntry | None, stored: ShardIndex | None
 ) -> str | None:
     if entry is not None:
         return entry.source_sha256
-    header = stored.header if stored is not None else header_of_tar(descriptor, name)
+    header = stored.header if stored is not None else header_of_tar(tar, name)
     return None if header is None else header.source_sha256
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.shards.manifest import ShardEntry
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 from sdxl_distill.verify.catalog_check import NO_CATALOG, check_catalog, is_without_catalog
 from sdxl_distill.verify.finding import Finding, exit_code_of
 from sdxl_distill.verify.id_check import IdCheck
@@ -69,7 +70,7 @@ def show_nothing(num_done: int, num_all: int) -> None:
 
 
 def verify_set(
-    path: str | Path,
+    path: str | Path | Place,
     *,
     quick: bool = False,
     num_threads: int = 1,
@@ -88,11 +89,12 @@ def verify_set(
         ConfigError: when there is no such folder.
         StorageError: when it cannot be listed.
     """
-    with Directory(path) as directory:
-        names = directory.names()
-        identity, findings = read_identity(directory)
-        manifest, more = read_manifest(directory)
-        result = Verification(directory.path.resolve().name, findings=findings + more)
+    place = Place(path)
+    with place.open() as directory:
+        names, folder = directory.names(), SetFolder(directory)
+        identity, findings = read_identity(folder)
+        manifest, more = read_manifest(folder)
+        result = Verification(place.real().name, findings=findings + more)
         if manifest is not None:
             result.findings += check_identity(identity or manifest.identity, manifest)
             identity = manifest.identity
@@ -106,20 +108,18 @@ def verify_set(
         result.set_id, result.kind = identity.id, identity.kind
         result.findings += check_strangers(identity, names, entries, complete=manifest is not None)
         if identity.kind == "text":
-            result.findings += check_empty_record(directory, identity, manifest)
+            result.findings += check_empty_record(folder, identity, manifest)
         unknown_noise = check_recipe(identity)
         result.findings += unknown_noise
-        check = partial(check_shard, directory, identity, quick=quick or bool(unknown_noise))
+        check = partial(check_shard, folder, identity, quick=quick or bool(unknown_noise))
         ids = IdCheck(identity, () if manifest is None else manifest.undecodable)
         _check_all(result, ids, check, entries, num_threads, on_progress)
-        result.findings += ids.findings(partial(existing_index, directory, identity))
+        result.findings += ids.findings(partial(existing_index, folder, identity))
         if identity.kind == "latents":
-            if is_without_catalog(directory, manifest):
+            if is_without_catalog(place, manifest):
                 result.notes.append(NO_CATALOG)
             else:
-                result.findings += check_catalog(
-                    directory, identity, manifest, entries, quick=quick
-                )
+                result.findings += check_catalog(place, identity, manifest, entries, quick=quick)
     return result
 
 

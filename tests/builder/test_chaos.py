@@ -29,6 +29,7 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
 NUM_SHARDS = 3
 NUM_WORKERS = 4
@@ -75,7 +76,7 @@ class Trial:
             shutil.rmtree(self.path / ".build", ignore_errors=True)
         elif blow == "withdraw":
             if self.path.is_dir():
-                withdraw_set(self.path)
+                withdraw_set(Place(self.path))
                 self.seen.clear()
                 self.num_withdrawals += 1
         elif victim is not None:
@@ -91,13 +92,12 @@ class Trial:
             for shard in planned(NUM_SHARDS):
                 idx = _read(directory, shard.name.idx)
                 try:
-                    descriptor = directory.open(shard.name.tar)
+                    tar = directory.open(shard.name.tar)
                 except FileNotFoundError:
                     assert idx is None, f"I3: {shard.name} has an index without tar"
                     assert str(shard.name) not in self.seen, f"I1: {shard.name} vanished"
                     continue
-                index = index_of_tar(descriptor, shard.name, shard_header(toy_record(), shard))
-                os.close(descriptor)
+                index = index_of_tar(tar, shard.name, shard_header(toy_record(), shard))
                 assert idx in (None, index.to_bytes()), f"I2: {shard.name} mixes tar and index"
                 seen = self.seen.setdefault(str(shard.name), index.digest)
                 assert seen == index.digest, f"I1: {shard.name} changed"

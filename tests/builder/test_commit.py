@@ -24,12 +24,14 @@ from sdxl_distill.errors import CorruptError, IncompatibleError, StorageError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.manifest import Manifest
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
-from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.shards.writer import ShardWriter
-from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 from sdxl_distill.storage.publication import Publication, Volume
 from sdxl_distill.storage.regular_file import LostDirectoryError
+from sdxl_distill.storage.staged_file import StagedFile
 
 SHARD = planned(1)[0]
 NAME = SHARD.name
@@ -43,7 +45,7 @@ def directory(tmp_path: Path) -> Iterator[Directory]:
 
 
 def write(staged: StagedFile, content: ToyContent) -> ShardIndex:
-    writer = ShardWriter(staged.file, NAME, HEADER)
+    writer = ShardWriter(staged, NAME, HEADER)
     for batch in content.read(SHARD):
         for encoded in content.encode(content.compute(batch), HEADER):
             writer.write(*encoded)
@@ -53,7 +55,7 @@ def write(staged: StagedFile, content: ToyContent) -> ShardIndex:
 def commit(directory: Directory, content: ToyContent) -> tuple[ShardIndex, ShardIndex]:
     with directory.stage() as staged:
         own = write(staged, content)
-        return own, commit_shard(directory, staged, own, content.accepts)
+        return own, commit_shard(SetFolder(directory), staged, own, content.accepts)
 
 
 def index_on_disk(directory: Directory) -> ShardIndex:
@@ -61,11 +63,7 @@ def index_on_disk(directory: Directory) -> ShardIndex:
 
 
 def index_of_disk_tar(directory: Directory) -> ShardIndex:
-    descriptor = directory.open(NAME.tar)
-    try:
-        return index_of_tar(descriptor, NAME, HEADER)
-    finally:
-        os.close(descriptor)
+    return SetFolder(directory).index_of_tar(NAME, HEADER)
 
 
 def test_a_commit_leaves_exactly_tar_and_index(directory: Directory) -> None:
@@ -139,13 +137,13 @@ def test_an_orphan_tar_gets_its_own_index_not_the_second_builders(directory: Dir
 def test_a_tar_without_index_is_adopted_without_building(directory: Directory) -> None:
     first, _ = commit(directory, ToyContent(random=True))
     directory.remove(NAME.idx)
-    adopted = adopt_shard(directory, NAME, HEADER, ToyContent().accepts)
+    adopted = adopt_shard(SetFolder(directory), NAME, HEADER, ToyContent().accepts)
     assert adopted is not None
     assert index_on_disk(directory).digest == adopted.digest == first.digest
 
 
 def test_there_is_nothing_to_adopt_in_an_empty_folder(directory: Directory) -> None:
-    assert adopt_shard(directory, NAME, HEADER, ToyContent().accepts) is None
+    assert adopt_shard(SetFolder(directory), NAME, HEADER, ToyContent().accepts) is None
 
 
 def test_what_was_swept_while_the_builder_slept_is_lost_and_typed(directory: Directory) -> None:
@@ -153,7 +151,7 @@ def test_what_was_swept_while_the_builder_slept_is_lost_and_typed(directory: Dir
         own = write(staged, ToyContent())
         directory.remove(staged.temporary_name)
         with pytest.raises(LostDirectoryError):
-            commit_shard(directory, staged, own, ToyContent().accepts)
+            commit_shard(SetFolder(directory), staged, own, ToyContent().accepts)
     assert directory.names() == set()
 
 
@@ -190,7 +188,7 @@ def test_a_damaged_tar_is_refused_and_the_message_names_repair(
     damage(directory.path / NAME.tar)
     before = (directory.path / NAME.tar).stat()
     with pytest.raises(CorruptError, match="--repair"):
-        adopt_shard(directory, NAME, HEADER, ToyContent().accepts)
+        adopt_shard(SetFolder(directory), NAME, HEADER, ToyContent().accepts)
     assert os.path.samestat(before, (directory.path / NAME.tar).stat())
     assert not directory.exists(NAME.idx)
 
@@ -200,7 +198,7 @@ def test_a_tar_of_another_set_is_refused(directory: Directory) -> None:
     directory.remove(NAME.idx)
     other = shard_header(toy_record(seed=1), SHARD)
     with pytest.raises(CorruptError, match="--repair"):
-        adopt_shard(directory, NAME, other, ToyContent().accepts)
+        adopt_shard(SetFolder(directory), NAME, other, ToyContent().accepts)
 
 
 def test_a_tar_made_from_another_latents_shard_is_refused(directory: Directory) -> None:
@@ -208,33 +206,35 @@ def test_a_tar_made_from_another_latents_shard_is_refused(directory: Directory) 
     directory.remove(NAME.idx)
     other = shard_header(toy_record(), replace(SHARD, source_sha256="a" * 64))
     with pytest.raises(CorruptError, match="--repair"):
-        adopt_shard(directory, NAME, other, ToyContent().accepts)
+        adopt_shard(SetFolder(directory), NAME, other, ToyContent().accepts)
 
 
 def test_a_tar_with_other_keys_is_refused(directory: Directory) -> None:
     commit(directory, ToyContent())
     directory.remove(NAME.idx)
     with pytest.raises(CorruptError, match=r"other keys.*\n.*--repair"):
-        adopt_shard(directory, NAME, HEADER, lambda index: index.keys() == keys_of(NAME, 3))
+        adopt_shard(
+            SetFolder(directory), NAME, HEADER, lambda index: index.keys() == keys_of(NAME, 3)
+        )
 
 
 def test_the_set_record_is_written_once(directory: Directory) -> None:
-    publish_set_identity(directory, toy_record())
+    publish_set_identity(SetFolder(directory), toy_record())
     before = (directory.path / "set.json").stat()
-    assert publish_set_identity(directory, toy_record()) == toy_record()
+    assert publish_set_identity(SetFolder(directory), toy_record()) == toy_record()
     assert os.path.samestat(before, (directory.path / "set.json").stat())
 
 
 def test_another_configuration_is_refused_with_the_fields_that_differ(directory: Directory) -> None:
-    publish_set_identity(directory, toy_record(seed=1))
+    publish_set_identity(SetFolder(directory), toy_record(seed=1))
     with pytest.raises(IncompatibleError, match=r"content\.seed 1, not 2"):
-        publish_set_identity(directory, toy_record(seed=2))
+        publish_set_identity(SetFolder(directory), toy_record(seed=2))
 
 
 def test_a_damaged_set_record_names_repair(directory: Directory) -> None:
     (directory.path / "set.json").write_bytes(b'{"kind": "latents"}')
     with pytest.raises(CorruptError, match="--repair"):
-        publish_set_identity(directory, toy_record())
+        publish_set_identity(SetFolder(directory), toy_record())
 
 
 def test_nothing_is_loaded_for_a_folder_of_another_configuration(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_nothing_is_loaded_for_a_folder_of_another_configuration(tmp_path: Path)
         raise AssertionError("loaded")
 
     with pytest.raises(IncompatibleError):
-        build_set(tmp_path / "toy", toy_record(2), planned(1), load, describe, World())
+        build_set(Place(tmp_path / "toy"), toy_record(2), planned(1), load, describe, World())
 
 
 def test_any_finisher_writes_the_same_manifest(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_any_finisher_writes_the_same_manifest(tmp_path: Path) -> None:
 
 def build_grown(path: Path) -> BuiltSet:
     return build_set(
-        path,
+        Place(path),
         toy_record(),
         planned(4),
         ToyContent,
@@ -301,7 +301,9 @@ def test_a_finisher_that_slept_does_not_replace_the_manifest_of_a_later_catalog(
         later.append(build_grown(path).manifest)
         return manifest
 
-    finished = build_set(path, toy_record(), planned(3), ToyContent, describe_and_sleep, World())
+    finished = build_set(
+        Place(path), toy_record(), planned(3), ToyContent, describe_and_sleep, World()
+    )
     assert later[0].catalog == 1
     assert finished.manifest == later[0]
     assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == later[0]
@@ -338,7 +340,9 @@ def test_a_manifest_of_a_greater_catalog_that_lacks_what_was_built_does_not_come
         directory.replace_bytes("manifest.json", make(all_indices).to_bytes())
         return describe(directory, identity, all_indices)
 
-    built = build_set(path, toy_record(), planned(3), ToyContent, describe_beside_another, World())
+    built = build_set(
+        Place(path), toy_record(), planned(3), ToyContent, describe_beside_another, World()
+    )
     assert built.manifest.catalog == 0
     assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == built.manifest
 
@@ -359,7 +363,7 @@ def test_a_stale_shard_is_refused_when_finishing(tmp_path: Path) -> None:
     build(path, 1)
     today = [replace(SHARD, source_sha256="b" * 64)]
     with pytest.raises(IncompatibleError, match=r"planned for other images.*\n.*--repair"):
-        build_set(path, toy_record(), today, ToyContent, describe, World())
+        build_set(Place(path), toy_record(), today, ToyContent, describe, World())
 
 
 def test_records_of_a_shard_depend_on_the_shard_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sdxl_distill.builder.existing_manifest import ExistingManifest
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
+from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.storage.fsio import Directory
 
 STEM = "toy-64x128-000002"
@@ -98,7 +99,7 @@ def test_a_manifest_is_parsed_again_only_when_it_is_another_file(
 
     monkeypatch.setattr(Manifest, "from_bytes", counted)
     with Directory(tmp_path / "toy") as directory:
-        existing = ExistingManifest(directory)
+        existing = ExistingManifest(SetFolder(directory))
         for _ in range(5):
             assert existing.read() == first
         assert len(parsed) == 1

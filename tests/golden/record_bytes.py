@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
+from support.memory_file import MemoryFile
 
 from sdxl_distill.core.image_id import ids_digest, image_id
 from sdxl_distill.core.noise import NOISE_ALGORITHM, noise, noise_seed, timestep
@@ -96,7 +96,6 @@ def _write(
     sidecar: bytes | None,
     noise_digest: int | None,
 ) -> ShardIndex:
-    with os.fdopen(os.memfd_create(name.tar), "w+b") as file:
-        writer = ShardWriter(file, name, header)
-        writer.write(name.key(IDENTITY), content, sidecar, noise_digest)
-        return writer.close()
+    writer = ShardWriter(MemoryFile(), name, header)
+    writer.write(name.key(IDENTITY), content, sidecar, noise_digest)
+    return writer.close()

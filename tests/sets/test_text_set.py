@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 
 def build_text(workshop, *overrides, **options):
     config = workshop.config(*overrides)
-    return build_text_set(config, open_latents(config), Launch(World()), **options)
+    place, built = build_text_set(config, open_latents(config), Launch(World()), **options)
+    return Path(str(place)), built
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ class SmallSet:
     def add_shard(self, name: ShardName, identities: list[str]) -> ShardIndex:
         header = self.header(name)
         with Directory(self.directory) as directory, directory.stage() as staged:
-            writer = ShardWriter(staged.file, name, header)
+            writer = ShardWriter(staged, name, header)
             for number, identity in enumerate(identities):
                 tensors = self.tensors(name, identity)
                 self.written[name, number] = tensors

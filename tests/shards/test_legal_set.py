@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from support.memory_file import MemoryFile
 
 from sdxl_distill import limits
 from sdxl_distill.errors import ConfigError
@@ -160,8 +159,7 @@ def test_a_writer_refuses_the_record_that_would_make_its_shard_too_large(monkeyp
     }
     record = encode_record(tensors, {"fingerprint": DIGEST, "source_sha256": DIGEST})
     assert record == header.encode(tensors)
-    file = io.BytesIO()
-    writer = ShardWriter(file, name, header)
+    writer = ShardWriter(MemoryFile(), name, header)
     num_legal = most_records(header.record_bytes)
     for number in range(num_legal):
         writer.write(name.key(f"{number:032x}"), record)

@@ -6,9 +6,10 @@ import hashlib
 import io
 import os
 import tarfile
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
+from support.memory_file import MemoryFile
 from webdataset.writer import TarWriter
 
 from sdxl_distill.errors import CorruptError
@@ -36,12 +37,7 @@ def written(**settings: object) -> bytes:
 
 
 def members_of(content: bytes | bytearray) -> list[TarMember]:
-    descriptor = os.memfd_create("x.tar")
-    try:
-        os.write(descriptor, content)
-        return list(read_members(descriptor, len(content), "x.tar"))
-    finally:
-        os.close(descriptor)
+    return list(read_members(MemoryFile(content), "x.tar"))
 
 
 def test_members_are_those_that_tarfile_finds() -> None:
@@ -119,10 +115,9 @@ def test_a_compressed_tar_is_refused() -> None:
         members_of(stream.getvalue() + bytes(10_240))
 
 
-def test_reading_past_the_end_says_at_which_byte(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"0123456789")
-    with (tmp_path / "x").open("rb") as file, pytest.raises(CorruptError, match="ends at byte 10"):
-        read_at(file.fileno(), 8, 4, "x")
+def test_reading_past_the_end_says_at_which_byte() -> None:
+    with pytest.raises(CorruptError, match="ends at byte 10"):
+        read_at(MemoryFile(b"0123456789"), 8, 4, "x")
 
 
 @pytest.mark.parametrize("size", [512, (2 << 20) - 1, 5 << 20])
@@ -134,40 +129,34 @@ def test_one_pass_gives_every_payload_and_the_sha256(size: int, keeps: bool) -> 
         for name, payload in payloads.items():
             tar.write({"__key__": name.removesuffix(".bin"), "bin": payload})
     content = buffer.getvalue()
-    descriptor = os.memfd_create("x.tar")
-    try:
-        os.write(descriptor, content)
-        stream = TarStream(descriptor, len(content), "x.tar")
-        waiting = None
-        for member in stream.members():  # each payload is looked at when the next header was read
-            if waiting is not None:
-                assert stream.read(waiting.offset, waiting.num_bytes) == payloads[waiting.name]
-                if not keeps:
-                    stream.forget(waiting.offset + waiting.num_bytes)
-            waiting = member
-        assert waiting is not None
-        assert stream.read(waiting.offset, waiting.num_bytes) == payloads[waiting.name]
-        assert stream.sha256() == hashlib.sha256(content).hexdigest()
-    finally:
-        os.close(descriptor)
+    stream = TarStream(MemoryFile(content), "x.tar")
+    waiting = None
+    for member in stream.members():  # each payload is looked at when the next header was read
+        if waiting is not None:
+            assert stream.read(waiting.offset, waiting.num_bytes) == payloads[waiting.name]
+            if not keeps:
+                stream.forget(waiting.offset + waiting.num_bytes)
+        waiting = member
+    assert waiting is not None
+    assert stream.read(waiting.offset, waiting.num_bytes) == payloads[waiting.name]
+    assert stream.sha256() == hashlib.sha256(content).hexdigest()
 
 
-def test_a_stream_reads_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    content = written()
-    read: list[tuple[int, int]] = []
-    preadv = os.preadv
+class CountedFile(MemoryFile):
+    """Notes what is read of it: offset and number of bytes."""
 
-    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        num_read = preadv(descriptor, buffers, offset)
-        read.append((offset, num_read))
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.reads: list[tuple[int, int]] = []
+
+    def read_into(self, buffers: Sequence[memoryview], offset: int, *, wait: bool = True) -> int:
+        num_read = super().read_into(buffers, offset, wait=wait)
+        self.reads.append((offset, num_read))
         return num_read
 
-    monkeypatch.setattr(os, "preadv", counted)
-    descriptor = os.memfd_create("x.tar")
-    try:
-        os.write(descriptor, content)
-        stream = TarStream(descriptor, len(content), "x.tar")
-        assert len(list(stream.members())) == len(PAYLOADS)
-    finally:
-        os.close(descriptor)
-    assert read == [(0, len(content))]
+
+def test_a_stream_reads_each_byte_once() -> None:
+    content = written()
+    file = CountedFile(content)
+    assert len(list(TarStream(file, "x.tar").members())) == len(PAYLOADS)
+    assert file.reads == [(0, len(content))]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.memory_file import MemoryFile
 from webdataset.writer import TarWriter
 
 from sdxl_distill.errors import CorruptError
@@ -21,17 +21,15 @@ from sdxl_distill.shards.tar import MODE, OWNER
 from sdxl_distill.shards.tar_index import header_of_tar, index_of_tar
 
 
-class Tar:
-    """A tar in memory that can be read by descriptor."""
+class Tar(MemoryFile):
+    """A tar in memory, with what its index is made of."""
 
     def __init__(self, content: bytes, name: ShardName, header: RecordHeader) -> None:
+        super().__init__(content)
         self.name, self.header = name, header
-        self.descriptor = os.memfd_create("tar")
-        weakref.finalize(self, os.close, self.descriptor)
-        os.write(self.descriptor, content)
 
     def index(self) -> ShardIndex:
-        return index_of_tar(self.descriptor, self.name, self.header)
+        return index_of_tar(self, self.name, self.header)
 
 
 @pytest.fixture
@@ -79,12 +77,12 @@ def test_a_tar_under_the_name_of_another_bucket_or_draw_is_refused(make) -> None
 
 def test_the_header_of_a_tar_is_that_of_its_records(make) -> None:
     tar, _, index = make("latents")
-    assert header_of_tar(tar.descriptor, tar.name) == index.header
+    assert header_of_tar(tar, tar.name) == index.header
 
 
 def test_an_empty_tar_has_no_header(make) -> None:
     tar, _, _ = make("latents", count=0)
-    assert header_of_tar(tar.descriptor, tar.name) is None
+    assert header_of_tar(tar, tar.name) is None
 
 
 def test_a_tar_of_more_than_two_gigabytes_is_refused_unread(make) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 import tracemalloc
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import pytest
 import safetensors.torch
 import webdataset
+from support.memory_file import MemoryFile
 
 from sdxl_distill.errors import CorruptError, StorageError
 from sdxl_distill.shards.record import RecordHeader, latents_schema
@@ -34,9 +33,7 @@ def test_the_writers_index_is_the_index_of_its_tar(
     name = ShardName(small.identity.id, 64, 128, 3, draw)
     index = small.add_shard(name, ids(count))
     with Directory(small.directory) as directory:
-        descriptor = directory.open(name.tar)
-        found = index_of_tar(descriptor, name, small.header(name))
-        os.close(descriptor)
+        found = index_of_tar(directory.open(name.tar), name, small.header(name))
     assert found.to_bytes() == index.to_bytes()
     assert index.num_records == count
 
@@ -104,7 +101,7 @@ def test_memory_stays_flat_while_a_large_shard_is_written(tmp_path: Path, ids) -
     tensors = {"latents": np.zeros((4, 64, 64), np.float16), "time_ids": np.zeros(6, np.int32)}
     record = header.encode(tensors)
     with Directory(tmp_path) as directory, directory.stage() as staged:
-        writer = ShardWriter(staged.file, name, header)
+        writer = ShardWriter(staged, name, header)
         tracemalloc.start()
         for identity in ids(600):
             writer.write(name.key(identity), record)
@@ -119,8 +116,10 @@ def test_a_full_disk_is_a_storage_error(ids) -> None:
     name = ShardName("latents", 512, 512, 0)
     header = RecordHeader.build(latents_schema(4), 512, 512, FINGERPRINT)
     record = header.content + bytes(header.record_bytes - len(header.content))
-    with Path("/dev/full").open("wb", buffering=0) as file:
-        writer = ShardWriter(cast("BinaryIO", file), name, header)
+    full = MemoryFile()
+    full.file.close()
+    with Path("/dev/full").open("wb", buffering=0) as full.file:
+        writer = ShardWriter(full, name, header)
         writer.write(name.key(ids(1)[0]), record)
         with pytest.raises(StorageError, match="No space left"):
             writer.close()

@@ -207,7 +207,7 @@ def test_a_stale_file_is_read_once_more(
         Stale(monkeypatch, call, 1)
         assert directory.read("name", 10) == b"content"
         Stale(monkeypatch, call, 1)
-        os.close(directory.open("name"))
+        directory.open("name").close()
 
 
 @pytest.mark.parametrize("call", ["open", "fstat"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.oracles.joined_by_webdataset import Records, read_all, record_name
-from support.shard_sets import ShardSets
+from support.shard_sets import ShardSets, path_of
 
 from sdxl_distill.core.noise import noise, noise_seed
 from sdxl_distill.errors import CorruptError, IncompatibleError
@@ -35,16 +35,16 @@ def require_joined(batch: JoinedBatch, teachers: list[ShardSet], text: Path) -> 
     """Compare a batch with what webdataset reads from the same tars."""
     names = [record_name(key, draw) for key, draw in zip(batch.keys, batch.draws, strict=True)]
     keys = list(batch.keys)
-    first = read_all(teachers[0].directory)
-    latents = read_all(teachers[0].directory.parents[1] / "latents")
+    first = read_all(path_of(teachers[0]))
+    latents = read_all(path_of(teachers[0]).parents[1] / "latents")
     assert torch.equal(batch.latents, stacked(latents, keys, "latents"))
     assert torch.equal(batch.time_ids, stacked(latents, keys, "time_ids"))
     assert torch.equal(batch.timesteps, stacked(first, names, "timestep")[:, 0])
     for teacher, prediction in zip(teachers, batch.predictions, strict=True):
-        expected = stacked(read_all(teacher.directory), names, "teacher_pred")
+        expected = stacked(read_all(path_of(teacher)), names, "teacher_pred")
         assert torch.equal(prediction, expected)
     embeddings = read_all(text)
-    text_names = names if text == teachers[0].directory else keys
+    text_names = names if text == path_of(teachers[0]) else keys
     for tensor in ("encoder_hidden_states", "pooled_embeds"):
         assert torch.equal(getattr(batch, tensor), stacked(embeddings, text_names, tensor))
     for row, seed in enumerate(stacked(first, names, "seed")[:, 0].tolist()):
@@ -56,12 +56,12 @@ def test_a_full_layout_is_joined_as_webdataset_would(teachers: Teachers) -> None
     batches = first_epochs(JoinedStream(opened, global_batch=GLOBAL_BATCH))
     assert {batch.bucket for batch in batches} == {(64, 64), (64, 128)}
     for batch in batches:
-        require_joined(batch, opened, opened[0].directory)
+        require_joined(batch, opened, path_of(opened[0]))
 
 
 def test_a_compact_layout_is_joined_as_webdataset_would(teachers: Teachers) -> None:
     opened = teachers("compact", "compact")
-    text = opened[0].directory.parent / "text-111111111111"
+    text = path_of(opened[0]).parent / "text-111111111111"
     for batch in first_epochs(JoinedStream(opened, global_batch=GLOBAL_BATCH)):
         require_joined(batch, opened, text)
 
@@ -71,7 +71,7 @@ def test_several_draws_are_joined_as_webdataset_would(teachers: Teachers) -> Non
     batches = first_epochs(JoinedStream(opened, global_batch=GLOBAL_BATCH), num_epochs=4)
     assert {draw for batch in batches for draw in batch.draws} == {0, 1, 2}
     for batch in batches:
-        require_joined(batch, opened, opened[0].directory)
+        require_joined(batch, opened, path_of(opened[0]))
 
 
 def test_the_layouts_of_one_cache_give_equal_batches(sets: ShardSets) -> None:
@@ -119,7 +119,7 @@ def test_the_student_may_be_conditioned_on_the_text_of_a_later_teacher(sets: Sha
     ]
     stream = JoinedStream(opened, global_batch=GLOBAL_BATCH, text_fingerprint="3" * 64)
     batch = next(stream.epoch(0))
-    expected = stacked(read_all(opened[1].directory), list(batch.keys), "pooled_embeds")
+    expected = stacked(read_all(path_of(opened[1])), list(batch.keys), "pooled_embeds")
     assert torch.equal(batch.pooled_embeds, expected)
 
 
@@ -181,7 +181,7 @@ def test_embeddings_that_differ_by_rounding_are_the_same_caption(sets: ShardSets
         open_shard_set(sets.teacher("b", change=rounding)),
     ]
     batch = next(JoinedStream(opened, global_batch=GLOBAL_BATCH).epoch(0))
-    require_joined(batch, opened, opened[0].directory)
+    require_joined(batch, opened, path_of(opened[0]))
 
 
 def test_embeddings_of_another_caption_are_refused(sets: ShardSets) -> None:
@@ -229,7 +229,7 @@ def test_a_flipped_byte_is_found_in_whatever_is_read(
 def test_a_flipped_byte_in_an_index_is_found(teachers: Teachers) -> None:
     opened = teachers("full", "full")
     stream = JoinedStream(opened, global_batch=GLOBAL_BATCH)
-    for path in opened[1].directory.glob("*.idx"):
+    for path in path_of(opened[1]).glob("*.idx"):
         flip(path, path.stat().st_size // 2)
     with pytest.raises(CorruptError, match=r"b-64x.*\.idx"):
         next(stream.epoch(0))
@@ -238,7 +238,7 @@ def test_a_flipped_byte_in_an_index_is_found(teachers: Teachers) -> None:
 def test_a_tar_that_vanished_is_named(teachers: Teachers) -> None:
     opened = teachers("full", "full")
     stream = JoinedStream(opened, global_batch=GLOBAL_BATCH)
-    for path in opened[1].directory.glob("*.tar"):
+    for path in path_of(opened[1]).glob("*.tar"):
         path.unlink()
     with pytest.raises(CorruptError, match=r"b-64x.*\.tar: is missing"):
         next(stream.epoch(0))

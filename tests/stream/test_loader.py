@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.oracles.joined_by_webdataset import read_all
 from support.patience import PATIENCE_SECONDS
-from support.shard_sets import SHARD_SIZES, ShardSets
+from support.shard_sets import SHARD_SIZES, ShardSets, path_of
 
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.runtime.world import World
@@ -65,7 +65,7 @@ def test_each_epoch_is_close_to_one_pass_over_the_images(pair: list[ShardSet]) -
     num_epochs = 8
     with JoinedStream(pair, global_batch=GLOBAL_BATCH) as stream:
         keys = [key for batch in epochs(stream, num_epochs) for key in batch.keys]
-    expected = set(read_all(pair[0].directory.parents[1] / "latents"))
+    expected = set(read_all(path_of(pair[0]).parents[1] / "latents"))
     assert set(keys) == expected
     views = np.unique(keys, return_counts=True)[1]
     assert views.max() <= num_epochs
@@ -183,7 +183,7 @@ def test_two_epochs_may_be_read_at_once(pair: list[ShardSet]) -> None:
 def test_a_fault_surfaces_at_its_batch_after_the_good_ones(pair: list[ShardSet]) -> None:
     with JoinedStream(pair, global_batch=GLOBAL_BATCH) as stream:
         good = list(epochs(stream))
-    damaged = max(pair[1].directory.glob("*.tar"))
+    damaged = max(path_of(pair[1]).glob("*.tar"))
     damaged.chmod(0o644)
     damaged.write_bytes(bytes(damaged.stat().st_size))
     image_ids = {each.hex() for each in _ids_of(pair[1], damaged.name)}
@@ -243,7 +243,7 @@ def test_the_shares_of_all_ranks_are_every_validation_record_once(
 
 
 def test_validation_holds_what_webdataset_reads(pair: list[ShardSet]) -> None:
-    records = read_all(pair[0].directory)
+    records = read_all(path_of(pair[0]))
     with JoinedStream(pair, global_batch=2, validation_fraction=0.5) as stream:
         for batch in stream.validation_batches(2):
             expected = torch.stack([records[key]["teacher_pred"] for key in batch.keys])
@@ -253,7 +253,7 @@ def test_validation_holds_what_webdataset_reads(pair: list[ShardSet]) -> None:
 def test_without_a_validation_split_no_index_is_read_when_opened(
     pair: list[ShardSet],
 ) -> None:
-    for path in pair[0].directory.parents[1].rglob("*.idx"):
+    for path in path_of(pair[0]).parents[1].rglob("*.idx"):
         path.unlink()
     JoinedStream(pair, global_batch=GLOBAL_BATCH).close()
 

@@ -22,7 +22,7 @@ def without_sources(path: Path) -> Manifest:
                 old.identity.schema, name.width, name.height, old.identity.fingerprint
             )
             with directory.stage() as staged:
-                writer = ShardWriter(staged.file, name, header)
+                writer = ShardWriter(staged, name, header)
                 for number in range(reader.index.num_records):
                     record = header.encode(reader.read_record(number))
                     sidecar = reader.read_sidecar(number)

@@ -23,18 +23,20 @@ from sdxl_distill.shards.record import (
     predictions_schema,
     text_schema,
 )
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME
 from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME, ShardSet, open_shard_set
+from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
 
-Place = tuple[int, int, int]
+ShardKey = tuple[int, int, int]
 """Width, height and number of a shard."""
 
 NUM_CHANNELS, NUM_TOKENS, HIDDEN_SIZE, POOLED_SIZE = 4, 3, 8, 5
 TEXT_ENCODERS = "1" * 64
-SHARD_SIZES: dict[Place, int] = {
+SHARD_SIZES: dict[ShardKey, int] = {
     (64, 64, 0): 5,
     (64, 64, 1): 5,
     (64, 64, 2): 1,
@@ -55,15 +57,15 @@ class ShardSets:
     """
 
     root: Path
-    shard_sizes: Mapping[Place, int] = field(default_factory=lambda: SHARD_SIZES)
+    shard_sizes: Mapping[ShardKey, int] = field(default_factory=lambda: SHARD_SIZES)
     base_seed: int = 42
 
-    def ids(self, place: Place) -> list[str]:
+    def ids(self, place: ShardKey) -> list[str]:
         """Return the sorted image ids of a shard."""
         count = self.shard_sizes[place]
         return sorted(image_id(f"{place} {number}".encode()) for number in range(count))
 
-    def latents(self, *, without: Iterable[Place] = (), salt: str = "", **content: Any) -> Path:
+    def latents(self, *, without: Iterable[ShardKey] = (), salt: str = "", **content: Any) -> Path:
         """Build the latents set; `salt` changes its tensors, nothing else."""
         identity = SetIdentity(
             kind="latents",
@@ -78,7 +80,7 @@ class ShardSets:
         encoders: str = TEXT_ENCODERS,
         *,
         set_id: str | None = None,
-        without: Iterable[Place] = (),
+        without: Iterable[ShardKey] = (),
     ) -> Path:
         """Build the text set of a pair of encoders."""
         set_id = set_id or f"text-{encoders[:12]}"
@@ -104,7 +106,7 @@ class ShardSets:
         dtype: str = "F16",
         folder: str = "teachers",
         change: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
-        without: Iterable[Place] = (),
+        without: Iterable[ShardKey] = (),
         **content: Any,
     ) -> Path:
         """Build a predictions set.
@@ -157,7 +159,7 @@ class ShardSets:
     def _reference(self, place: str, directory: Path) -> SetReference:
         target = open_shard_set(self.root / place)
         return SetReference.between(
-            target.manifest.identity.fingerprint, directory, target.directory
+            target.manifest.identity.fingerprint, Place(directory), target.place
         )
 
     def _build(
@@ -168,7 +170,7 @@ class ShardSets:
         *,
         draws: int = 1,
         change: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
-        without: Iterable[Place] = (),
+        without: Iterable[ShardKey] = (),
     ) -> Path:
         sources = {}
         if identity.kind != "latents":
@@ -204,7 +206,7 @@ class ShardSets:
         change: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None,
     ) -> ShardIndex:
         with folder.stage() as staged:
-            writer = ShardWriter(staged.file, name, header)
+            writer = ShardWriter(staged, name, header)
             for record_id in self.ids((name.width, name.height, name.number)):
                 tensors = record_tensors(identity, name, record_id, salt)
                 digest = None
@@ -218,6 +220,11 @@ class ShardSets:
             folder.publish(staged, name.tar)
         folder.publish_bytes(name.idx, index.to_bytes())
         return index
+
+
+def path_of(shard_set: ShardSet) -> Path:
+    """Return the folder of a set as a path."""
+    return Path(str(shard_set.place))
 
 
 def record_tensors(

@@ -28,7 +28,9 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.record import RecordHeader, latents_schema
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.fsio import Directory, StagedFile
+from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.staged_file import StagedFile
 
 BATCH_SIZE = 3
 NUM_RECORDS = 7
@@ -104,7 +106,7 @@ def build(
 ) -> BuiltSet:
     made = content or ToyContent()
     return build_set(
-        path,
+        Place(path),
         toy_record(made.seed),
         planned(num_shards),
         lambda: made,
