@@ -74,11 +74,11 @@ def changes(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         case ast.Constant(value=int() | float() as value):
             yield node, ast.Constant(value + 1)
         case ast.Constant(value=str() as value) if " " not in value:
-            yield node, ast.Constant(value + "_")
+            yield node, ast.Constant(value + "~")
         case ast.Constant(value=bytes() as value):
-            yield node, ast.Constant(value + b"_")
+            yield node, ast.Constant(value + b"~")
         case ast.JoinedStr(values=values) if not any(_has_space(value) for value in values):
-            yield node, ast.JoinedStr([*values, ast.Constant("_")])
+            yield node, ast.JoinedStr([*values, ast.Constant("~")])
         case ast.Call(keywords=keywords):
             for kept in keywords:
                 if kept.arg not in (None, "strict"):

@@ -29,9 +29,9 @@ def changes(source: str) -> list[str]:
                               "a in b → a not in b", "not c → c"]),
         ("if ready: x = a - b", ["ready → not ready", "a - b → a + b"]),
         ("x = f(name='n', strict=True)", ["f(name='n', strict=True) → f(strict=True)",
-                                          "'n' → 'n_'"]),
-        ("x = True, 'é', 1.5", ["True → False", "'é' → 'é_'", "1.5 → 2.5"]),
-        ("x = f'{a}.tar'", ["f'{a}.tar' → f'{a}.tar_'"]),
+                                          "'n' → 'n~'"]),
+        ("x = True, 'é', 1.5", ["True → False", "'é' → 'é~'", "1.5 → 2.5"]),
+        ("x = f'{a}.tar'", ["f'{a}.tar' → f'{a}.tar~'"]),
     ],
 )  # fmt: skip
 def test_each_kind_of_change_is_made(source: str, expected: list[str]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.shards.digest import tensor_digest
 from sdxl_distill.shards.index import ShardIndex, is_strictly_ascending, tar_layout
+from sdxl_distill.shards.index_layout import index_bytes
 from sdxl_distill.shards.shard_name import ShardName
 
 
@@ -29,6 +30,39 @@ def test_an_index_is_read_back(kind: str, layout: str, count: int, sets, ids) ->
     assert read.to_bytes() == written.to_bytes()
     assert read.header == written.header
     assert read.keys() == [f"{identity}_64x64" for identity in ids(count)]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_index_of_which_all_is_known_is_read_without_parsing(count: int, sets, ids) -> None:
+    small = sets.start("predictions", "compact")
+    written = small.add_shard(ShardName(small.identity.id, 64, 64, 0), ids(count))
+    known = {
+        "digest": written.digest,
+        "num_records": count,
+        "tar_bytes": written.tar_bytes,
+        "tar_sha256": written.tar_sha256,
+    }
+    content = written.to_bytes()
+    read = ShardIndex.from_known_bytes(content, written.name, written.header, **known)
+    assert read is not None
+    assert read.to_bytes() == content
+    for name, value in (("num_records", count + 1), ("tar_sha256", "0" * 64)):
+        other = {**known, name: value}
+        assert ShardIndex.from_known_bytes(content, written.name, written.header, **other) is None
+
+
+@pytest.mark.parametrize("layout", ["full", "compact"])
+@pytest.mark.parametrize("num_digits", range(1, 17))
+def test_the_size_of_an_index_is_known_beforehand(num_digits: int, layout: str, sets, ids) -> None:
+    """A header ends on a multiple of eight: only sizes of all lengths show each byte of it."""
+    small = sets.start("predictions", layout)
+    index = small.add_shard(ShardName(small.identity.id, 64, 64, 0), ids(3))
+    index = replace(index, tar_bytes=10 ** (num_digits - 1))
+    header_bytes, num_tensors = len(index.header.content), index.digests.shape[1]
+    has_noise = index.noise_digests is not None
+    assert len(index.to_bytes()) == index_bytes(
+        3, index.tar_bytes, header_bytes, num_tensors, has_noise=has_noise
+    )
 
 
 def test_every_flipped_byte_of_an_index_is_refused(index: ShardIndex) -> None:
