@@ -178,6 +178,28 @@ def test_a_manifest_that_lies_with_a_right_digest_is_refused(
         Manifest.from_bytes(signed(manifest, change), "x")
 
 
+LOW, HIGH = "1" * 32, "2" * 32
+
+
+@pytest.mark.parametrize(
+    ("num_records", "first", "last"),
+    [(1, LOW, HIGH), (2, LOW, LOW), (2, HIGH, LOW), (0, LOW, LOW), (2, None, None), (2, LOW, None)],
+)
+def test_the_ids_of_a_shard_fit_the_number_of_its_records(
+    num_records: int, first: str | None, last: str | None, sets
+) -> None:
+    small = sets.complete(shards=((64, 64, 2),))
+    manifest = Manifest.build(small.identity, 0, small.indices)
+    changes = {"num_records": num_records, "first_id": first, "last_id": last}
+
+    def change(fields: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            fields["shards"][name][0] = value
+
+    with pytest.raises(CorruptError, match="first and last ids"):
+        Manifest.from_bytes(signed(manifest, change), "x")
+
+
 @pytest.mark.parametrize(
     "keys", [["x"], ["b" * 32 + "_64x64", "a" * 32 + "_64x64"], ["a" * 32 + "_64x64"] * 2]
 )

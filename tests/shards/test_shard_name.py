@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from sdxl_distill.core.image_id import image_id
-from sdxl_distill.shards.shard_name import ShardName, is_safe_set_id
+from sdxl_distill.shards.shard_name import ShardName, is_bucket_side, is_safe_set_id
 
 SIDES = st.integers(1, 1024).map(lambda eighth: 8 * eighth)
 NAMES = st.builds(
@@ -84,3 +84,13 @@ def test_shards_sort_by_bucket_number_and_draw() -> None:
 def test_an_unsafe_set_id_is_recognised(set_id: str) -> None:
     assert not is_safe_set_id(set_id)
     assert is_safe_set_id("teacher_v1.2-b")
+
+
+@pytest.mark.parametrize(
+    ("length_px", "is_legal"),
+    [(0, False), (-8, False), (4, False), (8, True), (60, False), (8192, True), (8200, False)],
+)
+def test_a_side_is_a_multiple_of_eight_of_at_most_8192_pixels(
+    length_px: int, is_legal: bool
+) -> None:
+    assert is_bucket_side(length_px) == is_legal
