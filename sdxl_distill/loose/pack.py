@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -99,20 +99,43 @@ def pack_set(
             _require_same_records(folder, plans, source)
         _require_headers(source, plans)
         _require_legal(source, identity, plans)
-        with open_new_folder(target_place) as target:
-            target.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes())
-            indices: list[ShardIndex] = []
-            for num_done, plan in enumerate(plans, 1):
-                indices.append(_write_shard(source, target, plan))
-                on_progress(num_done, len(plans))
-            is_latents = identity.kind == "latents"
-            if is_latents and origin is not None and has_catalog(origin):
-                copy_catalog(origin, target_place)
-            catalog = 0 if before is None else before.catalog
-            left_out = before.undecodable if before and is_latents else ()
-            empty = _copy_empty_record(source, target, identity)
-            manifest = Manifest.build(identity, catalog, indices, left_out, empty)
-            target.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
+        return _write_set(source, target_place, identity, plans, before, origin, on_progress)
+
+
+def _write_set(
+    source: Directory,
+    target_place: Place,
+    identity: SetIdentity,
+    plans: Sequence[_Plan],
+    before: Manifest | None,
+    origin: Place | None,
+    on_progress: Progress,
+) -> Manifest:
+    """Write the planned shards, then what describes them; the manifest last.
+
+    Args:
+        source: the loose folder.
+        target_place: the folder of the set.
+        identity: the identity of the set.
+        plans: the shards, in order.
+        before: the manifest that the plans follow, if there is one.
+        origin: the folder that may hold the catalog of a latents set.
+        on_progress: called after each shard.
+    """
+    with open_new_folder(target_place) as target:
+        target.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes())
+        indices: list[ShardIndex] = []
+        for num_done, plan in enumerate(plans, 1):
+            indices.append(_write_shard(source, target, plan))
+            on_progress(num_done, len(plans))
+        is_latents = identity.kind == "latents"
+        if is_latents and origin is not None and has_catalog(origin):
+            copy_catalog(origin, target_place)
+        catalog = 0 if before is None else before.catalog
+        left_out = before.undecodable if before and is_latents else ()
+        empty = _copy_empty_record(source, target, identity)
+        manifest = Manifest.build(identity, catalog, indices, left_out, empty)
+        target.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
     return manifest
 
 

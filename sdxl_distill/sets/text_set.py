@@ -43,7 +43,7 @@ def build_text_set(
     repair: bool = False,
     encoders: ModelFolder | None = None,
 ) -> tuple[Place, BuiltSet]:
-    """Build what is missing of the text set, beside any other workers.
+    """Build what is missing of the text set, next to any other workers.
 
     Args:
         config: its `text_source` names the encoders, `cache.output_dir` the parent folder.
@@ -63,23 +63,11 @@ def build_text_set(
     output_dir = Place(config.cache.output_dir)
     encoders = encoders or ModelFolder.resolve(config.text_source)
 
-    def decide() -> SetIdentity:
-        identity = text_identity(encoders, latents, output_dir)
-        require_legal_plan(identity.id, identity.schema, planned_after(latents, identity.id))
-        require_complete(output_dir / identity.id, identity, encoders.text_encoders)
-        if repair:
-            refuse_in_job_array(launch, str(output_dir / identity.id))
-            repair_set(
-                output_dir / identity.id,
-                identity,
-                planned_after(latents, identity.id),
-                partial(holds_same_keys, latents=latents),
-                exclusive=config.cache.exclusive,
-            )
-        return identity
-
+    # Rank 0 decides which set it is; the others are told.
+    decide = partial(_prepare, config, encoders, latents, launch, output_dir, repair)
     identity = decide_identity(launch, "text", decide)
     place, shards = output_dir / identity.id, planned_after(latents, identity.id)
+    # The encoders are loaded once, by the first shard or the empty record that is missing.
     loaded: list[CaptionEncoder] = []
 
     def encoder() -> CaptionEncoder:
@@ -100,6 +88,26 @@ def build_text_set(
     if loaded:
         _report_cut_captions(loaded[0].num_truncated, identity)
     return place, built
+
+
+def _prepare(
+    config: BuilderConfig,
+    encoders: ModelFolder,
+    latents: ShardSet,
+    launch: Launch,
+    output_dir: Place,
+    repair: bool,
+) -> SetIdentity:
+    """Do what rank 0 does alone: refuse what cannot be built, bring back good shards."""
+    identity = text_identity(encoders, latents, output_dir)
+    place, shards = output_dir / identity.id, planned_after(latents, identity.id)
+    require_legal_plan(identity.id, identity.schema, shards)
+    require_complete(place, identity, encoders.text_encoders)
+    if repair:
+        refuse_in_job_array(launch, str(place))
+        accepts = partial(holds_same_keys, latents=latents)
+        repair_set(place, identity, shards, accepts, exclusive=config.cache.exclusive)
+    return identity
 
 
 def _report_cut_captions(num_truncated: int, identity: SetIdentity) -> None:

@@ -44,15 +44,6 @@ def new_token() -> str:
     return secrets.token_hex(16)
 
 
-def sync_folder(descriptor: int) -> None:
-    """Have the disk hold a folder's names, as far as the file system can be asked to."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-
-
 class Directory:
     """A directory held open by handle; every operation goes through the handle.
 
@@ -153,7 +144,11 @@ class Directory:
 
     def sync(self) -> None:
         """Have the disk hold the folder's names, as far as the file system can be asked to."""
-        sync_folder(self.descriptor)
+        try:
+            os.fsync(self.descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
 
     def _device(self) -> int:
         with in_use(self.path):
@@ -193,7 +188,7 @@ class Directory:
                 name,
                 str(self.path),
             )
-            sync_folder(self.descriptor)
+            self.sync()
         return made
 
     def publish_bytes(self, name: str, content: bytes) -> bool:
@@ -210,7 +205,7 @@ class Directory:
             staged.file.write(content)
             staged.seal()
             self._rename_over(staged.temporary_name, name)
-            sync_folder(self.descriptor)
+            self.sync()
 
     def swap_bytes(self, name: str, content: bytes, max_bytes: int) -> bytes | None:
         """Give `name` new content in one step and return what it had; None: it was not there.
@@ -234,7 +229,7 @@ class Directory:
                     before = self.read(staged.temporary_name, max_bytes)
                 else:
                     self._rename_over(staged.temporary_name, name)
-                sync_folder(self.descriptor)
+                self.sync()
         return before
 
     def link_from(self, source: Directory, name: str) -> bool:
@@ -257,7 +252,7 @@ class Directory:
                 if is_refusal(error):
                     return False
                 raise
-            sync_folder(self.descriptor)
+            self.sync()
         return True
 
     def copy_from(self, source: Directory, name: str) -> bool:

@@ -143,8 +143,10 @@ class OpenFiles:
             try:
                 return open_it()
             except (OSError, StorageError) as error:
-                cause = error if isinstance(error, OSError) else error.__cause__
-                if not isinstance(cause, OSError) or cause.errno not in _TOO_MANY:
+                # Not `error` itself in a variable: it would hold all frames in a cycle, and with
+                # them whatever networks a caller has loaded.
+                cause = _shortage(error)
+                if cause is None:
                     raise
                 if not self._make_room():
                     raise _too_many_open(cause) from error
@@ -179,6 +181,12 @@ def raise_limit(num_wanted: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
             soft = highest
     return soft
+
+
+def _shortage(error: OSError | StorageError) -> OSError | None:
+    """Return the system's own error when descriptors have run out; None for any other."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return cause if isinstance(cause, OSError) and cause.errno in _TOO_MANY else None
 
 
 def _too_many_open(error: OSError) -> StorageError:

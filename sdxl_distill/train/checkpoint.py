@@ -27,7 +27,7 @@ from sdxl_distill.errors import ConfigError, CorruptError, StorageError
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_STEPS
 from sdxl_distill.storage.file_mode import follow_umask
-from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory, new_token, sync_folder
+from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory, new_token
 from sdxl_distill.storage.regular_file import read_bytes, storage_errors
 
 
@@ -177,7 +177,7 @@ class CheckpointFolder:
             # The last one first: if this is killed, the earlier ones are still in place.
             for each in reversed(steps):
                 (self.path / _name(each)).rename(aside / _name(each))
-            sync_folder(folder.descriptor)
+            folder.sync()
         return aside
 
     def require_none_aside(self) -> None:
@@ -254,7 +254,7 @@ class CheckpointFolder:
                 # A full disk must not stay full because of what did not fit.
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            sync_folder(folder.descriptor)
+            folder.sync()
 
     def _remove(self, name: str) -> None:
         """Remove a checkpoint so that a half-removed one is never taken for whole."""

@@ -45,6 +45,7 @@ def first_byte(file: OpenFile) -> int:
 
 
 def test_no_more_files_are_open_than_allowed_and_each_is_read(paths: list[Path]) -> None:
+    gc.collect()  # what earlier tests left
     before = num_open()
     files = opened(paths, OpenFiles(most_open=3))
     for _ in range(3):
