@@ -7,11 +7,11 @@ of its time-out while a rank caches for hours. A plain `python` decides for itse
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cached_property
+from os import environ
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -43,7 +43,7 @@ class Launch:
     def __init__(
         self,
         world: World,
-        environment: Mapping[str, str] = os.environ,
+        environment: Mapping[str, str] = environ,
         *,
         timeout: timedelta = timedelta(days=3),
         poll_seconds: float = 0.2,

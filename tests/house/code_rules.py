@@ -24,6 +24,10 @@ BANNED_WORDS = {
     *("common", "handle", "helper", "helpers", "info", "item", "items"),
     *("manager", "misc", "util", "utils"),
 }
+# The rooms that work on sets, which may lie in an object store one day.
+SET_ROOMS = {"builder", "loose", "sets", "shards", "stream", "verify"}
+_LOCAL_FILES = {"fcntl", "glob", "io", "mmap", "os", "shutil", "stat", "tarfile", "tempfile"}
+_LOCAL_ATTRIBUTES = {"descriptor", "fileno", "iterdir", "preadv", "read_bytes", "write_bytes"}
 # Drawings do not count: errors.py opens with its tree.
 _DRAWN = re.compile("[├└│]")
 
@@ -83,6 +87,23 @@ def pure_imports(tree: WorkTree) -> Iterator[Violation]:
             if imported is not None and imported.path not in seen:
                 seen.add(imported.path)
                 waiting.append(imported)
+
+
+def files_behind_the_door(tree: WorkTree) -> Iterator[Violation]:
+    """A set's files are opened, read, linked and listed in storage/ only, whatever holds them."""
+    for source in tree.modules:
+        if source.room not in SET_ROOMS:
+            continue
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names} & _LOCAL_FILES
+            elif isinstance(node, ast.Attribute):
+                names = {node.attr} & _LOCAL_ATTRIBUTES
+            else:
+                continue
+            for name in sorted(names):
+                rule = f"uses `{name}`, and files of sets are local in storage/ only"
+                yield Violation(source.path, node.lineno, rule)
 
 
 def shared_test_packages(tree: WorkTree) -> Iterator[Violation]:

@@ -23,6 +23,7 @@ RULES: tuple[Rule, ...] = (
     code_rules.function_lengths,
     code_rules.meaningless_words,
     code_rules.pure_imports,
+    code_rules.files_behind_the_door,
     code_rules.shared_test_packages,
     code_rules.modules_in_the_architecture,
     code_rules.layers_in_the_architecture,
