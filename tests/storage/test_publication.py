@@ -135,6 +135,12 @@ def test_without_create_only_names_the_promise_of_one_worker_is_asked_for(namele
     assert names(nameless) == []
 
 
+def test_nobody_is_taken_to_be_alone_unless_the_user_says_so(tmp_path: Path) -> None:
+    assert not Volume().exclusive
+    with Directory(tmp_path) as directory:
+        assert not directory.volume.exclusive
+
+
 def test_an_exclusive_worker_too_gives_a_name_one_content_for_ever(nameless: Path) -> None:
     with Directory(nameless, exclusive=True) as directory:
         assert directory.publish_bytes("name", b"first")
