@@ -204,6 +204,17 @@ def test_our_own_file_published_again_counts_as_made(tmp_path: Path, way: Public
     assert names(tmp_path) == ["name"]
 
 
+@pytest.mark.parametrize("way", Publication)
+def test_a_link_that_leads_to_our_own_file_is_not_its_name(
+    tmp_path: Path, way: Publication
+) -> None:
+    with Directory(tmp_path) as directory, directory.stage() as staged:
+        directory.volume = Volume(publication=way)
+        (tmp_path / "name").symlink_to(staged.temporary_name)
+        assert not directory.publish(staged, "name")
+        assert (tmp_path / "name").is_symlink()
+
+
 def test_a_copy_stands_in_for_a_refused_link(linkless: Path) -> None:
     with (
         Directory(linkless / "source", create=True) as source,
