@@ -12,8 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config
-from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "pydantic", "tqdm"}

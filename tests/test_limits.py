@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from sdxl_distill import limits
 from sdxl_distill.cli.main import main
-from sdxl_distill.config.builder import BucketSection
+from sdxl_distill.config.builder import BucketSection, BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config, resolved_json
-from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.shards.record import latents_schema

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.problem import section_in
-from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.config.section import Section
 
 SCHEMAS: dict[str, type[Section]] = {"builder": BuilderConfig, "distill": DistillConfig}

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from sdxl_distill.cli.main import main
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config
 from sdxl_distill.config.problem import leaves
-from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.errors import ConfigError
 from sdxl_distill.limits import MAX_NAME_BYTES, MAX_PATH_BYTES
 from sdxl_distill.storage.path_text import fault_of_path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.loader import load_config
-from sdxl_distill.config.schema import BuilderConfig
 from sdxl_distill.core.bucket import SDXL_BUCKETS, Bucket
 from sdxl_distill.errors import ConfigError
 

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config
-from sdxl_distill.config.schema import DistillConfig
 from sdxl_distill.errors import ConfigError
 
 

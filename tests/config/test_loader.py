@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config, resolved_json
-from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

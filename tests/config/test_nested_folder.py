@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from sdxl_distill.config.builder import BuilderConfig
+from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import load_config
-from sdxl_distill.config.schema import BuilderConfig, DistillConfig
 from sdxl_distill.errors import ConfigError
 
 
