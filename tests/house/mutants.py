@@ -117,6 +117,8 @@ def _changeable(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
         return
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "TypeVar":
+        return
     if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: an assertion
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "cast":

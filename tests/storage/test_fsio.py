@@ -254,6 +254,83 @@ def test_a_removed_inner_folder_is_made_again_in_the_one_it_was_opened_in(tmp_pa
     assert names(tmp_path / "set") == []
 
 
+def test_no_process_that_is_started_inherits_a_folder(tmp_path: Path) -> None:
+    with Directory(tmp_path) as outer, outer.folder("inner") as inner:
+        assert not os.get_inheritable(outer.descriptor)
+        shutil.rmtree(tmp_path / "inner")
+        inner.make_again()
+        assert not os.get_inheritable(inner.descriptor)
+
+
+def test_the_size_of_a_name_is_that_of_a_regular_file_or_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "fifo")
+    with Directory(tmp_path) as directory:
+        assert [directory.num_bytes(name) for name in ("file", "link", "absent")] == [5, 5, None]
+        with pytest.raises(CorruptError, match="fifo: is not a regular file"):
+            directory.num_bytes("fifo")
+
+
+def test_a_name_that_was_given_new_content_has_another_version(tmp_path: Path) -> None:
+    with Directory(tmp_path) as directory:
+        assert directory.version("name") is None
+        directory.replace_bytes("name", b"first")
+        first = directory.version("name")
+        assert first == directory.version("name")
+        directory.replace_bytes("name", b"other")
+        assert directory.version("name") not in (None, first)
+
+
+def test_a_file_is_rewritten_in_place(tmp_path: Path) -> None:
+    with Directory(tmp_path, create=True) as directory:
+        directory.publish_bytes("beat", b"first")
+        file = (tmp_path / "beat").stat().st_ino
+        assert directory.rewrite("beat", b"later")
+        assert directory.read("beat", 9) == b"later"
+        assert (tmp_path / "beat").stat().st_ino == file
+
+
+def test_only_what_is_there_and_no_link_is_rewritten(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "foreign").write_bytes(b"theirs")
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "foreign")
+    with Directory(tmp_path / "set") as directory:
+        assert directory.rewrite("absent", b"mine") is False
+        assert names(tmp_path / "set") == ["link"]
+        with pytest.raises(StorageError, match="set"):
+            directory.rewrite("link", b"mine!!")
+        shutil.rmtree(tmp_path / "set")
+        assert directory.rewrite("link", b"mine!!") is False
+    assert (tmp_path / "foreign").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda directory, name: directory.folder(name),
+        lambda directory, name: directory.publish_bytes(name, b""),
+        lambda directory, name: directory.replace_bytes(name, b""),
+        lambda directory, name: directory.swap_bytes(name, b"", 9),
+        lambda directory, name: directory.link_from(directory, name),
+        lambda directory, name: directory.copy_from(directory, name),
+        lambda directory, name: directory.open(name),
+        lambda directory, name: directory.num_bytes(name),
+        lambda directory, name: directory.version(name),
+        lambda directory, name: directory.read(name, 9),
+        lambda directory, name: directory.rewrite(name, b""),
+        lambda directory, name: directory.remove(name),
+    ],
+)
+def test_no_path_leads_out_of_a_folder_that_is_held(tmp_path: Path, act) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "foreign").write_bytes(b"theirs")
+    with Directory(tmp_path / "set") as directory, pytest.raises(AssertionError):
+        act(directory, "../foreign")
+    assert (tmp_path / "foreign").read_bytes() == b"theirs"
+    assert names(tmp_path / "set") == []
+
+
 def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
