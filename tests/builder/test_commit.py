@@ -225,6 +225,21 @@ def test_the_set_record_is_written_once(directory: Directory) -> None:
     assert os.path.samestat(before, (directory.path / "set.json").stat())
 
 
+def test_a_set_record_that_vanishes_between_two_looks_is_written_again(
+    directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, answers = Directory.publish_bytes, [False]
+
+    def publish_late(self: Directory, name: str, content: bytes) -> bool:
+        """Find a file of another worker, which is gone a moment later."""
+        return answers.pop() if answers else publish(self, name, content)
+
+    monkeypatch.setattr(Directory, "publish_bytes", publish_late)
+    assert publish_set_identity(SetFolder(directory), toy_record()) == toy_record()
+    assert answers == []
+    assert (directory.path / "set.json").read_bytes() == toy_record().to_bytes()
+
+
 def test_another_configuration_is_refused_with_the_fields_that_differ(directory: Directory) -> None:
     publish_set_identity(SetFolder(directory), toy_record(seed=1))
     with pytest.raises(IncompatibleError, match=r"content\.seed 1, not 2"):
