@@ -35,7 +35,7 @@ from sdxl_distill.sets.derived_shards import planned_after
 from sdxl_distill.sets.predictions_content import PredictionsContent, Teacher
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.train.trainer import make_optimizer
 
 BUILD_BATCH: Final = 8
@@ -133,7 +133,7 @@ def _built_per_second(folder: Path, teacher: Teacher, num_records: int) -> float
     with quiet(), open_shard_set(sets.latents) as latents, open_shard_set(sets.text) as text:
         content = PredictionsContent(teacher, latents, text, identity.noise, BUILD_BATCH)
         built = build_set(
-            Place(path),
+            Location(path),
             identity,
             planned_after(latents, identity.id),
             lambda: content,

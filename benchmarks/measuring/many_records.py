@@ -35,7 +35,7 @@ from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _BATCH = 64
 
@@ -67,7 +67,11 @@ class ManyRecords:
                 path = output_dir / config.teacher.teacher_id
                 with open_shard_set(text_path) as text:
                     identity = predictions_identity(
-                        config, self._source(), latents, text.manifest.identity, Place(output_dir)
+                        config,
+                        self._source(),
+                        latents,
+                        text.manifest.identity,
+                        Location(output_dir),
                     )
                     content = _predictions_content(identity, latents, text, on_shard)
                     shards = planned_after(latents, identity.id)
@@ -95,7 +99,7 @@ class ManyRecords:
         self._build(path, latents_identity(config, self._source()), shards, content)
 
     def _build_text(self, latents: ShardSet, output_dir: Path) -> Path:
-        identity = text_identity(self._source(), latents, Place(output_dir))
+        identity = text_identity(self._source(), latents, Location(output_dir))
 
         def keys(shard: PlannedShard) -> list[str]:
             name = shard.name
@@ -120,7 +124,7 @@ class ManyRecords:
         def describe(_: Directory, found: SetIdentity, indices: Iterable[ShardIndex]) -> Manifest:
             return Manifest.build(found, 0, indices, empty_sha256=empty_sha256)
 
-        build_set(Place(path), identity, shards, lambda: content, describe, World())
+        build_set(Location(path), identity, shards, lambda: content, describe, World())
 
 
 class _Zeros:

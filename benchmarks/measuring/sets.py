@@ -40,7 +40,7 @@ from sdxl_distill.shards.set_identity import (
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.storage.staged_file import StagedFile
 
 CHANNELS, HIDDEN_SIZE, POOLED_SIZE = 4, 2048, 1280
@@ -212,7 +212,7 @@ class _SetInProgress:
 
     def reference(self, directory: Path) -> SetReference:
         return SetReference.between(
-            self.identity.fingerprint, Place(directory), Place(self.folder.path)
+            self.identity.fingerprint, Location(directory), Location(self.folder.path)
         )
 
     def write_shard(

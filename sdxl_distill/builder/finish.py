@@ -25,7 +25,7 @@ from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 FINISH = "finish"
 _NUM_THREADS = 8
@@ -73,7 +73,7 @@ def finish_set(
         manifest = describe(directory, identity, _indices(build))
         until_not_swept(directory, partial(_put, directory, manifest))
         queue.release(claim, committed=False)
-    discard_withdrawn(Place(directory.where()), identity.id)
+    discard_withdrawn(Location(directory.where()), identity.id)
     queue.sweep()
     return found
 

@@ -39,7 +39,7 @@ from sdxl_distill.shards.set_folder import (
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory, new_token
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _NUM_THREADS: Final = 8
 _NUM_NAMED: Final = 5
@@ -64,11 +64,11 @@ class RepairSummary:
     num_kept: int
     num_missing: int
     damage: tuple[str, ...]
-    folders: tuple[Place, ...]
+    folders: tuple[Location, ...]
 
 
 def repair_set(
-    place: Place,
+    location: Location,
     identity: SetIdentity,
     shards: Sequence[PlannedShard],
     accepts: Accepts,
@@ -80,7 +80,7 @@ def repair_set(
     An interrupted repair is continued.
 
     Args:
-        place: the folder of the set; need not exist.
+        location: the folder of the set; need not exist.
         identity: what the set is to be; a damaged `set.json` is replaced by it.
         shards: all shards of the set.
         accepts: whether a tar holds the keys of its shard.
@@ -92,73 +92,73 @@ def repair_set(
         StorageError: when the good shards cannot be brought back, for which the set stays where
             it is, or the folder cannot be renamed.
     """
-    place = place.real()
-    for left in place.siblings(_prefix(place)):  # by a repair that was killed
+    location = location.real()
+    for left in location.siblings(_prefix(location)):  # by a repair that was killed
         left.remove()
     with suppress(FileNotFoundError, CorruptError):
-        folder = SetFolder(place.look())
+        folder = SetFolder(location.look())
         identity.require_same(folder.identity(), folder.where(SET_IDENTITY_NAME))
     # What an unfinished repair has aside, and what is there now, which comes first.
     examinations = [
-        examine(each, identity, shards, accepts) for each in folders_to_repair_from(place)
+        examine(each, identity, shards, accepts) for each in folders_to_repair_from(location)
     ]
-    if place.exists():
-        examinations.insert(0, examine(place, identity, shards, accepts))
-    folders = [each.place for each in examinations if each.place != place]
+    if location.exists():
+        examinations.insert(0, examine(location, identity, shards, accepts))
+    folders = [each.location for each in examinations if each.location != location]
     bring_back = partial(_bring_back, identity, shards, accepts, examinations, exclusive)
     kept: set[PlannedShard] = set()
-    if examinations and examinations[0].place == place and examinations[0].damage:
+    if examinations and examinations[0].location == location and examinations[0].damage:
         # Everything good goes into a folder of its own before the set is renamed aside.
-        require_own_folders(place)
-        with _folder_next_to(place) as restored:
+        require_own_folders(location)
+        with _folder_next_to(location) as restored:
             kept = bring_back(restored)
-            folders.insert(0, withdraw_set(place, for_repair=True))
-            restored.rename(place)
+            folders.insert(0, withdraw_set(location, for_repair=True))
+            restored.rename(location)
     elif examinations:
-        kept = bring_back(place)
+        kept = bring_back(location)
     summary = RepairSummary(
         num_kept=len(kept),
         num_missing=len(shards) - len(kept),
         damage=tuple(fault for each in examinations for fault in each.damage),
         folders=tuple(folders),
     )
-    _report(place, summary)
+    _report(location, summary)
     return summary
 
 
-def num_existing_draws(place: Place, set_id: str) -> int:
+def num_existing_draws(location: Location, set_id: str) -> int:
     """Return how many draws the files of a set are of: all are to be kept, wanted now or not."""
     names: set[ShardName] = set()
-    for folder in (place.real(), *folders_to_repair_from(place)):
+    for folder in (location.real(), *folders_to_repair_from(location)):
         if folder.is_folder():
             with folder.open() as directory:
                 names |= shard_names(directory.names(), set_id)
     return max((name.draw + 1 for name in names), default=1)
 
 
-def restore_catalog(place: Place, *, exclusive: bool = False) -> None:
+def restore_catalog(location: Location, *, exclusive: bool = False) -> None:
     """Bring the catalog of a latents set back, when a repair was interrupted before it did so.
 
     The catalog says which image is in which shard: a scan must go on with that one.
     """
-    place = place.real()
-    for folder in folders_to_repair_from(place):
-        with place.open(create=True, exclusive=exclusive) as directory:
+    location = location.real()
+    for folder in folders_to_repair_from(location):
+        with location.open(create=True, exclusive=exclusive) as directory:
             _bring_back_catalog(folder, directory)
 
 
 @contextmanager
-def _folder_next_to(place: Place) -> Iterator[Place]:
+def _folder_next_to(location: Location) -> Iterator[Location]:
     """Give a new folder next to a set; it goes in the end, unless it was renamed."""
-    restored = place.renamed(f"{_prefix(place)}{new_token()}")
+    restored = location.renamed(f"{_prefix(location)}{new_token()}")
     try:
         yield restored
     finally:
         restored.remove()
 
 
-def _prefix(place: Place) -> str:
-    return f".{place.name}.restored-"
+def _prefix(location: Location) -> str:
+    return f".{location.name}.restored-"
 
 
 def _bring_back(
@@ -167,18 +167,18 @@ def _bring_back(
     accepts: Accepts,
     examinations: Sequence[Examination],
     exclusive: bool,
-    place: Place,
+    location: Location,
 ) -> set[PlannedShard]:
-    """Commit in `place` every shard that is good in one of the folders, and return these."""
+    """Commit in `location` every shard that is good in one of the folders, and return these."""
     kept: set[PlannedShard] = set()
-    with place.open(create=True, exclusive=exclusive) as directory, WorkQueue(directory):
+    with location.open(create=True, exclusive=exclusive) as directory, WorkQueue(directory):
         target = SetFolder(directory)
         publish_set_identity(target, identity)
         for examination in examinations:
-            _bring_back_catalog(examination.place, directory)
+            _bring_back_catalog(examination.location, directory)
             good = [each for each in shards if each.name in examination.good and each not in kept]
             with (
-                examination.place.open() as opened,
+                examination.location.open() as opened,
                 ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="repair") as pool,
             ):
                 commit = partial(_commit, SetFolder(opened), target, identity, accepts)
@@ -208,27 +208,27 @@ def _commit(
     directory.publish_bytes(name.idx, content)
 
 
-def _bring_back_catalog(place: Place, directory: Directory) -> None:
+def _bring_back_catalog(location: Location, directory: Directory) -> None:
     """Bring back a catalog's segments, stopping at the first name that another file holds."""
-    if not (place / CATALOG_FOLDER).is_folder():
+    if not (location / CATALOG_FOLDER).is_folder():
         return
-    with (place / CATALOG_FOLDER).open() as source, directory.folder(CATALOG_FOLDER) as target:
+    with (location / CATALOG_FOLDER).open() as source, directory.folder(CATALOG_FOLDER) as target:
         for name in sorted(name for name in source.names() if segment_number(name) is not None):
             if not (target.link_from(source, name) or target.copy_from(source, name)):
                 return
 
 
-def _report(place: Place, summary: RepairSummary) -> None:
+def _report(location: Location, summary: RepairSummary) -> None:
     if not summary.folders:
-        _log.info("%s: none of the %d shards there is damaged", place, summary.num_kept)
+        _log.info("%s: none of the %d shards there is damaged", location, summary.num_kept)
         return
     for fault in summary.damage[:_NUM_NAMED]:
-        _log.warning("%s: damaged: %s", place, fault)
+        _log.warning("%s: damaged: %s", location, fault)
     if len(summary.damage) > _NUM_NAMED:
-        _log.warning("%s: … and %d more", place, len(summary.damage) - _NUM_NAMED)
+        _log.warning("%s: … and %d more", location, len(summary.damage) - _NUM_NAMED)
     _log.info(
         "%s: %d shards are good, %d are made anew; the set as it was stays in %s",
-        place,
+        location,
         summary.num_kept,
         summary.num_missing,
         ", ".join(kept_after_repair(folder).name for folder in summary.folders),
@@ -240,19 +240,19 @@ class Examination:
     """What is in one folder.
 
     Attributes:
-        place: the folder.
+        location: the folder.
         good: the names of the good shards.
         damage: the faults in the way of a build, each with the reason. A shard of which nothing
             is there is none, unless the manifest says that the set was complete.
     """
 
-    place: Place
+    location: Location
     good: frozenset[ShardName]
     damage: tuple[str, ...]
 
 
 def examine(
-    place: Place, identity: SetIdentity, shards: Sequence[PlannedShard], accepts: Accepts
+    location: Location, identity: SetIdentity, shards: Sequence[PlannedShard], accepts: Accepts
 ) -> Examination:
     """Read every shard of a set, strictly and from start to end, and what describes them.
 
@@ -272,7 +272,7 @@ def examine(
         except CorruptError as error:
             return error
 
-    with place.open() as directory, ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with location.open() as directory, ThreadPoolExecutor(_NUM_THREADS) as pool:
         folder = SetFolder(directory)
         for shard, found in zip(shards, pool.map(look, shards), strict=True):
             if isinstance(found, CorruptError):
@@ -281,7 +281,7 @@ def examine(
                 digests[shard.name] = found
         damage += _damage_next_to_shards(folder, identity, digests)
     good = frozenset(name for name, digest in digests.items() if digest)
-    return Examination(place, good, tuple(damage))
+    return Examination(location, good, tuple(damage))
 
 
 def _index_digest(

@@ -35,7 +35,7 @@ from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.writer import ShardWriter
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.storage.regular_file import LostDirectoryError
 
 
@@ -47,7 +47,7 @@ class BuiltSet(NamedTuple):
 
 
 def build_set(
-    place: Place,
+    location: Location,
     identity: SetIdentity,
     shards: Sequence[PlannedShard],
     make_content: Callable[[], ShardContent[Batch, Result]],
@@ -63,7 +63,7 @@ def build_set(
     Call it from the main thread: SIGTERM and SIGUSR1 are listened to.
 
     Args:
-        place: the folder of the set; made when it does not exist.
+        location: the folder of the set; made when it does not exist.
         identity: the identity of the set.
         shards: all shards of catalog `catalog`, the same list for every worker.
         make_content: loads what builds them; called after the set record was accepted, and
@@ -82,10 +82,10 @@ def build_set(
         StorageError: when the disk is full or refuses; committed work is kept.
         Preempted: after a signal; own claims and temporary files are gone.
     """
-    require_one_worker(world, exclusive, str(place))
+    require_one_worker(world, exclusive, str(location))
     # Resolved once: where the folder is a symbolic link, a withdrawal renames what it points to.
     with (
-        place.real().open(create=True, exclusive=exclusive) as directory,
+        location.real().open(create=True, exclusive=exclusive) as directory,
         WorkQueue(directory, timing) as queue,
         StopRequest().listening() as stop,
     ):

@@ -19,14 +19,14 @@ from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, new_token
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _OWN_FOLDERS: Final = (BUILD_FOLDER, CATALOG_FOLDER)
 _REPAIRING = "-repairing"
 _REPAIRED = "-repaired"
 
 
-def withdraw_for_rebuild(launch: Launch, place: Place) -> None:
+def withdraw_for_rebuild(launch: Launch, location: Location) -> None:
     """Withdraw a set once for a whole launch (`cache.skip_existing: false`).
 
     A withdrawal whose new set is not complete yet is continued, not repeated, so that a killed
@@ -39,21 +39,21 @@ def withdraw_for_rebuild(launch: Launch, place: Place) -> None:
     """
 
     def decide() -> None:
-        if is_withdrawn(place) or launch.is_restart:
+        if is_withdrawn(location) or launch.is_restart:
             return
-        refuse_in_job_array(launch, str(place))
-        withdraw_set(place)
+        refuse_in_job_array(launch, str(location))
+        withdraw_set(location)
 
-    launch.decide(f"withdraw {place}", decide)
+    launch.decide(f"withdraw {location}", decide)
 
 
-def is_withdrawn(place: Place) -> bool:
+def is_withdrawn(location: Location) -> bool:
     """Whether the set was renamed aside to be rebuilt and its new manifest is not there yet."""
-    aside = any(not each.name.endswith((_REPAIRING, _REPAIRED)) for each in folders_aside(place))
-    return aside and not (place / MANIFEST_NAME).exists()
+    aside = any(not each.name.endswith((_REPAIRING, _REPAIRED)) for each in folders_aside(location))
+    return aside and not (location / MANIFEST_NAME).exists()
 
 
-def withdraw_set(place: Place, *, for_repair: bool = False) -> Place:
+def withdraw_set(location: Location, *, for_repair: bool = False) -> Location:
     """Rename a set aside in one step and return where it is now.
 
     Where there is no set, an empty folder aside marks that the set is being built again.
@@ -62,55 +62,55 @@ def withdraw_set(place: Place, *, for_repair: bool = False) -> Place:
         ConfigError: when folders lie in it that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
-    place = place.real()
-    require_own_folders(place)
-    aside = place.renamed(f"{_prefix(place)}{new_token()}{_REPAIRING if for_repair else ''}")
-    if place.exists():
-        place.rename(aside)
+    location = location.real()
+    require_own_folders(location)
+    aside = location.renamed(f"{_prefix(location)}{new_token()}{_REPAIRING if for_repair else ''}")
+    if location.exists():
+        location.rename(aside)
     else:
         aside.make()
     return aside
 
 
-def require_own_folders(place: Place) -> None:
+def require_own_folders(location: Location) -> None:
     """Check that nothing else would go aside with a set: predictions, images, other work.
 
     Raises:
         ConfigError: naming a folder in it that no builder of sets makes there.
         StorageError: when it cannot be listed.
     """
-    foreign = [name for name in place.folders() if name not in _OWN_FOLDERS]
+    foreign = [name for name in location.folders() if name not in _OWN_FOLDERS]
     if foreign:
         raise ConfigError(
             f"the folder {foreign[0]!r} lies in the set's folder and would go aside with it",
             expected="nothing but the set in its folder",
-            where=str(place),
+            where=str(location),
             action="move it elsewhere, and change the configuration if it names it",
         )
 
 
-def folders_aside(place: Place) -> list[Place]:
+def folders_aside(location: Location) -> list[Location]:
     """Return the folders of earlier states of a set, those kept by a repair included."""
-    place = place.real()
-    return place.siblings(_prefix(place))
+    location = location.real()
+    return location.siblings(_prefix(location))
 
 
-def folders_to_repair_from(place: Place) -> list[Place]:
+def folders_to_repair_from(location: Location) -> list[Location]:
     """Return the folders that an unfinished repair takes good shards from."""
-    return [each for each in folders_aside(place) if each.name.endswith(_REPAIRING)]
+    return [each for each in folders_aside(location) if each.name.endswith(_REPAIRING)]
 
 
-def kept_after_repair(aside: Place) -> Place:
+def kept_after_repair(aside: Location) -> Location:
     """Return the name that a repair's folder has once the repaired set is complete."""
     return aside.renamed(aside.name.removesuffix(_REPAIRING) + _REPAIRED)
 
 
-def discard_withdrawn(place: Place, set_id: str) -> None:
+def discard_withdrawn(location: Location, set_id: str) -> None:
     """Remove what was withdrawn, once the new set is complete; a repair's folder stays.
 
     Only files that a builder of set `set_id` writes are removed: others belong to the user.
     """
-    for aside in folders_aside(place):
+    for aside in folders_aside(location):
         # All workers of a launch do this at once: what one finds gone, another removed.
         if aside.name.endswith(_REPAIRING):
             aside.rename(kept_after_repair(aside), missing_ok=True)
@@ -126,5 +126,5 @@ def _is_own_file(set_id: str, name: str) -> bool:
     )
 
 
-def _prefix(place: Place) -> str:
-    return f".{place.name}.withdrawn-"
+def _prefix(location: Location) -> str:
+    return f".{location.name}.withdrawn-"

@@ -9,7 +9,7 @@ from sdxl_distill.cli.arguments import add_config_arguments, config_of
 from sdxl_distill.cli.dry_run import add_dry_run_arguments, is_dry_run, print_build_estimate
 
 if TYPE_CHECKING:
-    from sdxl_distill.storage.place import Place
+    from sdxl_distill.storage.location import Location
 
 SUMMARY = "run one teacher over the latents set and write its predictions set"
 HELP = """Run one teacher over the latents set and write its predictions set.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build the set."""
     from sdxl_distill.config.builder import BuilderConfig
-    from sdxl_distill.storage.place import Place
+    from sdxl_distill.storage.location import Location
 
     config = config_of(arguments, BuilderConfig)
     if config is None:
@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     if is_dry_run(arguments):
         print_build_estimate(config, arguments)
         return
-    place = Place(config.cache.output_dir) / config.teacher.teacher_id
+    location = Location(config.cache.output_dir) / config.teacher.teacher_id
     if arguments.withdraw_only:
-        _withdraw(place)
+        _withdraw(location)
         return
     from sdxl_distill.builder.launch import Launch
     from sdxl_distill.cli.build_summary import print_build_summary
@@ -61,22 +61,24 @@ def run(arguments: argparse.Namespace) -> None:
     world = World.from_environment()
     done = build_predictions_set(config, Launch(world), repair=arguments.repair)
     if world.is_main:
-        print_build_summary(done.text_place, done.text)
-        print_build_summary(place, done.predictions)
+        print_build_summary(done.text_location, done.text)
+        print_build_summary(location, done.predictions)
 
 
-def _withdraw(place: Place) -> None:
+def _withdraw(location: Location) -> None:
     from sdxl_distill.builder.withdrawal import is_withdrawn, withdraw_set
     from sdxl_distill.runtime.world import World
 
     if not World.from_environment().is_main:
         return
-    if is_withdrawn(place):
-        print(f"{place} was set aside before, and its replacement is not complete yet")
+    if is_withdrawn(location):
+        print(f"{location} was set aside before, and its replacement is not complete yet")
         return
-    existed = place.exists()
-    aside = withdraw_set(place)
+    existed = location.exists()
+    aside = withdraw_set(location)
     if existed:
-        print(f"{place} was set aside as {aside}, which is deleted when the next build is complete")
+        print(
+            f"{location} was set aside as {aside}, which is deleted when the next build is complete"
+        )
     else:
-        print(f"there is no set at {place}: the next build will create it")
+        print(f"there is no set at {location}: the next build will create it")

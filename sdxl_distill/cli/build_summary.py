@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sdxl_distill.builder.set_builder import BuiltSet
     from sdxl_distill.catalog.growth import ScanReport
-    from sdxl_distill.storage.place import Place
+    from sdxl_distill.storage.location import Location
 
 _MAX_NAMES = 5
 
 
-def print_build_summary(place: Place | str, built: BuiltSet) -> None:
+def print_build_summary(location: Location | str, built: BuiltSet) -> None:
     """Print the size of a complete set and what this worker did for it."""
     manifest, summary = built.manifest, built.summary
     num_bytes = sum(entry.tar_bytes for entry in manifest.shards)
     draws = f", {manifest.draws} draws" if manifest.draws > 1 else ""
     print(
-        f"{place}: {manifest.num_records:,} records in {len(manifest.shards):,} shards{draws}, "
+        f"{location}: {manifest.num_records:,} records in {len(manifest.shards):,} shards{draws}, "
         f"{format_bytes(num_bytes)}, complete"
     )
     if summary.num_built:

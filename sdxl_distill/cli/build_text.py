@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     from sdxl_distill.sets.text_set import build_text_set
 
     world = World.from_environment()
-    place, built = build_text_set(
+    location, built = build_text_set(
         config, open_latents(config), Launch(world), repair=arguments.repair
     )
     if world.is_main:
-        print_build_summary(place, built)
+        print_build_summary(location, built)

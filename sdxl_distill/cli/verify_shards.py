@@ -107,7 +107,7 @@ def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Veri
     """Verify the folder by itself; a folder that cannot be opened is a finding too."""
     from sdxl_distill.cli.progress_bar import progress_bar
     from sdxl_distill.loose.folder import is_loose
-    from sdxl_distill.storage.place import Place
+    from sdxl_distill.storage.location import Location
     from sdxl_distill.verify.finding import FindingList
     from sdxl_distill.verify.loose_folder import verify_loose
     from sdxl_distill.verify.whole_set import Verification, verify_set
@@ -116,18 +116,18 @@ def _verify(arguments: argparse.Namespace, config: BuilderConfig | None) -> Veri
     result = Verification(Path(os.path.realpath(arguments.cache_dir)).name)
     findings = FindingList(result.set_id)
     with findings.collecting():
-        place = Place(arguments.cache_dir)
-        with place.open() as directory:
+        location = Location(arguments.cache_dir)
+        with location.open() as directory:
             loose = is_loose(directory.names())
         with progress_bar("verify", "file" if loose else "shard", hidden=arguments.json) as show:
             if loose:
                 recipe = _recipe(arguments, config)
                 result = verify_loose(
-                    place, recipe=recipe, num_threads=num_threads, on_progress=show
+                    location, recipe=recipe, num_threads=num_threads, on_progress=show
                 )
             else:
                 result = verify_set(
-                    place, quick=arguments.quick, num_threads=num_threads, on_progress=show
+                    location, quick=arguments.quick, num_threads=num_threads, on_progress=show
                 )
     result.findings += findings.all()
     return result

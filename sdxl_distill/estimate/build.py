@@ -33,7 +33,7 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _SIDECAR_BYTES: Final = 512
 """A caption of seventy words and the image's source; assumed where nothing is known."""
@@ -85,10 +85,10 @@ def estimate_predictions(config: BuilderConfig) -> BuildEstimate:
 
     # Every shard of the plan, and which of them are still to be built.
     shards, latents, num_without_caption = _plan(config)
-    place = Place(cache.output_dir) / config.teacher.teacher_id
+    location = Location(cache.output_dir) / config.teacher.teacher_id
     committed = set[str]()
-    if cache.skip_existing and place.is_folder():
-        with place.open() as directory:
+    if cache.skip_existing and location.is_folder():
+        with location.open() as directory:
             committed = directory.names()
     missing = [shard for shard in shards if shard.name.idx not in committed]
     images = _sizes(shard for shard in shards if shard.name.draw == 0)

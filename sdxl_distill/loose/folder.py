@@ -18,7 +18,7 @@ from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName, is_bucket_side
 from sdxl_distill.shards.shard_set import EMPTY_RECORD_NAME
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _NAME: Final = re.compile(
     r"([0-9a-f]{32})_([1-9]\d{1,4})x([1-9]\d{1,4})(?:_d([1-9]\d{0,3}))?\.(safetensors|json)",
@@ -96,7 +96,7 @@ def is_loose(names: Iterable[str]) -> bool:
     return has_records
 
 
-def open_new_folder(place: Place) -> Directory:
+def open_new_folder(location: Location) -> Directory:
     """Make a folder to be filled, or open an empty one.
 
     Raises:
@@ -104,14 +104,14 @@ def open_new_folder(place: Place) -> Directory:
         StorageError: when it cannot be made.
     """
     # Nothing was in it, so one process fills it alone: this suits any file system.
-    directory = place.open(create=True, exclusive=True)
+    directory = location.open(create=True, exclusive=True)
     num_names = len(directory.names())
     if num_names:
         directory.close()
         raise ConfigError(
             f"the folder holds {num_names} files",
             expected="a new or an empty folder",
-            where=str(place),
+            where=str(location),
             action="choose another folder, or remove what an interrupted run left there",
         )
     return directory

@@ -35,7 +35,7 @@ from sdxl_distill.shards.tar import read_at
 from sdxl_distill.shards.tar_index import recreated_noise_digest
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 Progress = Callable[[int, int], None]
 
@@ -52,9 +52,9 @@ class _Plan(NamedTuple):
 
 
 def pack_set(
-    path: str | Path | Place,
-    output: str | Path | Place,
-    latents_path: str | Path | Place | None = None,
+    path: str | Path | Location,
+    output: str | Path | Location,
+    latents_path: str | Path | Location | None = None,
     *,
     records_per_shard: int | None = None,
     on_progress: Progress = lambda _done, _all: None,
@@ -78,19 +78,19 @@ def pack_set(
         CorruptError: when a file is damaged.
         StorageError: when the disk is full or refuses.
     """
-    place, target_place = Place(path), Place(output)
-    with place.open() as source:
+    location, target_location = Location(path), Location(output)
+    with location.open() as source:
         # Whose files these are, and which record belongs in which shard.
         identity = _read_identity(source)
         folder, before, origin = LooseFolder.of(source.names()), None, None
         _require_no_strangers(folder, identity, source)
         latents = None if latents_path is None else open_shard_set(latents_path)
         if latents is not None:
-            before, origin = latents.manifest, latents.place
-            identity = _follow(identity, latents, target_place)
+            before, origin = latents.manifest, latents.location
+            identity = _follow(identity, latents, target_location)
             plans = _plan_after(latents, identity, folder)
-        elif identity.kind == "latents" and has_catalog(place):
-            loose, origin = read_loose_catalog(place, identity), place
+        elif identity.kind == "latents" and has_catalog(location):
+            loose, origin = read_loose_catalog(location, identity), location
             before, plans = loose.manifest, _plan_by_catalog(loose, identity)
         else:
             plans = _plan_anew(identity, folder, records_per_shard, source)
@@ -99,30 +99,30 @@ def pack_set(
             _require_same_records(folder, plans, source)
         _require_headers(source, plans)
         _require_legal(source, identity, plans)
-        return _write_set(source, target_place, identity, plans, before, origin, on_progress)
+        return _write_set(source, target_location, identity, plans, before, origin, on_progress)
 
 
 def _write_set(
     source: Directory,
-    target_place: Place,
+    target_location: Location,
     identity: SetIdentity,
     plans: Sequence[_Plan],
     before: Manifest | None,
-    origin: Place | None,
+    origin: Location | None,
     on_progress: Progress,
 ) -> Manifest:
     """Write the planned shards, then what describes them; the manifest last.
 
     Args:
         source: the loose folder.
-        target_place: the folder of the set.
+        target_location: the folder of the set.
         identity: the identity of the set.
         plans: the shards, in order.
         before: the manifest that the plans follow, if there is one.
         origin: the folder that may hold the catalog of a latents set.
         on_progress: called after each shard.
     """
-    with open_new_folder(target_place) as target:
+    with open_new_folder(target_location) as target:
         target.publish_bytes(SET_IDENTITY_NAME, identity.to_bytes())
         indices: list[ShardIndex] = []
         for num_done, plan in enumerate(plans, 1):
@@ -130,7 +130,7 @@ def _write_set(
             on_progress(num_done, len(plans))
         is_latents = identity.kind == "latents"
         if is_latents and origin is not None and has_catalog(origin):
-            copy_catalog(origin, target_place)
+            copy_catalog(origin, target_location)
         catalog = 0 if before is None else before.catalog
         left_out = before.undecodable if before and is_latents else ()
         empty = _copy_empty_record(source, target, identity)
@@ -165,7 +165,7 @@ def _require_no_strangers(folder: LooseFolder, identity: SetIdentity, source: Di
         )
 
 
-def _follow(identity: SetIdentity, latents: ShardSet, output: Place) -> SetIdentity:
+def _follow(identity: SetIdentity, latents: ShardSet, output: Location) -> SetIdentity:
     """Check that the set was made from these latents, and refer to where they lie now."""
     found = latents.manifest.identity.fingerprint
     reference = identity.latents
@@ -174,12 +174,12 @@ def _follow(identity: SetIdentity, latents: ShardSet, output: Place) -> SetIdent
         raise IncompatibleError(
             f"set {latents.id} has fingerprint {found[:12]}…",
             expected=f"{expected[:12]}…, the latents of set {identity.id}",
-            where=str(latents.place),
+            where=str(latents.location),
             action="name the latents set that the records were made from",
         )
     if reference is None:
         return identity
-    return replace(identity, latents=SetReference.between(found, output, latents.place))
+    return replace(identity, latents=SetReference.between(found, output, latents.location))
 
 
 def _plan_after(latents: ShardSet, identity: SetIdentity, folder: LooseFolder) -> list[_Plan]:

@@ -16,7 +16,7 @@ from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
 from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 
 class LooseCatalog(NamedTuple):
@@ -26,12 +26,12 @@ class LooseCatalog(NamedTuple):
     plan: LatentsPlan
 
 
-def has_catalog(place: Place) -> bool:
+def has_catalog(location: Location) -> bool:
     """Whether a folder, of a set or of loose files, holds a catalog."""
-    return (place / CATALOG_FOLDER).is_folder()
+    return (location / CATALOG_FOLDER).is_folder()
 
 
-def copy_catalog(source: Place, target: Place, manifest: Manifest | None = None) -> None:
+def copy_catalog(source: Location, target: Location, manifest: Manifest | None = None) -> None:
     """Copy the segments of a catalog, checked, and the manifest next to them if one is given.
 
     Raises:
@@ -49,7 +49,7 @@ def copy_catalog(source: Place, target: Place, manifest: Manifest | None = None)
             copy.publish_bytes(MANIFEST_NAME, manifest.to_bytes())
 
 
-def read_loose_catalog(place: Place, identity: SetIdentity) -> LooseCatalog:
+def read_loose_catalog(location: Location, identity: SetIdentity) -> LooseCatalog:
     """Read the catalog of a loose folder.
 
     Raises:
@@ -57,7 +57,7 @@ def read_loose_catalog(place: Place, identity: SetIdentity) -> LooseCatalog:
         IncompatibleError: when catalog and manifest do not belong to this set, or together.
     """
     action = "unpack the set again, or remove the folder catalog: images cannot be added then"
-    with (place / CATALOG_FOLDER).open() as folder:
+    with (location / CATALOG_FOLDER).open() as folder:
         catalog, where = Catalog.load(folder), folder.where(MANIFEST_NAME)
         try:
             manifest = SetFolder(folder).manifest()

@@ -19,7 +19,7 @@ from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 
 class Unpacked(NamedTuple):
@@ -30,8 +30,8 @@ class Unpacked(NamedTuple):
 
 
 def unpack_set(
-    path: str | Path | Place,
-    output: str | Path | Place,
+    path: str | Path | Location,
+    output: str | Path | Location,
     *,
     num_threads: int = 1,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
@@ -51,7 +51,7 @@ def unpack_set(
         CorruptError: when a record is damaged; files written before stay.
         StorageError: when the disk is full or refuses.
     """
-    target = Place(output)
+    target = Location(output)
     with open_shard_set(path) as shard_set, open_new_folder(target) as directory:
         names = shard_set.manifest.names()
         num_records = num_bytes = 0
@@ -63,8 +63,8 @@ def unpack_set(
         if shard_set.manifest.empty_sha256 is not None:
             shard_set.read_empty_record()  # checks it
             _write_new(directory, EMPTY_RECORD_NAME, shard_set.folder.empty_record())
-        if shard_set.manifest.identity.kind == "latents" and has_catalog(shard_set.place):
-            copy_catalog(shard_set.place, target, shard_set.manifest)
+        if shard_set.manifest.identity.kind == "latents" and has_catalog(shard_set.location):
+            copy_catalog(shard_set.location, target, shard_set.manifest)
         _write_new(directory, SET_IDENTITY_NAME, shard_set.folder.identity_bytes())
     return Unpacked(num_records, num_bytes)
 

@@ -18,14 +18,16 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_folder import SetFolder, shard_names
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 
-def load_bound_catalog(place: Place, identity: SetIdentity, *, repair: bool = False) -> Catalog:
+def load_bound_catalog(
+    location: Location, identity: SetIdentity, *, repair: bool = False
+) -> Catalog:
     """Load the catalog of a set, and check that the set's shards were planned by it.
 
     Args:
-        place: the folder of the set; need not exist.
+        location: the folder of the set; need not exist.
         identity: the identity of the set.
         repair: accept shards that were planned for other images, since they will be built again;
             those that the catalog does not know are refused all the same.
@@ -36,12 +38,12 @@ def load_bound_catalog(place: Place, identity: SetIdentity, *, repair: bool = Fa
         StorageError: when the disk refuses.
     """
     # In this order: another launch may publish a segment and then shards in the meantime.
-    manifest, names = _manifest_of(place, identity), sorted(_existing_shards(place, identity))
-    catalog, catalog_place = Catalog(), place / CATALOG_FOLDER
-    if catalog_place.is_folder():
-        with catalog_place.open() as folder:
+    manifest, names = _manifest_of(location, identity), sorted(_existing_shards(location, identity))
+    catalog, catalog_location = Catalog(), location / CATALOG_FOLDER
+    if catalog_location.is_folder():
+        with catalog_location.open() as folder:
             catalog = Catalog.load(folder)
-    plan, where = LatentsPlan(catalog), str(catalog_place)
+    plan, where = LatentsPlan(catalog), str(catalog_location)
     if manifest is not None and manifest.catalog > catalog.n:
         error = catalog_too_short(catalog, manifest.catalog)
         raise IncompatibleError(
@@ -57,20 +59,20 @@ def load_bound_catalog(place: Place, identity: SetIdentity, *, repair: bool = Fa
             action=RESTORE_CATALOG,
         )
     if manifest is not None and not repair:
-        _require_no_fault(list(plan_faults(catalog, manifest)), place)
+        _require_no_fault(list(plan_faults(catalog, manifest)), location)
     return catalog
 
 
-def latents_plan(place: Place, identity: SetIdentity, catalog: Catalog) -> LatentsPlan:
+def latents_plan(location: Location, identity: SetIdentity, catalog: Catalog) -> LatentsPlan:
     """Return what a catalog plans for a set; shards of earlier versions stay as they are."""
-    manifest = _manifest_of(place, identity)
+    manifest = _manifest_of(location, identity)
     if manifest is not None:
         return LatentsPlan.after(catalog, manifest)
     plan = LatentsPlan(catalog)
-    return LatentsPlan(catalog, _unbound_shards(place, identity, plan))
+    return LatentsPlan(catalog, _unbound_shards(location, identity, plan))
 
 
-def _require_no_fault(faults: list[DistillError], place: Place) -> None:
+def _require_no_fault(faults: list[DistillError], location: Location) -> None:
     if not faults:
         return
     first = faults[0]
@@ -78,14 +80,14 @@ def _require_no_fault(faults: list[DistillError], place: Place) -> None:
     raise type(first)(
         f"{first.where}: {first.found}{more}",
         expected=first.expected,
-        where=str(place),
+        where=str(location),
         action=first.action,
     )
 
 
-def _manifest_of(place: Place, identity: SetIdentity) -> Manifest | None:
+def _manifest_of(location: Location, identity: SetIdentity) -> Manifest | None:
     """Return the manifest of a set, also while a repair has it aside; None: none can be read."""
-    for folder in (place, *folders_to_repair_from(place)):
+    for folder in (location, *folders_to_repair_from(location)):
         with suppress(FileNotFoundError, CorruptError):
             manifest = SetFolder(folder.look()).manifest()
             if manifest.identity.fingerprint == identity.fingerprint:
@@ -93,20 +95,22 @@ def _manifest_of(place: Place, identity: SetIdentity) -> Manifest | None:
     return None
 
 
-def _existing_shards(place: Place, identity: SetIdentity) -> set[ShardName]:
-    if not place.is_folder():
+def _existing_shards(location: Location, identity: SetIdentity) -> set[ShardName]:
+    if not location.is_folder():
         return set()
-    with place.open() as directory:
+    with location.open() as directory:
         return shard_names(directory.names(), identity.id)
 
 
-def _unbound_shards(place: Place, identity: SetIdentity, plan: LatentsPlan) -> Iterator[ShardName]:
+def _unbound_shards(
+    location: Location, identity: SetIdentity, plan: LatentsPlan
+) -> Iterator[ShardName]:
     """Yield the committed shards that name no source, in a set that lost its manifest.
 
     Only those that hold all images of their plan: of no other one can be told what is missing.
     The first shard there tells the version; the indices of a set of this one need no reading.
     """
-    folder, existing = SetFolder(place.look()), _existing_shards(place, identity)
+    folder, existing = SetFolder(location.look()), _existing_shards(location, identity)
     for name in (name for name in plan.names if name in existing):
         index = None
         with suppress(FileNotFoundError, CorruptError):

@@ -44,7 +44,7 @@ from sdxl_distill.shards.record import latents_schema
 from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_DECODERS: Final = 8
@@ -100,15 +100,15 @@ def build_latents_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
-    place = Place(config.data.latent_cache.cache_dir)
-    require_one_worker(launch.world, config.cache.exclusive, str(place))
+    location = Location(config.data.latent_cache.cache_dir)
+    require_one_worker(launch.world, config.cache.exclusive, str(location))
     source = ModelFolder.resolve(config.vae_source)
     images = ImageFolder(Path(config.data.image_dir))  # as it is before the scan
     report: list[ScanReport] = []
 
     def decide() -> _Decision:
         identity, catalog, found = _prepare(
-            config, source, launch, place, rebuild, repair, rescan, scan_progress
+            config, source, launch, location, rebuild, repair, rescan, scan_progress
         )
         report.append(found)
         return _Decision(identity, catalog.n, tuple(found.mounts))
@@ -116,11 +116,11 @@ def build_latents_set(
     identity, n, mounts = launch.decide(
         "latents", decide, encode=_Decision.to_json, decode=_Decision.from_json
     )
-    with (place / CATALOG_FOLDER).open() as directory:
+    with (location / CATALOG_FOLDER).open() as directory:
         catalog = Catalog.load(directory, n)
-    plan = latents_plan(place, identity, catalog)
+    plan = latents_plan(location, identity, catalog)
     built = build_set(
-        place,
+        location,
         identity,
         planned_shards(plan),
         partial(_content, config, source, plan, launch, images, mounts),
@@ -161,7 +161,7 @@ def _prepare(
     config: BuilderConfig,
     source: ModelFolder,
     launch: Launch,
-    place: Place,
+    location: Location,
     rebuild: bool,
     repair: bool,
     rescan: bool,
@@ -170,28 +170,28 @@ def _prepare(
     """Do what rank 0 does alone: check, set aside, scan, bring back good shards."""
     identity, seen = latents_identity(config, source), None
     require_legal_config(config, identity.schema)
-    require_complete(place, identity, [source.vae])
+    require_complete(location, identity, [source.vae])
     if rebuild:
         # Before the withdrawal: a wrong image folder must not cost the set that is there.
         seen = _scan(config, Catalog(), rescan, progress)
-        withdraw_for_rebuild(launch, place)
+        withdraw_for_rebuild(launch, location)
     if repair:
-        refuse_in_job_array(launch, str(place))
-        _repair(place, identity, config.cache.exclusive)
-    catalog, report = _update_catalog(config, place, identity, rescan, seen, progress)
+        refuse_in_job_array(launch, str(location))
+        _repair(location, identity, config.cache.exclusive)
+    catalog, report = _update_catalog(config, location, identity, rescan, seen, progress)
     return identity, catalog, report
 
 
-def _repair(place: Place, identity: SetIdentity, exclusive: bool) -> None:
+def _repair(location: Location, identity: SetIdentity, exclusive: bool) -> None:
     """Keep the good ones of the shards that the catalog there knows."""
-    restore_catalog(place, exclusive=exclusive)
-    plan = latents_plan(place, identity, load_bound_catalog(place, identity, repair=True))
-    repair_set(place, identity, planned_shards(plan), plan.accepts, exclusive=exclusive)
+    restore_catalog(location, exclusive=exclusive)
+    plan = latents_plan(location, identity, load_bound_catalog(location, identity, repair=True))
+    repair_set(location, identity, planned_shards(plan), plan.accepts, exclusive=exclusive)
 
 
 def _update_catalog(
     config: BuilderConfig,
-    place: Place,
+    location: Location,
     identity: SetIdentity,
     rescan: bool,
     seen: Scan | None,
@@ -200,9 +200,9 @@ def _update_catalog(
     """Add what is new in the image folder to the catalog, while no other launch does so."""
     # Another configuration must be refused before it adds to this one's catalog, and a set
     # begins only when there are images for it.
-    require_same_set(place, identity)
+    require_same_set(location, identity)
     with (
-        place.real().open(create=True, exclusive=config.cache.exclusive) as directory,
+        location.real().open(create=True, exclusive=config.cache.exclusive) as directory,
         WorkQueue(directory) as queue,
         directory.folder(CATALOG_FOLDER) as folder,
     ):
@@ -214,7 +214,7 @@ def _update_catalog(
             if progress is not None:
                 progress(num_done, num_files)
 
-        known = load_bound_catalog(place, identity)
+        known = load_bound_catalog(location, identity)
         scan = seen or _scan(config, known, rescan, show)
         publish_set_identity(SetFolder(directory), identity)
         catalog, report = extend_catalog(

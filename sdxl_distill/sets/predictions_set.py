@@ -32,7 +32,7 @@ from sdxl_distill.shards.record import STORED_DTYPES, predictions_schema
 from sdxl_distill.shards.set_identity import NoiseRecipe, SetIdentity, SetReference
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _TORCH_DTYPES: Final = {
     "fp16": torch.float16,
@@ -46,7 +46,7 @@ class BuiltPredictions(NamedTuple):
 
     predictions: BuiltSet
     text: BuiltSet
-    text_place: Place
+    text_location: Location
 
 
 def build_predictions_set(
@@ -66,9 +66,9 @@ def build_predictions_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
-    output_dir = Place(config.cache.output_dir)
-    place = output_dir / config.teacher.teacher_id
-    require_one_worker(launch.world, config.cache.exclusive, str(place))
+    output_dir = Location(config.cache.output_dir)
+    location = output_dir / config.teacher.teacher_id
+    require_one_worker(launch.world, config.cache.exclusive, str(location))
     sources = TeacherSources.of(config)
     launch.decide("teacher", partial(check_teacher, config, sources))
     latents = _open_latents(config, launch)
@@ -78,27 +78,27 @@ def build_predictions_set(
         text = text_identity(sources.text, latents, output_dir)
         identity = predictions_identity(config, sources.teacher, latents, text, output_dir)
         require_legal_plan(identity.id, identity.schema, shards)
-        require_complete(place, identity, [sources.teacher.unet])
+        require_complete(location, identity, [sources.teacher.unet])
         if not config.cache.skip_existing:
             # After the checkpoints were looked at: a broken one must not cost the set there.
-            withdraw_for_rebuild(launch, place)
+            withdraw_for_rebuild(launch, location)
         # Before the captions are encoded: that may take an hour.
-        require_same_set(place, identity, repair=repair)
+        require_same_set(location, identity, repair=repair)
         if repair:
-            refuse_in_job_array(launch, str(place))
-            num_draws = max(config.cache.draws, num_existing_draws(place, identity.id))
+            refuse_in_job_array(launch, str(location))
+            num_draws = max(config.cache.draws, num_existing_draws(location, identity.id))
             existing = planned_after(latents, identity.id, num_draws)
             accepts = partial(holds_same_keys, latents=latents)
-            repair_set(place, identity, existing, accepts, exclusive=config.cache.exclusive)
+            repair_set(location, identity, existing, accepts, exclusive=config.cache.exclusive)
         return identity
 
     identity = decide_identity(launch, "predictions", decide)
-    text_place, built_text = build_text_set(
+    text_location, built_text = build_text_set(
         config, latents, launch, repair=repair, encoders=sources.text
     )
-    text = open_shard_set(text_place)
+    text = open_shard_set(text_location)
     built = build_set(
-        place,
+        location,
         identity,
         shards,
         partial(_content, config, sources.teacher, latents, text, identity, launch),
@@ -107,7 +107,7 @@ def build_predictions_set(
         catalog=latents.manifest.catalog,
         exclusive=config.cache.exclusive,
     )
-    return BuiltPredictions(built, built_text, text_place)
+    return BuiltPredictions(built, built_text, text_location)
 
 
 def check_teacher(config: BuilderConfig, sources: TeacherSources) -> None:
@@ -136,7 +136,7 @@ def predictions_identity(
     checkpoint: ModelFolder,
     latents: ShardSet,
     text: SetIdentity,
-    output_dir: Place,
+    output_dir: Location,
 ) -> SetIdentity:
     """Return the identity of the predictions set that a configuration describes.
 
@@ -153,13 +153,13 @@ def predictions_identity(
     """
     cache, teacher = config.cache, config.teacher
     geometry = unet_geometry(checkpoint)
-    latents_identity, place = latents.manifest.identity, output_dir / teacher.teacher_id
+    latents_identity, location = latents.manifest.identity, output_dir / teacher.teacher_id
     num_channels = cast("int", latents_identity.schema.tensors[0].shape[0])
     if num_channels != geometry.channels:
         raise IncompatibleError(
             f"latents of {num_channels} channels",
             expected=f"{geometry.channels}, as the UNet takes them",
-            where=str(latents.place),
+            where=str(latents.location),
             action="use the teacher with latents of its own family's VAE",
         )
     num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
@@ -186,8 +186,8 @@ def predictions_identity(
         noise_schedule=checkpoint.noise_schedule(
             teacher.prediction_type, teacher.zero_terminal_snr
         ),
-        latents=SetReference.between(latents_identity.fingerprint, place, latents.place),
-        text=SetReference.between(text.fingerprint, place, output_dir / text.id)
+        latents=SetReference.between(latents_identity.fingerprint, location, latents.location),
+        text=SetReference.between(text.fingerprint, location, output_dir / text.id)
         if is_compact
         else None,
     )
@@ -244,7 +244,7 @@ def _open_latents(config: BuilderConfig, launch: Launch) -> ShardSet:
     if latents.manifest.digest != digest:
         raise StorageError(
             "the latents set grew while this launch started",
-            where=str(latents.place),
+            where=str(latents.location),
             action="run again",
         )
     return latents

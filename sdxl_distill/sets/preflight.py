@@ -13,16 +13,16 @@ from sdxl_distill.errors import CorruptError
 from sdxl_distill.models.component import Component
 from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 
-def require_same_set(place: Place, identity: SetIdentity, *, repair: bool = False) -> None:
+def require_same_set(location: Location, identity: SetIdentity, *, repair: bool = False) -> None:
     """Check that a folder is free, or holds the set that is to be built; writes nothing.
 
     `commit.publish_set_identity` decides; this saves the work until then.
 
     Args:
-        place: the folder of the set; need not exist.
+        location: the folder of the set; need not exist.
         identity: the identity of the set that is to be built there.
         repair: a damaged `set.json` is no fault, since it will be replaced.
 
@@ -31,14 +31,16 @@ def require_same_set(place: Place, identity: SetIdentity, *, repair: bool = Fals
         CorruptError: when the set record there is damaged.
         StorageError: when it cannot be read.
     """
-    folder = SetFolder(place.look())
+    folder = SetFolder(location.look())
     where = folder.where(SET_IDENTITY_NAME)
     forgiven = (FileNotFoundError, CorruptError) if repair else (FileNotFoundError,)
     with suppress(*forgiven), naming_repair(where):
         identity.require_same(folder.identity(), where)
 
 
-def require_complete(place: Place, identity: SetIdentity, networks: Iterable[Component]) -> None:
+def require_complete(
+    location: Location, identity: SetIdentity, networks: Iterable[Component]
+) -> None:
     """Check that networks have all the weights that they need, if a set is to be begun with them.
 
     A set that was begun with networks of this fingerprint shows that they were checked before.
@@ -46,7 +48,7 @@ def require_complete(place: Place, identity: SetIdentity, networks: Iterable[Com
     imported, each time that a builder finds everything done.
 
     Args:
-        place: the folder of the set; need not exist.
+        location: the folder of the set; need not exist.
         identity: the identity of the set that is to be built there.
         networks: whose fingerprints are in the record.
 
@@ -55,7 +57,7 @@ def require_complete(place: Place, identity: SetIdentity, networks: Iterable[Com
         StorageError: when the set record there cannot be read.
     """
     with suppress(FileNotFoundError, CorruptError):
-        if SetFolder(place.look()).identity().fingerprint == identity.fingerprint:
+        if SetFolder(location.look()).identity().fingerprint == identity.fingerprint:
             return
     for network in networks:
         network.require_complete()

@@ -28,7 +28,7 @@ from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity, SetReference
 from sdxl_distill.shards.shard_set import ShardSet
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _ID_DIGITS: Final = 12
 
@@ -42,7 +42,7 @@ def build_text_set(
     *,
     repair: bool = False,
     encoders: ModelFolder | None = None,
-) -> tuple[Place, BuiltSet]:
+) -> tuple[Location, BuiltSet]:
     """Build what is missing of the text set, next to any other workers.
 
     Args:
@@ -60,13 +60,13 @@ def build_text_set(
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
     device = resolve_device(config.device, launch.world.local_rank)
-    output_dir = Place(config.cache.output_dir)
+    output_dir = Location(config.cache.output_dir)
     encoders = encoders or ModelFolder.resolve(config.text_source)
 
     # Rank 0 decides which set it is; the others are told.
     decide = partial(_prepare, config, encoders, latents, launch, output_dir, repair)
     identity = decide_identity(launch, "text", decide)
-    place, shards = output_dir / identity.id, planned_after(latents, identity.id)
+    location, shards = output_dir / identity.id, planned_after(latents, identity.id)
     # The encoders are loaded once, by the first shard or the empty record that is missing.
     loaded: list[CaptionEncoder] = []
 
@@ -76,7 +76,7 @@ def build_text_set(
         return loaded[0]
 
     built = build_set(
-        place,
+        location,
         identity,
         shards,
         lambda: TextContent(latents, encoder()),
@@ -87,7 +87,7 @@ def build_text_set(
     )
     if loaded:
         _report_cut_captions(loaded[0].num_truncated, identity)
-    return place, built
+    return location, built
 
 
 def _prepare(
@@ -95,18 +95,18 @@ def _prepare(
     encoders: ModelFolder,
     latents: ShardSet,
     launch: Launch,
-    output_dir: Place,
+    output_dir: Location,
     repair: bool,
 ) -> SetIdentity:
     """Do what rank 0 does alone: refuse what cannot be built, bring back good shards."""
     identity = text_identity(encoders, latents, output_dir)
-    place, shards = output_dir / identity.id, planned_after(latents, identity.id)
+    location, shards = output_dir / identity.id, planned_after(latents, identity.id)
     require_legal_plan(identity.id, identity.schema, shards)
-    require_complete(place, identity, encoders.text_encoders)
+    require_complete(location, identity, encoders.text_encoders)
     if repair:
-        refuse_in_job_array(launch, str(place))
+        refuse_in_job_array(launch, str(location))
         accepts = partial(holds_same_keys, latents=latents)
-        repair_set(place, identity, shards, accepts, exclusive=config.cache.exclusive)
+        repair_set(location, identity, shards, accepts, exclusive=config.cache.exclusive)
     return identity
 
 
@@ -119,7 +119,7 @@ def _report_cut_captions(num_truncated: int, identity: SetIdentity) -> None:
         )
 
 
-def text_identity(encoders: ModelFolder, latents: ShardSet, output_dir: Place) -> SetIdentity:
+def text_identity(encoders: ModelFolder, latents: ShardSet, output_dir: Location) -> SetIdentity:
     """Return the identity of the text set; its id is made of its fingerprint.
 
     Args:
@@ -140,7 +140,7 @@ def text_identity(encoders: ModelFolder, latents: ShardSet, output_dir: Place) -
     )
     identity = replace(identity, id=f"text-{identity.fingerprint[:_ID_DIGITS]}")
     reference = SetReference.between(
-        latents.manifest.identity.fingerprint, output_dir / identity.id, latents.place
+        latents.manifest.identity.fingerprint, output_dir / identity.id, latents.location
     )
     return replace(identity, latents=reference)
 

@@ -26,7 +26,7 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 from sdxl_distill.shards.shard_name import is_safe_set_id
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 _MAX_LEADING_PARENTS: Final = 3
 _MAX_PARTS: Final = 32
@@ -49,12 +49,12 @@ class SetReference:
     place: str | None = None
 
     @classmethod
-    def between(cls, target_fingerprint: str, own: Place, target: Place) -> SetReference:
+    def between(cls, target_fingerprint: str, own: Location, target: Location) -> SetReference:
         """Refer to the set in the folder `target` from the set in the folder `own`."""
         place = target.seen_from(own)
         return cls(target_fingerprint, place if is_safe_place(place) else None)
 
-    def resolve(self, own: Place) -> Place | None:
+    def resolve(self, own: Location) -> Location | None:
         """Return the folder referred to by the set in the folder `own`."""
         return None if self.place is None else own / self.place
 

@@ -25,14 +25,14 @@ from sdxl_distill.shards.record import RecordHeader
 from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder, unless_absent
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetReference
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 T = TypeVar("T")
 
 _CACHED_INDICES: Final = 64
 
 
-def open_shard_set(path: str | Path | Place, *, max_open_shards: int = 64) -> ShardSet:
+def open_shard_set(path: str | Path | Location, *, max_open_shards: int = 64) -> ShardSet:
     """Open a complete shard set; reads `set.json` and `manifest.json` and no shard.
 
     Args:
@@ -45,10 +45,10 @@ def open_shard_set(path: str | Path | Place, *, max_open_shards: int = 64) -> Sh
         IncompatibleError: when they do not belong together or a newer version wrote them.
         StorageError: when the operating system refuses.
     """
-    place = Place(path)
-    folder = SetFolder(place.look())
-    identity = _read_or_explain(folder.identity, place, SET_IDENTITY_NAME)
-    manifest = _read_or_explain(folder.manifest, place, MANIFEST_NAME)
+    location = Location(path)
+    folder = SetFolder(location.look())
+    identity = _read_or_explain(folder.identity, location, SET_IDENTITY_NAME)
+    manifest = _read_or_explain(folder.manifest, location, MANIFEST_NAME)
     if manifest.identity != identity:
         raise IncompatibleError(
             f"a manifest of generation {manifest.identity.generation} of set "
@@ -57,7 +57,7 @@ def open_shard_set(path: str | Path | Place, *, max_open_shards: int = 64) -> Sh
             where=folder.where(MANIFEST_NAME),
             action="finish building this set, or copy it again",
         )
-    return ShardSet(place, manifest, max_open_shards=max_open_shards)
+    return ShardSet(location, manifest, max_open_shards=max_open_shards)
 
 
 class ShardSet:
@@ -71,14 +71,14 @@ class ShardSet:
     ```
 
     Attributes:
-        place: the folder of the set.
+        location: the folder of the set.
         folder: the door to what lies in it.
         manifest: the manifest as it was when the set was opened.
     """
 
-    def __init__(self, place: Place, manifest: Manifest, *, max_open_shards: int) -> None:
-        self.place = place
-        self.folder = SetFolder(place.look())
+    def __init__(self, location: Location, manifest: Manifest, *, max_open_shards: int) -> None:
+        self.location = location
+        self.folder = SetFolder(location.look())
         self.manifest = manifest
         self._indices = lru_cache(_CACHED_INDICES)(self._load_index)
         self._readers = lru_cache(max_open_shards)(self._open_reader)
@@ -123,13 +123,13 @@ class ShardSet:
         return RecordHeader.parse(content, where).decode(bytearray(content))
 
     def open_referenced(
-        self, kind: Literal["latents", "text"], place: str | Path | Place | None = None
+        self, kind: Literal["latents", "text"], location: str | Path | Location | None = None
     ) -> ShardSet:
         """Open the latents or the text set that this set was made from.
 
         Args:
             kind: the kind of that set.
-            place: its folder, if it is no longer at the recorded place.
+            location: its folder, if it is no longer at the recorded place.
 
         Raises:
             ConfigError: when there is no recorded place, or nothing at it.
@@ -138,11 +138,11 @@ class ShardSet:
         identity = self.manifest.identity
         reference = identity.latents if kind == "latents" else identity.text
         assert reference is not None, f"a {identity.kind} set has no {kind} set"
-        found = Place(place) if place is not None else reference.resolve(self.place)
+        found = Location(location) if location is not None else reference.resolve(self.location)
         if found is None:
             raise ConfigError(
                 f"set {self.id} does not say where its {kind} set lies",
-                where=str(self.place),
+                where=str(self.location),
                 action=f"name the folder of the {kind} set in the configuration",
             )
         return _open_as(found, reference, kind, self.id)
@@ -234,20 +234,20 @@ class ShardSet:
         )
 
 
-def _open_as(place: Place, reference: SetReference, kind: str, set_id: str) -> ShardSet:
-    opened = open_shard_set(place)
+def _open_as(location: Location, reference: SetReference, kind: str, set_id: str) -> ShardSet:
+    opened = open_shard_set(location)
     found = opened.manifest.identity.fingerprint
     if found != reference.fingerprint:
         raise IncompatibleError(
             f"set {opened.id} has fingerprint {found[:12]}…",
             expected=f"{reference.fingerprint[:12]}…, the {kind} set of {set_id}",
-            where=str(place),
+            where=str(location),
             action=f"name the right {kind} folder in the configuration, or rebuild {set_id}",
         )
     return opened
 
 
-def _read_or_explain(read: Callable[[], T], place: Place, name: str) -> T:
+def _read_or_explain(read: Callable[[], T], location: Location, name: str) -> T:
     try:
         return read()
     except FileNotFoundError as error:
@@ -255,6 +255,6 @@ def _read_or_explain(read: Callable[[], T], place: Place, name: str) -> T:
         raise ConfigError(
             "this shard set is not complete yet" if is_set else "there is no shard set",
             expected=f"a file {name}",
-            where=str(place),
+            where=str(location),
             action="run its builder until it reports the set complete, or check the path",
         ) from error

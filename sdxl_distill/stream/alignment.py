@@ -74,7 +74,7 @@ def align(sets: JoinedSets, on_missing: OnMissing) -> tuple[AlignedShard, ...]:
     if not common:
         raise ConfigError(
             "there is no shard that all sets have",
-            where=", ".join(str(shard_set.place) for shard_set in sets.all),
+            where=", ".join(str(shard_set.location) for shard_set in sets.all),
             action="build more shards of each set",
         )
 
@@ -108,7 +108,7 @@ def _missing(missing: Mapping[ShardSet, Counter[Bucket]]) -> IncompatibleError:
         "shards are missing: "
         + "; ".join(f"{each.id} lacks {_describe(counts)}" for each, counts in missing.items()),
         expected="the same shards in every set",
-        where=", ".join(str(shard_set.place) for shard_set in missing),
+        where=", ".join(str(shard_set.location) for shard_set in missing),
         action=f"build them: {_commands(missing)}; or train on what all sets have with "
         "data.on_missing: intersect",
     )
@@ -139,7 +139,7 @@ def _require_fresh(sets: JoinedSets, common: set[tuple[int, int, int]]) -> None:
             "shards are stale, made from other latents than today's: "
             + "; ".join(f"{each.id} has {_describe(counts)}" for each, counts in stale.items()),
             expected=f"shards made from those of set {sets.latents.id}",
-            where=", ".join(str(shard_set.place) for shard_set in stale),
+            where=", ".join(str(shard_set.location) for shard_set in stale),
             action=f"rebuild these shards: {_commands(stale, ' --repair')}",
         )
 

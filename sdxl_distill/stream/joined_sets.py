@@ -52,7 +52,7 @@ def require_kind(shard_set: ShardSet, kind: Kind) -> None:
         raise ConfigError(
             f"set {shard_set.id} is a {found} set",
             expected=f"a {kind} set",
-            where=str(shard_set.place),
+            where=str(shard_set.location),
             action=f"name the folder of a {kind} set",
         )
 
@@ -68,7 +68,7 @@ def require_distinct_ids(shard_sets: Sequence[ShardSet]) -> None:
             raise IncompatibleError(
                 f"two sets with the id {shard_set.id}",
                 expected="every set once",
-                where=f"{other.place} and {shard_set.place}",
+                where=f"{other.location} and {shard_set.location}",
                 action="leave one of them out, or build one under another teacher_id",
             )
 
@@ -86,14 +86,14 @@ def require_same_draws(predictions: Sequence[ShardSet]) -> None:
         raise IncompatibleError(
             f"set {first.id} has noise.algorithm {recipe.algorithm!r}",
             expected=f"{NOISE_ALGORITHM!r}, the one this version knows",
-            where=str(first.place),
+            where=str(first.location),
             action="use the version of sdxl_distill that built the set",
         )
     if recipe.max_timestep > num_timesteps:
         raise IncompatibleError(
             f"set {first.id} has max_timestep {recipe.max_timestep}",
             expected=f"at most {num_timesteps}, its teacher's training timesteps",
-            where=str(first.place),
+            where=str(first.location),
             action="rebuild it",
         )
 
@@ -190,7 +190,7 @@ def _require_equal(
             + ", ".join(f"{path} {value!r}" for path, value, _ in differences),
             expected=", ".join(f"{path} {value!r}" for path, _, value in differences)
             + f" as in set {first.id}",
-            where=f"{shard_set.place} and {first.place}",
+            where=f"{shard_set.location} and {first.location}",
             action=f"rebuild one of the two with the values of the other, or leave {shard_set.id} "
             "out",
         )
@@ -281,7 +281,7 @@ def _latents_of(first: ShardSet, latents: ShardSet | None) -> ShardSet:
         raise IncompatibleError(
             f"latents set {latents.id} has fingerprint {found[:12]}…",
             expected=f"{expected[:12]}…, the latents of set {first.id}",
-            where=f"{latents.place} and {first.place}",
+            where=f"{latents.location} and {first.location}",
             action="name the latents set that the predictions were made from",
         )
     return latents
@@ -295,7 +295,7 @@ def _require_text(text: ShardSet, first: ShardSet, latents: ShardSet, wanted: st
         raise IncompatibleError(
             f"text set {text.id} has text {found}",
             expected=f"{wanted}, the text encoders that the student wants",
-            where=str(text.place),
+            where=str(text.location),
             action="name the text set of the student's text encoders",
         )
 
@@ -316,7 +316,7 @@ def _find_text(predictions: Sequence[ShardSet], wanted: str | None) -> ShardSet:
     raise IncompatibleError(
         f"no set holds the embeddings of the student's text encoders ({held})",
         expected=f"text {wanted}",
-        where=", ".join(str(each.place) for each in predictions),
+        where=", ".join(str(each.location) for each in predictions),
         action="set student.text_encoder_id to the teachers' model.text_encoder_id (needed after "
         "an export with rounded text encoders); only to condition the student on other encoders, "
         "build their text set: python tools/build_text.py --config <the teachers' configuration> "
@@ -332,7 +332,7 @@ def _latents_fingerprint(shard_set: ShardSet) -> str:
 
 def _neighbouring_text_sets(predictions: Sequence[ShardSet]) -> Iterator[ShardSet]:
     """Yield the complete text sets in the folders that hold the predictions sets."""
-    for parent in sorted({each.place.parent for each in predictions}):
+    for parent in sorted({each.location.parent for each in predictions}):
         for name in parent.folders():
             if name.startswith("text-"):
                 with suppress(DistillError):

@@ -282,7 +282,7 @@ def require_convertible(student: NoiseSchedule, teachers: Sequence[ShardSet]) ->
                 f"teacher {teacher.id} predicts epsilon up to timestep {last}, "
                 f"where √ᾱ = {signal:.4f}",
                 expected=f"√ᾱ ≥ {MIN_SIGNAL} for a student that predicts {student.prediction_type}",
-                where=str(teacher.place),
+                where=str(teacher.location),
                 action="build this teacher's predictions with a smaller cache.max_timestep",
             )
 

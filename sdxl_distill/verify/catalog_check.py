@@ -20,7 +20,7 @@ from sdxl_distill.shards.latents_plan import LatentsPlan, plan_faults
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.verify.finding import Finding, FindingList
 
 NO_CATALOG: Final = (
@@ -30,7 +30,7 @@ NO_CATALOG: Final = (
 
 
 def check_catalog(
-    place: Place,
+    location: Location,
     identity: SetIdentity,
     manifest: Manifest | None,
     names: Iterable[ShardName],
@@ -40,18 +40,18 @@ def check_catalog(
     """Check the catalog of a latents set, as far as the damage lets it.
 
     Args:
-        place: the set's folder.
+        location: the set's folder.
         identity: the identity of the set.
         manifest: the set's manifest; None when it is not complete.
         names: the names of the committed shards.
         quick: leave out what is computed again for each row.
     """
     findings = FindingList(identity.id)
-    catalog_place = place / CATALOG_FOLDER
-    if not catalog_place.is_folder():
+    catalog_location = location / CATALOG_FOLDER
+    if not catalog_location.is_folder():
         findings.add(_fault("is missing", "the folder of its segments"))
         return findings.all()
-    with findings.collecting(), catalog_place.open() as folder:
+    with findings.collecting(), catalog_location.open() as folder:
         for name in sorted(folder.names()):
             if segment_number(name) is None and not name.startswith("."):
                 findings.add(_stranger(name))
@@ -75,12 +75,12 @@ def check_catalog(
     return findings.all()
 
 
-def is_without_catalog(place: Place, manifest: Manifest | None) -> bool:
+def is_without_catalog(location: Location, manifest: Manifest | None) -> bool:
     """Whether a set has no catalog and need not: an earlier version packed it without one."""
     return (
         manifest is not None
         and all(entry.source_sha256 is None for entry in manifest.shards)
-        and not (place / CATALOG_FOLDER).exists()
+        and not (location / CATALOG_FOLDER).exists()
     )
 
 

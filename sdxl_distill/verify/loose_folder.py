@@ -21,7 +21,7 @@ from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, Kind, NoiseRecipe, SetIdentity
 from sdxl_distill.shards.sidecar import parse_captions
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.verify.finding import FindingList
 from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 from sdxl_distill.verify.set_check import check_recipe, read_identity
@@ -53,7 +53,7 @@ class _LooseCheck(NamedTuple):
 
 
 def verify_loose(
-    path: str | Path | Place,
+    path: str | Path | Location,
     *,
     recipe: NoiseRecipe | None = None,
     num_threads: int = 1,
@@ -72,11 +72,11 @@ def verify_loose(
         ConfigError: when there is no such folder.
         StorageError: when it cannot be listed.
     """
-    place = Place(path)
-    with place.open() as directory:
+    location = Location(path)
+    with location.open() as directory:
         names = directory.names()
         folder = LooseFolder.of(names)
-        result = Verification(place.real().name)
+        result = Verification(location.real().name)
         identity: SetIdentity | None = None
         if SET_IDENTITY_NAME in names:
             identity, result.findings = read_identity(SetFolder(directory))

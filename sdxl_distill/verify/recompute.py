@@ -72,7 +72,7 @@ def recompute_records(
         raise ConfigError(
             f"set {predictions.id} is a {identity.kind} set",
             expected="a predictions set, to be computed again by its teacher",
-            where=str(predictions.place),
+            where=str(predictions.location),
             action="leave out --recompute, or name a teacher's folder",
         )
     checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)

@@ -20,7 +20,7 @@ from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder, shard_n
 from sdxl_distill.shards.set_identity import SET_IDENTITY_NAME, SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.verify.finding import Finding, FindingList
 from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 
@@ -172,4 +172,4 @@ def check_empty_record(
 
 
 def _folder_name(folder: SetFolder[Directory]) -> str:
-    return Place(folder.where()).real().name
+    return Location(folder.where()).real().name

@@ -15,7 +15,7 @@ from sdxl_distill.runtime.ordered_map import ordered_map
 from sdxl_distill.shards.manifest import ShardEntry
 from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.shard_name import ShardName
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.verify.catalog_check import NO_CATALOG, check_catalog, is_without_catalog
 from sdxl_distill.verify.finding import Finding, exit_code_of
 from sdxl_distill.verify.id_check import IdCheck
@@ -70,7 +70,7 @@ def show_nothing(num_done: int, num_all: int) -> None:
 
 
 def verify_set(
-    path: str | Path | Place,
+    path: str | Path | Location,
     *,
     quick: bool = False,
     num_threads: int = 1,
@@ -89,12 +89,12 @@ def verify_set(
         ConfigError: when there is no such folder.
         StorageError: when it cannot be listed.
     """
-    place = Place(path)
-    with place.open() as directory:
+    location = Location(path)
+    with location.open() as directory:
         names, folder = directory.names(), SetFolder(directory)
         identity, findings = read_identity(folder)
         manifest, more = read_manifest(folder)
-        result = Verification(place.real().name, findings=findings + more)
+        result = Verification(location.real().name, findings=findings + more)
         if manifest is not None:
             result.findings += check_identity(identity or manifest.identity, manifest)
             identity = manifest.identity
@@ -116,10 +116,10 @@ def verify_set(
         _check_all(result, ids, check, entries, num_threads, on_progress)
         result.findings += ids.findings(partial(existing_index, folder, identity))
         if identity.kind == "latents":
-            if is_without_catalog(place, manifest):
+            if is_without_catalog(location, manifest):
                 result.notes.append(NO_CATALOG)
             else:
-                result.findings += check_catalog(place, identity, manifest, entries, quick=quick)
+                result.findings += check_catalog(location, identity, manifest, entries, quick=quick)
     return result
 
 

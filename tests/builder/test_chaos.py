@@ -29,7 +29,7 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.shards.tar_index import index_of_tar
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 NUM_SHARDS = 3
 NUM_WORKERS = 4
@@ -76,7 +76,7 @@ class Trial:
             shutil.rmtree(self.path / ".build", ignore_errors=True)
         elif blow == "withdraw":
             if self.path.is_dir():
-                withdraw_set(Place(self.path))
+                withdraw_set(Location(self.path))
                 self.seen.clear()
                 self.num_withdrawals += 1
         elif victim is not None:

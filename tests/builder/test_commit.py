@@ -28,7 +28,7 @@ from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.storage.publication import Publication, Volume
 from sdxl_distill.storage.regular_file import LostDirectoryError
 from sdxl_distill.storage.staged_file import StagedFile
@@ -259,7 +259,7 @@ def test_nothing_is_loaded_for_a_folder_of_another_configuration(tmp_path: Path)
         raise AssertionError("loaded")
 
     with pytest.raises(IncompatibleError):
-        build_set(Place(tmp_path / "toy"), toy_record(2), planned(1), load, describe, World())
+        build_set(Location(tmp_path / "toy"), toy_record(2), planned(1), load, describe, World())
 
 
 def test_any_finisher_writes_the_same_manifest(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_any_finisher_writes_the_same_manifest(tmp_path: Path) -> None:
 
 def build_grown(path: Path) -> BuiltSet:
     return build_set(
-        Place(path),
+        Location(path),
         toy_record(),
         planned(4),
         ToyContent,
@@ -317,7 +317,7 @@ def test_a_finisher_that_slept_does_not_replace_the_manifest_of_a_later_catalog(
         return manifest
 
     finished = build_set(
-        Place(path), toy_record(), planned(3), ToyContent, describe_and_sleep, World()
+        Location(path), toy_record(), planned(3), ToyContent, describe_and_sleep, World()
     )
     assert later[0].catalog == 1
     assert finished.manifest == later[0]
@@ -356,7 +356,7 @@ def test_a_manifest_of_a_greater_catalog_that_lacks_what_was_built_does_not_come
         return describe(directory, identity, all_indices)
 
     built = build_set(
-        Place(path), toy_record(), planned(3), ToyContent, describe_beside_another, World()
+        Location(path), toy_record(), planned(3), ToyContent, describe_beside_another, World()
     )
     assert built.manifest.catalog == 0
     assert Manifest.from_bytes((path / "manifest.json").read_bytes(), "m") == built.manifest
@@ -378,7 +378,7 @@ def test_a_stale_shard_is_refused_when_finishing(tmp_path: Path) -> None:
     build(path, 1)
     today = [replace(SHARD, source_sha256="b" * 64)]
     with pytest.raises(IncompatibleError, match=r"planned for other images.*\n.*--repair"):
-        build_set(Place(path), toy_record(), today, ToyContent, describe, World())
+        build_set(Location(path), toy_record(), today, ToyContent, describe, World())
 
 
 def test_records_of_a_shard_depend_on_the_shard_alone(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sdxl_distill.errors import ConfigError, StorageError
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.storage import publication
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.storage.staged_file import StagedFile
 
 NAMES = [shard.name for shard in planned(3)]
@@ -54,7 +54,7 @@ def damaged_set(path: Path, *, exclusive: bool = False) -> Path:
 
 def repair(path: Path, *, exclusive: bool = False) -> RepairSummary:
     accepts = ToyContent().accepts
-    return repair_set(Place(path), toy_record(), planned(3), accepts, exclusive=exclusive)
+    return repair_set(Location(path), toy_record(), planned(3), accepts, exclusive=exclusive)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -105,7 +105,7 @@ def test_without_the_promise_of_one_worker_such_a_set_stays_as_it_is(tmp_path: P
         with pytest.raises(StorageError, match=r"cache\.exclusive"):
             repair(path)
         assert contents(path) == before
-        assert folders_aside(Place(path)) == []
+        assert folders_aside(Location(path)) == []
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -131,7 +131,7 @@ def test_a_user_who_may_not_write_beside_the_set_leaves_it_as_it_was(path: Path)
         repair(path)
     path.parent.chmod(0o755)
     assert contents(path) == before
-    assert folders_aside(Place(path)) == []
+    assert folders_aside(Location(path)) == []
 
 
 def test_a_repair_killed_between_its_two_renames_is_continued(
@@ -161,11 +161,11 @@ def test_a_set_with_foreign_folders_in_it_is_neither_withdrawn_nor_repaired(
     (path / name).mkdir()
     before = contents(path)
     with pytest.raises(ConfigError, match=name):
-        withdraw_set(Place(path))
+        withdraw_set(Location(path))
     with pytest.raises(ConfigError, match=name):
         repair(path)
     assert contents(path) == before
-    assert folders_aside(Place(path)) == []
+    assert folders_aside(Location(path)) == []
 
 
 def test_a_set_that_stays_where_it_is_has_nothing_staged_for_each_shard(

@@ -30,7 +30,7 @@ from sdxl_distill.errors import CorruptError, NumericalError, Preempted, Storage
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 LONG = ("--expiry", "600")
 
@@ -103,7 +103,7 @@ def test_a_complete_set_is_left_alone_and_nothing_is_loaded(tmp_path: Path) -> N
     def load() -> ToyContent:
         raise AssertionError("loaded")
 
-    built = build_set(Place(tmp_path / "toy"), toy_record(), planned(3), load, describe, World())
+    built = build_set(Location(tmp_path / "toy"), toy_record(), planned(3), load, describe, World())
     assert (built.summary.num_present, built.summary.num_built) == (3, 0)
     assert content_of(tmp_path / "toy") == before
 

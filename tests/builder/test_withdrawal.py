@@ -27,7 +27,7 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.set_folder import SetFolder
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 NAMES = [shard.name for shard in planned(3)]
 
@@ -41,7 +41,7 @@ def tars(path: Path) -> dict[str, bytes]:
 
 
 def repair(path: Path) -> RepairSummary:
-    return repair_set(Place(path), toy_record(), planned(3), ToyContent().accepts)
+    return repair_set(Location(path), toy_record(), planned(3), ToyContent().accepts)
 
 
 @pytest.fixture
@@ -53,24 +53,24 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_withdrawn_set_is_rebuilt_and_then_removed(path: Path) -> None:
     before = tars(path)
-    withdraw_set(Place(path))
-    assert is_withdrawn(Place(path))
+    withdraw_set(Location(path))
+    assert is_withdrawn(Location(path))
     assert not path.exists()
     build(path, 3, ToyContent(random=True))
-    assert not is_withdrawn(Place(path))
+    assert not is_withdrawn(Location(path))
     assert names(path.parent) == {"toy"}
     assert set(tars(path)) == set(before)
     assert all(tars(path)[name] != before[name] for name in before)
 
 
 def test_an_unfinished_withdrawal_is_continued_not_repeated(path: Path) -> None:
-    withdraw_set(Place(path))
+    withdraw_set(Location(path))
     with pytest.raises(StorageError):
         build(path, 3, StopAfterOneShard())
     committed = {place.name for place in path.glob("*.idx")}
     assert committed
     inodes = {name: (path / name).stat().st_ino for name in committed}
-    withdraw_for_rebuild(Launch(World(), {}), Place(path))
+    withdraw_for_rebuild(Launch(World(), {}), Location(path))
     build(path, 3)
     assert {name: (path / name).stat().st_ino for name in committed} == inodes
 
@@ -86,45 +86,45 @@ class StopAfterOneShard(ToyContent):
 
 def test_a_first_build_that_replaces_keeps_its_progress_when_started_again(tmp_path: Path) -> None:
     path = tmp_path / "toy"
-    withdraw_for_rebuild(Launch(World(), {}), Place(path))
-    assert is_withdrawn(Place(path))
+    withdraw_for_rebuild(Launch(World(), {}), Location(path))
+    assert is_withdrawn(Location(path))
     with pytest.raises(StorageError):
         build(path, 3, StopAfterOneShard())
-    withdraw_for_rebuild(Launch(World(), {}), Place(path))
+    withdraw_for_rebuild(Launch(World(), {}), Location(path))
     assert build(path, 3).summary.num_present >= 1
     assert names(tmp_path) == {"toy"}
 
 
 def test_a_complete_set_is_withdrawn_again_by_the_next_launch(path: Path) -> None:
     for _ in range(2):
-        withdraw_for_rebuild(Launch(World(), {}), Place(path))
-        assert is_withdrawn(Place(path))
+        withdraw_for_rebuild(Launch(World(), {}), Location(path))
+        assert is_withdrawn(Location(path))
         build(path, 3)
 
 
 def test_a_restarted_launch_withdraws_nothing(path: Path) -> None:
-    withdraw_for_rebuild(Launch(World(), {"TORCHELASTIC_RESTART_COUNT": "1"}), Place(path))
+    withdraw_for_rebuild(Launch(World(), {"TORCHELASTIC_RESTART_COUNT": "1"}), Location(path))
     assert (path / "manifest.json").exists()
 
 
 def test_a_job_array_withdraws_nothing_but_continues_a_withdrawal(path: Path) -> None:
     launch = Launch(World(), {"SLURM_ARRAY_TASK_ID": "1"})
     with pytest.raises(ConfigError, match="--withdraw-only"):
-        withdraw_for_rebuild(launch, Place(path))
+        withdraw_for_rebuild(launch, Location(path))
     assert (path / "manifest.json").exists()
-    withdraw_set(Place(path))
-    withdraw_for_rebuild(launch, Place(path))
-    assert len(folders_aside(Place(path))) == 1
+    withdraw_set(Location(path))
+    withdraw_for_rebuild(launch, Location(path))
+    assert len(folders_aside(Location(path))) == 1
 
 
 def test_another_configuration_may_replace_a_set(path: Path) -> None:
-    withdraw_for_rebuild(Launch(World(), {}), Place(path))
+    withdraw_for_rebuild(Launch(World(), {}), Location(path))
     assert build(path, 3, ToyContent(seed=5)).manifest.identity.content == {"seed": 5}
 
 
 def test_files_of_others_survive_a_withdrawal(path: Path) -> None:
     (path / "thesis.txt").write_text("irreplaceable")
-    aside = withdraw_set(Place(path))
+    aside = withdraw_set(Location(path))
     build(path, 3)
     assert names(Path(str(aside))) == {"thesis.txt"}
 
@@ -135,7 +135,7 @@ def test_a_zombie_of_a_withdrawn_set_changes_no_byte_of_its_successor(path: Path
 
         def compute(self, batch):
             if self.num_batches == 1:
-                withdraw_set(Place(path))
+                withdraw_set(Location(path))
                 build(path, 3)
                 self.successor.update(tars(path))
             return super().compute(batch)
@@ -155,8 +155,8 @@ def test_a_link_to_a_set_elsewhere_is_withdrawn_where_the_set_is(
     link = tmp_path / "links" / "toy"
     link.parent.mkdir()
     link.symlink_to(path)
-    withdraw_set(Place(link))
-    assert is_withdrawn(Place(link))
+    withdraw_set(Location(link))
+    assert is_withdrawn(Location(link))
     build(link, 3)
     assert link.is_symlink()
     assert (path / "manifest.json").exists()
@@ -203,7 +203,7 @@ def test_a_repair_keeps_the_folder_as_it_was(path: Path) -> None:
     _cut(path / NAMES[0].tar)
     (folder,) = repair(path).folders
     build(path, 3)
-    (kept,) = folders_aside(Place(path))
+    (kept,) = folders_aside(Location(path))
     assert kept == kept_after_repair(folder)
     assert (Path(str(kept)) / NAMES[0].tar).stat().st_size == 1000
 
@@ -213,7 +213,7 @@ def test_a_repair_that_finds_nothing_leaves_the_set_where_it_is(path: Path) -> N
     summary = repair(path)
     assert {place.name: place.stat().st_ino for place in path.iterdir()} == before
     assert (summary.num_kept, summary.damage, summary.folders) == (3, (), ())
-    assert folders_aside(Place(path)) == []
+    assert folders_aside(Location(path)) == []
 
 
 def test_an_unfinished_set_in_which_nothing_is_damaged_is_left_where_it_is(path: Path) -> None:
@@ -232,7 +232,7 @@ def test_there_is_nothing_to_repair_where_there_is_no_set(tmp_path: Path) -> Non
 def test_an_interrupted_repair_is_continued(path: Path) -> None:
     before = tars(path)
     _cut(path / NAMES[0].tar)
-    folder = withdraw_set(Place(path), for_repair=True)
+    folder = withdraw_set(Location(path), for_repair=True)
     path.mkdir()
     os.link(Path(str(folder)) / NAMES[1].tar, path / NAMES[1].tar)  # and here the power fails
     assert repair(path).folders == (folder,)
@@ -244,7 +244,7 @@ def test_an_interrupted_repair_is_continued(path: Path) -> None:
 def test_what_was_built_since_an_interrupted_repair_stays_and_gets_no_other_index(
     path: Path,
 ) -> None:
-    withdraw_set(Place(path), for_repair=True)
+    withdraw_set(Location(path), for_repair=True)
     with pytest.raises(StorageError):
         build(path, 3, StopAfterOneShard(random=True))
     built = tars(path)
@@ -266,7 +266,7 @@ def test_what_was_damaged_since_an_interrupted_repair_is_repaired_too(path: Path
     _cut(path / NAMES[0].tar)
     repair(path)
     with pytest.raises(StorageError):
-        build_set(Place(path), toy_record(), planned(3), ToyContent, interrupt, World())
+        build_set(Location(path), toy_record(), planned(3), ToyContent, interrupt, World())
     _cut(path / NAMES[0].tar)
     assert len(repair(path).folders) == 2
     assert build(path, 3).summary.num_built == 1
@@ -275,12 +275,12 @@ def test_what_was_damaged_since_an_interrupted_repair_is_repaired_too(path: Path
 def test_a_finished_repair_is_not_continued(path: Path) -> None:
     for name in NAMES[:2]:
         _cut(path / name.tar)
-        before = folders_aside(Place(path))
+        before = folders_aside(Location(path))
         (folder,) = repair(path).folders
         assert folder not in before
         build(path, 3, ToyContent(random=True))
         (path / "manifest.json").unlink()
-    assert len(folders_aside(Place(path))) == 2
+    assert len(folders_aside(Location(path))) == 2
 
 
 def test_a_repair_rebuilds_a_pair_that_the_manifest_does_not_name(path: Path) -> None:
@@ -316,9 +316,9 @@ def test_a_repair_drops_shards_of_another_set(path: Path) -> None:
 def test_a_repair_with_another_configuration_touches_nothing(path: Path) -> None:
     before = names(path)
     with pytest.raises(IncompatibleError, match=r"content\.seed"):
-        repair_set(Place(path), toy_record(seed=1), planned(3), ToyContent().accepts)
+        repair_set(Location(path), toy_record(seed=1), planned(3), ToyContent().accepts)
     assert names(path) == before
-    assert folders_aside(Place(path)) == []
+    assert folders_aside(Location(path)) == []
 
 
 def test_a_repair_keeps_the_catalog(path: Path) -> None:
@@ -332,13 +332,13 @@ def test_a_repair_keeps_the_catalog(path: Path) -> None:
 def test_a_rebuild_does_not_take_an_unfinished_repair_for_its_own(path: Path) -> None:
     _cut(path / NAMES[0].tar)
     assert repair(path).folders
-    withdraw_for_rebuild(Launch(World(), {}), Place(path))
+    withdraw_for_rebuild(Launch(World(), {}), Location(path))
     assert build(path, 3).summary.num_built == 3
 
 
 def test_a_worker_that_slept_through_it_all_before_its_first_step_is_told(path: Path) -> None:
     with Directory(path) as zombie:
-        withdraw_set(Place(path))
+        withdraw_set(Location(path))
         build(path, 3)
         with pytest.raises(StorageError, match="withdrawn or moved"):
             publish_set_identity(SetFolder(zombie), toy_record())

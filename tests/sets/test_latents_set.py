@@ -15,7 +15,7 @@ from support.workshop import BUCKETS, Workshop, identities, published_files, tra
 from sdxl_distill.builder.withdrawal import withdraw_set
 from sdxl_distill.catalog.image import BadImageError
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, NumericalError
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 pytestmark = pytest.mark.processors
 
@@ -298,7 +298,7 @@ def test_a_repair_replaces_a_damaged_set_record(built_workshop):
 def test_an_interrupted_repair_keeps_the_catalog_it_began_with(built_workshop):
     workshop = built_workshop
     before = published_files(workshop.latents)
-    withdraw_set(Place(workshop.latents), for_repair=True)  # and here the power fails
+    withdraw_set(Location(workshop.latents), for_repair=True)  # and here the power fails
     workshop.build_latents(repair=True)
     assert published_files(workshop.latents) == before
 

@@ -22,7 +22,7 @@ from sdxl_distill.errors import (
 from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.predictions_set import build_predictions_set
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -109,7 +109,7 @@ def test_a_rebuild_takes_another_configuration(built_workshop):
 def test_a_withdrawn_set_is_built_anew_once(built_workshop):
     workshop = built_workshop
     before = published_files(workshop.teacher)
-    withdraw_set(Place(workshop.teacher))
+    withdraw_set(Location(workshop.teacher))
     workshop.build_shards("cache.draws=2", "cache.skip_existing=false")
     assert published_files(workshop.teacher) == before
     assert traces(workshop.root) == []

@@ -19,7 +19,7 @@ from sdxl_distill.shards.record import (
     predictions_schema,
 )
 from sdxl_distill.shards.set_identity import SetIdentity, SetReference, is_safe_place
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 KINDS = [("latents", "full"), ("text", "full"), ("predictions", "full"), ("predictions", "compact")]
 
@@ -216,15 +216,15 @@ def test_a_place_climbs_three_folders_at_most(place: str, is_safe: bool) -> None
 
 def test_a_reference_finds_its_set_again(tmp_path: Path) -> None:
     predictions, latents = tmp_path / "predictions/teacher", tmp_path / "latents"
-    reference = SetReference.between("1" * 64, Place(predictions), Place(latents))
+    reference = SetReference.between("1" * 64, Location(predictions), Location(latents))
     assert reference.place == "../../latents"
-    resolved = reference.resolve(Place(predictions))
+    resolved = reference.resolve(Location(predictions))
     assert resolved is not None
-    assert resolved.real() == Place(latents).real()
+    assert resolved.real() == Location(latents).real()
 
 
 def test_a_set_too_far_away_gets_no_place(tmp_path: Path) -> None:
-    own, latents = Place(tmp_path / "a/b/c/d"), Place(tmp_path / "latents")
+    own, latents = Location(tmp_path / "a/b/c/d"), Location(tmp_path / "latents")
     reference = SetReference.between("1" * 64, own, latents)
     assert reference == SetReference("1" * 64, None)
-    assert reference.resolve(Place(tmp_path)) is None
+    assert reference.resolve(Location(tmp_path)) is None

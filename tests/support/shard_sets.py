@@ -29,7 +29,7 @@ from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.shards.writer import ShardWriter
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 ShardKey = tuple[int, int, int]
 """Width, height and number of a shard."""
@@ -133,7 +133,7 @@ class ShardSets:
             "max_timestep": 1000,
         }
         is_compact = layout == "compact"
-        text_place = f"teachers/text-{encoders[:12]}"
+        text_location = f"teachers/text-{encoders[:12]}"
         identity = SetIdentity(
             kind="predictions",
             id=set_id,
@@ -143,7 +143,7 @@ class ShardSets:
             noise=NoiseRecipe(**fields | dict(recipe or {})),
             noise_schedule=schedule or NoiseSchedule(),
             latents=self._reference("latents", directory),
-            text=self._reference(text_place, directory) if is_compact else None,
+            text=self._reference(text_location, directory) if is_compact else None,
         )
         return self._build(identity, directory, draws=draws, change=change or {}, without=without)
 
@@ -159,7 +159,7 @@ class ShardSets:
     def _reference(self, place: str, directory: Path) -> SetReference:
         target = open_shard_set(self.root / place)
         return SetReference.between(
-            target.manifest.identity.fingerprint, Place(directory), target.place
+            target.manifest.identity.fingerprint, Location(directory), target.location
         )
 
     def _build(
@@ -224,7 +224,7 @@ class ShardSets:
 
 def path_of(shard_set: ShardSet) -> Path:
     """Return the folder of a set as a path."""
-    return Path(str(shard_set.place))
+    return Path(str(shard_set.location))
 
 
 def record_tensors(

@@ -29,7 +29,7 @@ from sdxl_distill.shards.record import RecordHeader, latents_schema
 from sdxl_distill.shards.set_identity import SetIdentity
 from sdxl_distill.shards.shard_name import ShardName
 from sdxl_distill.storage.fsio import Directory
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 from sdxl_distill.storage.staged_file import StagedFile
 
 BATCH_SIZE = 3
@@ -106,7 +106,7 @@ def build(
 ) -> BuiltSet:
     made = content or ToyContent()
     return build_set(
-        Place(path),
+        Location(path),
         toy_record(made.seed),
         planned(num_shards),
         lambda: made,

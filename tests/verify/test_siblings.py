@@ -22,7 +22,7 @@ def messages(path, other):
 
 @pytest.mark.parametrize("layouts", [("full", "full"), ("compact", "full")])
 def test_sets_that_belong_together_have_no_finding(sets, teachers, layouts):
-    a, b = (Path(str(teacher.place)) for teacher in teachers(*layouts, draws=2))
+    a, b = (Path(str(teacher.location)) for teacher in teachers(*layouts, draws=2))
     latents = sets.root / "latents"
     for pair in ((a, b), (b, a), (a, latents), (latents, a)):
         assert found(*pair) == []

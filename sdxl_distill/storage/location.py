@@ -1,6 +1,6 @@
 """Where a folder of a cache lies: all that is done to the folder itself, by its name.
 
-What lies in it is read through a `Folder` and written through a `Directory`. A place is a local
+What lies in it is read through a `Folder` and written through a `Directory`. A location is a local
 path today; the URL of an object store fits behind the same methods.
 """
 
@@ -20,38 +20,38 @@ from sdxl_distill.storage.regular_file import storage_errors
 
 
 @total_ordering
-class Place:
+class Location:
     """A folder by its name; it need not exist.
 
     Args:
-        text: its path, or a place as it is.
+        text: its path, or a location as it is.
 
     Raises:
         ConfigError: when the text cannot be a path.
     """
 
-    def __init__(self, text: str | Path | Place) -> None:
-        if not isinstance(text, Place):
+    def __init__(self, text: str | Path | Location) -> None:
+        if not isinstance(text, Location):
             require_path(text)
-        self._path = text._path if isinstance(text, Place) else Path(text)
+        self._path = text._path if isinstance(text, Location) else Path(text)
 
     def __str__(self) -> str:
         return str(self._path)
 
     def __repr__(self) -> str:
-        return f"Place({str(self)!r})"
+        return f"Location({str(self)!r})"
 
     def __hash__(self) -> int:
         return hash(self._path)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place) and self._path == other._path
+        return isinstance(other, Location) and self._path == other._path
 
-    def __lt__(self, other: Place) -> bool:
+    def __lt__(self, other: Location) -> bool:
         return self._path < other._path
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(self._path / name)
+    def __truediv__(self, name: str) -> Location:
+        return Location(self._path / name)
 
     @property
     def name(self) -> str:
@@ -59,16 +59,16 @@ class Place:
         return self._path.name
 
     @property
-    def parent(self) -> Place:
+    def parent(self) -> Location:
         """The folder that it lies in."""
-        return Place(self._path.parent)
+        return Location(self._path.parent)
 
-    def real(self) -> Place:
-        """Return the place that links lead to, as far as it exists: a withdrawal renames that."""
-        return Place(real_path(self._path))
+    def real(self) -> Location:
+        """Return the location that links lead to, as far as it exists: a withdrawal renames that."""
+        return Location(real_path(self._path))
 
-    def seen_from(self, other: Place) -> str:
-        """Return the relative path, with `/`, that leads here from another place."""
+    def seen_from(self, other: Location) -> str:
+        """Return the relative path, with `/`, that leads here from another location."""
         # Not Path.resolve: what is there may be a link onto itself, which opening it will say.
         return Path(os.path.relpath(str(self.real()), str(other.real()))).as_posix()
 
@@ -100,18 +100,18 @@ class Place:
             # A listing tells folders apart: no status of each of many shards is asked for.
             return sorted(entry.name for entry in entries if entry.is_dir())
 
-    def siblings(self, prefix: str) -> list[Place]:
+    def siblings(self, prefix: str) -> list[Location]:
         """Return what lies next to it and has a name with a prefix, sorted."""
         parent = self._path.parent
         if not parent.is_dir():
             return []
-        return sorted(Place(each) for each in parent.iterdir() if each.name.startswith(prefix))
+        return sorted(Location(each) for each in parent.iterdir() if each.name.startswith(prefix))
 
-    def renamed(self, name: str) -> Place:
-        """Return the place with another last part."""
-        return Place(self._path.with_name(name))
+    def renamed(self, name: str) -> Location:
+        """Return the location with another last part."""
+        return Location(self._path.with_name(name))
 
-    def rename(self, target: Place, *, missing_ok: bool = False) -> None:
+    def rename(self, target: Location, *, missing_ok: bool = False) -> None:
         """Give a folder another name in one step, on the disk when this returns.
 
         Args:

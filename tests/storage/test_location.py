@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_distill.errors import StorageError
-from sdxl_distill.storage.place import Place
+from sdxl_distill.storage.location import Location
 
 
 @pytest.fixture
@@ -30,28 +30,28 @@ def test_a_renamed_folder_has_its_name_on_the_disk(
     tmp_path: Path, synced: list[tuple[Path, set[str]]]
 ) -> None:
     (tmp_path / "set").mkdir()
-    Place(tmp_path / "set").rename(Place(tmp_path / "aside"))
+    Location(tmp_path / "set").rename(Location(tmp_path / "aside"))
     assert synced == [(tmp_path, {"aside"})]
 
 
 def test_a_folder_that_was_made_is_on_the_disk(
     tmp_path: Path, synced: list[tuple[Path, set[str]]]
 ) -> None:
-    place = Place(tmp_path / "cache" / "set")
-    place.make()
+    location = Location(tmp_path / "cache" / "set")
+    location.make()
     assert (tmp_path / "cache", {"set"}) in synced
     with pytest.raises(StorageError, match="set"):
-        place.make()
+        location.make()
 
 
 def test_the_parent_of_a_new_name_is_made(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    Place(tmp_path / "set").rename(Place(tmp_path / "a" / "b" / "set"))
+    Location(tmp_path / "set").rename(Location(tmp_path / "a" / "b" / "set"))
     assert (tmp_path / "a/b/set").is_dir()
 
 
 def test_a_folder_that_is_gone_is_renamed_only_by_who_expects_that(tmp_path: Path) -> None:
-    gone, target = Place(tmp_path / "gone"), Place(tmp_path / "target")
+    gone, target = Location(tmp_path / "gone"), Location(tmp_path / "target")
     gone.rename(target, missing_ok=True)
     assert not target.exists()
     with pytest.raises(StorageError, match="gone"):
@@ -62,17 +62,17 @@ def test_folders_are_listed_by_name_without_files(tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").touch()
-    assert Place(tmp_path).folders() == ["a", "b", "c"]
-    assert Place(tmp_path / "missing").folders() == []
-    assert Place(tmp_path / "file").folders() == []
+    assert Location(tmp_path).folders() == ["a", "b", "c"]
+    assert Location(tmp_path / "missing").folders() == []
+    assert Location(tmp_path / "file").folders() == []
 
 
 def test_siblings_are_what_lies_beside_with_the_prefix(tmp_path: Path) -> None:
     for name in ("set", "set.withdrawn-2", "set.withdrawn-1", "other"):
         (tmp_path / name).mkdir()
-    place = Place(tmp_path / "set")
-    assert place.siblings("set.") == [place.renamed(f"set.withdrawn-{n}") for n in (1, 2)]
-    assert Place(tmp_path / "missing" / "set").siblings("set") == []
+    location = Location(tmp_path / "set")
+    assert location.siblings("set.") == [location.renamed(f"set.withdrawn-{n}") for n in (1, 2)]
+    assert Location(tmp_path / "missing" / "set").siblings("set") == []
 
 
 def test_only_what_is_its_own_is_removed_and_the_folder_only_when_empty(tmp_path: Path) -> None:
@@ -81,34 +81,34 @@ def test_only_what_is_its_own_is_removed_and_the_folder_only_when_empty(tmp_path
     (folder / "photos").mkdir()
     for name in ("set.json", "note.txt"):
         (folder / name).touch()
-    place = Place(folder)
-    place.remove_own([".build"], lambda name: name.endswith(".json"))
+    location = Location(folder)
+    location.remove_own([".build"], lambda name: name.endswith(".json"))
     assert sorted(each.name for each in folder.iterdir()) == ["note.txt", "photos"]
-    place.remove_own(["photos"], lambda _name: True)
-    assert not place.exists()
-    place.remove_own(["photos"], lambda _name: True)  # another worker was first
+    location.remove_own(["photos"], lambda _name: True)
+    assert not location.exists()
+    location.remove_own(["photos"], lambda _name: True)  # another worker was first
 
 
 def test_one_place_is_seen_from_another_through_links(tmp_path: Path) -> None:
     (tmp_path / "disk" / "latents").mkdir(parents=True)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "link").symlink_to(tmp_path / "disk" / "latents")
-    seen = Place(tmp_path / "cache" / "link").seen_from(Place(tmp_path / "cache" / "teacher"))
+    seen = Location(tmp_path / "cache" / "link").seen_from(Location(tmp_path / "cache" / "teacher"))
     assert seen == "../../disk/latents"
 
 
 def test_places_are_ordered_and_equal_by_their_paths(tmp_path: Path) -> None:
-    first, second = Place(tmp_path / "a"), Place(tmp_path) / "b"
+    first, second = Location(tmp_path / "a"), Location(tmp_path) / "b"
     assert sorted([second, first]) == [first, second]
-    assert {first, Place(str(tmp_path / "a")), Place(first)} == {first}
+    assert {first, Location(str(tmp_path / "a")), Location(first)} == {first}
     assert first != tmp_path / "a"
-    assert (first.name, first.parent) == ("a", Place(tmp_path))
-    assert (first.is_folder(), Place(tmp_path).is_folder()) == (False, True)
+    assert (first.name, first.parent) == ("a", Location(tmp_path))
+    assert (first.is_folder(), Location(tmp_path).is_folder()) == (False, True)
 
 
 def test_a_removed_folder_is_gone_with_all_that_was_in_it(tmp_path: Path) -> None:
     (tmp_path / "set" / "inner").mkdir(parents=True)
     (tmp_path / "set" / "inner" / "file").touch()
-    Place(tmp_path / "set").remove()
+    Location(tmp_path / "set").remove()
     assert not (tmp_path / "set").exists()
-    Place(tmp_path / "set").remove()
+    Location(tmp_path / "set").remove()
