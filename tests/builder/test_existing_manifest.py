@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.shard_sets import ShardSets
 from support.toy_set import ToyContent, build, toy_record
 
-from sdxl_distill.builder.existing_manifest import ExistingManifest
+from sdxl_distill.builder.existing_manifest import ExistingManifest, require_files
+from sdxl_distill.builder.work_queue import Claim, WorkQueue
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.manifest import MANIFEST_NAME, Manifest
-from sdxl_distill.shards.set_folder import SetFolder
+from sdxl_distill.shards.set_folder import EMPTY_RECORD_NAME, SetFolder
 from sdxl_distill.storage.fsio import Directory
 
 STEM = "toy-64x128-000002"
@@ -76,6 +78,39 @@ def test_a_missing_index_is_made_again_from_its_tar(tmp_path: Path) -> None:
     assert (summary.num_adopted, summary.num_built, summary.num_duplicates) == (1, 0, 0)
     assert toy.num_batches == 0  # nothing is computed for it
     assert path.read_bytes() == content
+
+
+def test_an_adopted_shard_says_nothing_of_how_long_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took no time: by its measure every other worker would be a straggler."""
+    build(tmp_path / "toy")
+    (tmp_path / "toy" / f"{STEM}.idx").unlink()
+    released: dict[str, bool] = {}
+    release = WorkQueue.release
+
+    def record(self: WorkQueue, claim: Claim, *, committed: bool) -> None:
+        released[claim.unit] = committed
+        release(self, claim, committed=committed)
+
+    monkeypatch.setattr(WorkQueue, "release", record)
+    assert build(tmp_path / "toy").summary.num_adopted == 1
+    assert released[STEM] is False
+
+
+def test_a_text_set_without_its_empty_record_is_not_complete(tmp_path: Path) -> None:
+    sets = ShardSets(tmp_path, {(64, 64, 0): 1})
+    latents = sets.latents()
+    for path in (latents, sets.text()):
+        manifest = Manifest.from_bytes((path / MANIFEST_NAME).read_bytes(), "x")
+        with Directory(path) as directory:
+            require_files(directory, manifest)
+            directory.remove(EMPTY_RECORD_NAME)
+            if path == latents:
+                require_files(directory, manifest)
+            else:
+                with pytest.raises(CorruptError, match=f"{EMPTY_RECORD_NAME}.*is missing"):
+                    require_files(directory, manifest)
 
 
 def test_one_process_of_a_launch_looks_for_all(tmp_path: Path) -> None:
