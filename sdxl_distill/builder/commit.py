@@ -69,7 +69,7 @@ def adopt_shard(
     header: RecordHeader,
     accepts: Callable[[ShardIndex], bool],
 ) -> ShardIndex | None:
-    """Commit the tar that is there, whoever wrote it; None when there is none.
+    """Commit the tar that is there, whichever worker wrote it; None when there is none.
 
     Args:
         folder: the set's folder, opened before it was looked at.

@@ -1,6 +1,6 @@
 """Finishing a set: when all shards are committed, one worker writes the manifest.
 
-The manifest is a function of set record, catalog and indices, so two finishers of a catalog
+The manifest is a function of set identity, catalog and indices, so two finishers of a catalog
 write the same bytes; the claim on it only saves reading every index twice. It is replaced only
 by that of a later catalog.
 """
@@ -31,7 +31,7 @@ FINISH = "finish"
 _NUM_THREADS = 8
 
 Describe = Callable[[Directory, SetIdentity, Iterable[ShardIndex]], Manifest]
-"""Makes the manifest from the folder, the set record there and all indices in order."""
+"""Makes the manifest from the folder, the set identity there and all indices in order."""
 
 Sources = dict[ShardName, str | None]
 """Of each shard its source, as `PlannedShard.source_sha256`."""

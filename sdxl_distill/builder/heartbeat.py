@@ -1,4 +1,4 @@
-"""Signs of life: every worker keeps one file, and anybody can tell the dead from the living.
+"""Signs of life: every worker keeps one file, by which any other can tell the dead from the living.
 
 The file names the process and counts the records it finished; a worker that hangs stops
 counting. No clock is compared between machines: an observer measures, on its own monotonic
@@ -145,7 +145,7 @@ class Observer:
 
     Args:
         workers: the directory of heartbeats.
-        timing: when an unchanged heartbeat means death.
+        timing: the intervals, and how long an unchanged heartbeat means life.
         clock: seconds, never going back; replaced in tests.
     """
 

@@ -35,9 +35,9 @@ class Launch:
 
     Args:
         world: this process among them.
-        environment: of the process; replaced in tests.
+        environment: the variables of the process; replaced in tests.
         timeout: how long to wait for rank 0, which may scan millions of images.
-        poll_seconds: between two looks; a signal is noticed in between.
+        poll_seconds: the pause between two looks; a signal is noticed in between.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Launch:
         """Return what rank 0 decided; only rank 0 calls `decision`, the others wait for it.
 
         Args:
-            name: of the decision; each is taken once per launch.
+            name: the decision's name; each is taken once per launch.
             decision: takes it, on rank 0.
             encode: turns it into a JSON value, which the other ranks are told.
             decode: turns that value into the decision again, on the other ranks.

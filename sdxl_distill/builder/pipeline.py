@@ -20,7 +20,7 @@ class _Stopped(BaseException):
 
 
 class _Channel(Generic[T]):
-    """A bounded queue that can end, and lets nobody wait once its pipeline has failed."""
+    """A bounded queue that can end, and lets no thread wait once its pipeline has failed."""
 
     def __init__(self, depth: int) -> None:
         self._waiting: deque[T] = deque()
@@ -108,6 +108,7 @@ def run_pipeline(
     Raises:
         BaseException: the first error of any stage, after all stages have ended.
     """
+    # One bounded channel before each of the later stages; a failure closes both.
     readings, results = _Channel[T](depth), _Channel[U](depth)
     guard = _Guard((readings, results), on_failure)
     threads = [
@@ -126,6 +127,7 @@ def run_pipeline(
         results.fill(map(compute, readings))
         join_others()  # within the guard: an interrupt that comes now must end them too
 
+    # The model stays in the caller's thread, where signals arrive and its device is current.
     for thread in threads:
         thread.start()
     guard.run(compute_all)

@@ -26,9 +26,9 @@ def shown_progress(
     """Show rate, percent and time left on standard error while the block runs.
 
     Args:
-        directory: of the set.
+        directory: the set's folder.
         queue: its heartbeats tell of records in shards that are not committed yet.
-        num_records: of each shard, by name without suffix; their sum is the total.
+        num_records: the records of each shard, by name without suffix; their sum is the total.
     """
     interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
     ended = threading.Event()

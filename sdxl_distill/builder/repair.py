@@ -1,4 +1,4 @@
-"""Repairing a set: every good shard goes into a folder beside it, then that one takes its place.
+"""Repairing a set: every good shard goes into a folder next to it, then that one takes its place.
 
 By link, or as a copy where a link is refused: by the file system, or because another user built
 the shard. Only when all of them are there is the set renamed aside: what fails before costs
@@ -58,7 +58,7 @@ class RepairSummary:
         num_kept: shards that are good and committed.
         num_missing: shards that the next build makes.
         damage: what was in the way, each with the reason; empty when the set stayed as it was.
-        folders: where the set as it was is kept; for the user to look at and remove.
+        folders: the folders that keep the set as it was; for the user to look at and remove.
     """
 
     num_kept: int
@@ -227,7 +227,7 @@ def _report(location: Location, summary: RepairSummary) -> None:
     if len(summary.damage) > _NUM_NAMED:
         _log.warning("%s: … and %d more", location, len(summary.damage) - _NUM_NAMED)
     _log.info(
-        "%s: %d shards are good, %d are made anew; the set as it was stays in %s",
+        "%s: %d shards are good, %d will be built again; the set as it was stays in %s",
         location,
         summary.num_kept,
         summary.num_missing,

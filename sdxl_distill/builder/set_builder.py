@@ -58,7 +58,7 @@ def build_set(
     exclusive: bool = False,
     timing: Timing | None = None,
 ) -> BuiltSet:
-    """Build what is missing of a set, beside any other workers, and return when it is complete.
+    """Build what is missing of a set, next to any other workers, and return when it is complete.
 
     Call it from the main thread: SIGTERM and SIGUSR1 are listened to.
 
@@ -66,7 +66,7 @@ def build_set(
         location: the folder of the set; made when it does not exist.
         identity: the identity of the set.
         shards: all shards of catalog `catalog`, the same list for every worker.
-        make_content: loads what builds them; called after the set record was accepted, and
+        make_content: loads what builds them; called after the set identity was accepted, and
             only when a shard is missing.
         describe: makes the manifest.
         world: this worker among those of its launch.

@@ -263,7 +263,7 @@ class WorkQueue:
                 yield claim
 
     def _is_abandoned(self, claim: Claim) -> bool:
-        """Whether the owner of a claim is dead, or what stands there is no token that is read."""
+        """Whether the owner of a claim is dead, or its content is not a token."""
         try:
             content = self._claims.read(claim.name, _TOKEN_BYTES)
         except FileNotFoundError:

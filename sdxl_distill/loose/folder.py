@@ -1,6 +1,6 @@
 """Loose folders: one file per record, named as in the tars, all buckets and draws together.
 
-`{image_id}_{W}x{H}.safetensors`, `…_d{k}.safetensors` for draw k ≥ 1, a sidecar `.json` beside
+`{image_id}_{W}x{H}.safetensors`, `…_d{k}.safetensors` for draw k ≥ 1, a sidecar `.json` next to
 latents, and the `set.json` of the set they were unpacked from.
 """
 
@@ -57,7 +57,7 @@ class LooseFolder:
 
     Attributes:
         records: sorted.
-        sidecars: names of the `.json` files that lie beside a record.
+        sidecars: names of the `.json` files that lie next to a record.
         strangers: every other name, sorted; those with a leading dot are left out.
     """
 

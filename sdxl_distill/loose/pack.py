@@ -40,7 +40,7 @@ from sdxl_distill.storage.location import Location
 Progress = Callable[[int, int], None]
 
 _RECORDS_PER_SHARD: Final = 512
-_UNPACK_ANEW: Final = "unpack the set anew, or remove what does not belong to it"
+_UNPACK_AGAIN: Final = "unpack the set again, or remove what does not belong to it"
 
 
 class _Plan(NamedTuple):
@@ -68,7 +68,7 @@ def pack_set(
         output: a new or empty folder.
         latents_path: the latents set that the records follow. For latents themselves None: the
             catalog in the folder; without one, sorted keys are cut, and the set cannot grow.
-        records_per_shard: of latents that are cut again; None takes that of `set.json`.
+        records_per_shard: the number for latents that are cut again; None takes that of `set.json`.
         on_progress: called with how many shards are done and how many there are.
 
     Raises:
@@ -144,7 +144,7 @@ def _read_identity(source: Directory) -> SetIdentity:
         return SetFolder(source).identity()
     except FileNotFoundError as error:
         raise ConfigError(
-            f"there is no {SET_IDENTITY_NAME} beside the loose files",
+            f"there is no {SET_IDENTITY_NAME} next to the loose files",
             expected="a folder that unpack-shards wrote",
             where=source.where(),
             action="files made elsewhere do not say which teacher, text encoders and latents "
@@ -251,7 +251,7 @@ def _require_same_records(folder: LooseFolder, plans: list[_Plan], source: Direc
             "; ".join(parts),
             expected=f"the {len(planned)} records of the latents set, in {folder.num_draws} draws",
             where=source.where(),
-            action=_UNPACK_ANEW,
+            action=_UNPACK_AGAIN,
         )
 
 
@@ -269,7 +269,7 @@ def _require_headers(source: Directory, plans: list[_Plan]) -> None:
             found,
             expected="records of one set, made from the latents shards there today",
             where=source.where(),
-            action=_UNPACK_ANEW,
+            action=_UNPACK_AGAIN,
         )
 
 
@@ -319,7 +319,7 @@ def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader
         f"{num_bytes} bytes, or other tensors than the set's schema says",
         expected=f"{header.record_bytes} bytes",
         where=where,
-        action=_UNPACK_ANEW,
+        action=_UNPACK_AGAIN,
     )
 
 
@@ -347,7 +347,7 @@ def _sidecar(source: Directory, plan: _Plan, record: LooseRecord) -> bytes | Non
         content = b""
     if not content:
         raise CorruptError(
-            "is missing or empty", expected="captions", where=where, action=_UNPACK_ANEW
+            "is missing or empty", expected="captions", where=where, action=_UNPACK_AGAIN
         )
     return content
 
@@ -363,6 +363,6 @@ def _copy_empty_record(source: Directory, target: Directory, identity: SetIdenti
     except FileNotFoundError:
         content = b""
     if not content.startswith(header.content) or len(content) != header.record_bytes:
-        raise CorruptError("is missing, cut or of another set", where=where, action=_UNPACK_ANEW)
+        raise CorruptError("is missing, cut or of another set", where=where, action=_UNPACK_AGAIN)
     target.publish_bytes(EMPTY_RECORD_NAME, content)
     return hashlib.sha256(content).hexdigest()

@@ -59,7 +59,7 @@ class ImageReader:
     """Reads and decodes the images of a catalog.
 
     Attributes:
-        folder: that was scanned.
+        folder: the image folder that was scanned.
         max_pixels: larger images are bad.
         on_bad_image: `skip` leaves a bad image out, `error` raises it.
     """
@@ -73,7 +73,7 @@ class ImageReader:
 
         Raises:
             BadImageError: with `on_bad_image: error`.
-            StorageError: when the disk refuses or the folder is gone; that is no fault of the
+            StorageError: when the disk refuses or the folder is gone; that is not a fault of the
                 image.
         """
         try:
@@ -107,11 +107,11 @@ class LatentsContent:
     """Content of the latents set, for `shard_builder.build_shards`.
 
     Args:
-        plan: which image is in which shard.
-        images: where their pixels come from.
+        plan: the images of each shard.
+        images: the source of their pixels.
         encode_images: uint8 [B, H, W, 3] → scaled latents float16 [B, C, H/8, W/8].
         batch_size: images that are encoded at once.
-        num_threads: that decode.
+        num_threads: the number of threads that decode.
     """
 
     def __init__(

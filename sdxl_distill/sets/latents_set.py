@@ -86,7 +86,7 @@ def build_latents_set(
     """Build what is missing of the latents set, next to any other workers.
 
     Args:
-        config: of the builder.
+        config: the builder's configuration.
         launch: this process among those started with it.
         rebuild: set the present set aside and build again.
         repair: keep the good shards of a damaged set and build the others.
@@ -106,6 +106,7 @@ def build_latents_set(
     images = ImageFolder(Path(config.data.image_dir))  # as it is before the scan
     report: list[ScanReport] = []
 
+    # Rank 0 scans, and decides which images are in which shard; the others are told.
     def decide() -> _Decision:
         identity, catalog, found = _prepare(
             config, source, launch, location, rebuild, repair, rescan, scan_progress
@@ -118,6 +119,7 @@ def build_latents_set(
     )
     with (location / CATALOG_FOLDER).open() as directory:
         catalog = Catalog.load(directory, n)
+    # Every worker builds by the same plan, whatever is added to the folder meanwhile.
     plan = latents_plan(location, identity, catalog)
     built = build_set(
         location,

@@ -1,6 +1,6 @@
 """Refuses a configuration whose sets no reader would accept, before anything is scanned or built.
 
-Shards follow the latents set, so whoever cuts it decides how large the shards of all teachers
+Shards follow the latents set, so the way it is cut decides how large the shards of all teachers
 become: what can be known of them is looked at when the latents are planned.
 """
 
@@ -49,8 +49,8 @@ def require_legal_config(config: BuilderConfig, schema: RecordSchema) -> None:
     The teacher's own sets are looked at where its folder is on this machine.
 
     Args:
-        config: of the builder.
-        schema: of the latents.
+        config: the builder's configuration.
+        schema: the latents' schema.
 
     Raises:
         ConfigError: naming the key and the value that works.
@@ -79,9 +79,9 @@ def require_legal_rows(
     """Refuse to catalogue images whose shards no reader would accept.
 
     Args:
-        schema: of the latents.
-        draws: that are to be predicted of each image.
-        num_shards: that each bucket has already.
+        schema: the latents' schema.
+        draws: the number of draws to be predicted of each image.
+        num_shards: the number of shards that each bucket has already.
         rows: new images, sorted by bucket and shard.
 
     Raises:

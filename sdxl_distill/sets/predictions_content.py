@@ -36,8 +36,8 @@ class TeacherInput(NamedTuple):
     """What a teacher is asked for B records, on the CPU.
 
     Attributes:
-        keys: of the records.
-        seeds: of their noise, int64 [B].
+        keys: the records' keys.
+        seeds: the seeds of their noise, int64 [B].
         timesteps: int64 [B].
         noise: float16 [B, C, H/8, W/8].
         latents: scaled, float16 [B, C, H/8, W/8].
@@ -62,7 +62,7 @@ class TeacherAnswer:
 
     Attributes:
         teacher_input: what was asked.
-        copy: of the predictions, [B, C, H/8, W/8] in the stored dtype, to the CPU.
+        copy: the predictions, [B, C, H/8, W/8] in the stored dtype, on their way to the CPU.
     """
 
     teacher_input: TeacherInput
@@ -100,8 +100,8 @@ class Teacher:
 
     Attributes:
         unet: loaded on `device`, possibly compiled.
-        noise_schedule: of its checkpoint.
-        device: where it runs.
+        noise_schedule: the noise schedule of its checkpoint.
+        device: the device that it runs on.
         dtype: what predictions are stored in.
         full_batch: records that the UNet is always given: a shorter batch repeats its last one.
             None: as many as there are. A compiled UNet has one shape per bucket then.
@@ -169,7 +169,7 @@ def read_teacher_input(
         latents: the latents set.
         text: the text set of the same latents.
         recipe: base seed and range of timesteps.
-        name: of the predictions shard: bucket, number and draw.
+        name: the name of the predictions shard: bucket, number and draw.
         records: their numbers in the shard.
         pin_memory: allocate the large tensors in page-locked memory, from which a GPU copies by
             itself.
@@ -177,6 +177,7 @@ def read_teacher_input(
     Raises:
         CorruptError, StorageError: when latents or embeddings cannot be read.
     """
+    # What follows from the ids: seeds and timesteps.
     latents_reader = latents.reader(latents_name(latents, name))
     text_reader = text.reader(latents_name(text, name))
     ids = [latents_reader.index.image_id(record) for record in records]
@@ -193,6 +194,7 @@ def read_teacher_input(
         reader.read_records(records, tensor_name, out)
         return out
 
+    # Latents as they are stored, noise drawn from the seeds, straight into the batch.
     latents_batch = read(latents_reader, "latents")
     noise_batch = torch.empty(latents_batch.shape, dtype=torch.float16, pin_memory=pin_memory)
     num_channels = latents_batch.shape[1]

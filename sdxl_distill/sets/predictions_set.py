@@ -52,10 +52,10 @@ class BuiltPredictions(NamedTuple):
 def build_predictions_set(
     config: BuilderConfig, launch: Launch, *, repair: bool = False
 ) -> BuiltPredictions:
-    """Build what is missing of a teacher's predictions set, beside any other workers.
+    """Build what is missing of a teacher's predictions set, next to any other workers.
 
     Args:
-        config: of the builder.
+        config: the builder's configuration.
         launch: this process among those started with it.
         repair: keep the good shards of a damaged set and build the others.
 
@@ -162,6 +162,7 @@ def predictions_identity(
             where=str(latents.location),
             action="use the teacher with latents of its own family's VAE",
         )
+    # Text: copied into every record in layout `full`, a reference to its set in `compact`.
     num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
     is_compact = cache.layout == "compact"
     return SetIdentity(

@@ -24,11 +24,11 @@ def require_same_set(location: Location, identity: SetIdentity, *, repair: bool 
     Args:
         location: the folder of the set; need not exist.
         identity: the identity of the set that is to be built there.
-        repair: a damaged `set.json` is no fault, since it will be replaced.
+        repair: a damaged `set.json` is accepted, since it will be replaced.
 
     Raises:
         IncompatibleError: naming every field that differs.
-        CorruptError: when the set record there is damaged.
+        CorruptError: when the set identity there is damaged.
         StorageError: when it cannot be read.
     """
     folder = SetFolder(location.look())
@@ -50,11 +50,11 @@ def require_complete(
     Args:
         location: the folder of the set; need not exist.
         identity: the identity of the set that is to be built there.
-        networks: whose fingerprints are in the record.
+        networks: the networks whose fingerprints are in the identity.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `Component.require_complete`.
-        StorageError: when the set record there cannot be read.
+        StorageError: when the set identity there cannot be read.
     """
     with suppress(FileNotFoundError, CorruptError):
         if SetFolder(location.look()).identity().fingerprint == identity.fingerprint:

@@ -1,6 +1,6 @@
 """The model folders that a teacher's sets are made from, found once for a whole command.
 
-A `ModelFolder` keeps the fingerprints that it was asked for: whoever passes it on saves reading
+A `ModelFolder` keeps the fingerprints that it was asked for: passing it on saves reading
 gigabytes again.
 """
 

@@ -62,8 +62,8 @@ class TextContent:
     A caption that many images share is encoded once by each worker that meets it.
 
     Args:
-        latents: whose sidecars hold the captions.
-        encoder: of captions.
+        latents: the set whose sidecars hold the captions.
+        encoder: the function that encodes captions.
     """
 
     def __init__(self, latents: ShardSet, encoder: CaptionEncoder) -> None:

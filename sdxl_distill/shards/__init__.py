@@ -1,4 +1,4 @@
-"""The on-disk format: records in tars, an index beside each, a manifest over all.
+"""The on-disk format: records in tars, an index next to each, a manifest over all.
 
 See docs/format.md.
 """

@@ -48,7 +48,7 @@ def require_names(value: Any, names: set[str], where: str) -> dict[str, Any]:
     """Return `value` as an object that has exactly these names.
 
     Raises:
-        CorruptError: when it is no object, lacks one of them or has another.
+        CorruptError: when it is not an object, lacks one of them or has another.
     """
     if not isinstance(value, dict):
         raise CorruptError("no JSON object", expected="an object", where=where)
@@ -123,7 +123,7 @@ def unseal(content: bytes, where: str, max_bytes: int) -> dict[str, Any]:
             "bytes that are not what the digest in them says",
             expected="the file as it was written",
             where=where,
-            action="copy the set anew, or rebuild it by its builder with --repair",
+            action="copy the set again, or rebuild it by its builder with --repair",
         )
     version = fields.get("format_version")
     if type(version) is int and version > SET_FORMAT_VERSION:

@@ -19,7 +19,7 @@ def tensor_digest(tensor: AnyTensor) -> int:
 
 
 def rest_digest(header: bytes, sidecar: bytes) -> int:
-    """Return the digest of all of a record that is no tensor: its header, then its sidecar."""
+    """Return the digest of all of a record that is not a tensor: its header, then its sidecar."""
     state = xxhash.xxh3_64(header)
     state.update(sidecar)
     return state.intdigest()

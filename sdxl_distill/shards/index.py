@@ -44,7 +44,7 @@ class ShardIndex:
     """What is known of a shard of n records with T tensors each, without opening its tar.
 
     Attributes:
-        name: of the shard; not stored, the file's name says it.
+        name: the shard's name; not stored, the file's name says it.
         header: the header that all records share; tensor columns are in its order.
         ids: uint8 [n, 16], the image ids, strictly ascending.
         offsets: int64 [n], where each record begins in the tar, its header included.
@@ -180,13 +180,13 @@ class ShardIndex:
         A fifth of the time of `from_bytes`, which says what is wrong where this says None.
 
         Args:
-            content: of the file.
-            name: of the shard.
-            header: that its records have.
+            content: the bytes of the file.
+            name: the shard's name.
+            header: the header that its records have.
             digest: the index's own.
-            num_records: of the shard.
-            tar_bytes: of the tar.
-            tar_sha256: of the tar.
+            num_records: the number of the shard's records.
+            tar_bytes: the size of the tar.
+            tar_sha256: the SHA-256 of the tar.
 
         Raises:
             CorruptError: when the rows contradict each other, whatever the digest says.
@@ -198,6 +198,7 @@ class ShardIndex:
             "tar_bytes": str(tar_bytes),
             "tar_sha256": tar_sha256,
         }
+        # By sizes and metadata alone: what does not look as expected is parsed by `from_bytes`.
         tensors = known_index(
             content,
             metadata,

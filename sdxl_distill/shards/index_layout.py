@@ -116,10 +116,10 @@ def known_index(
     Nothing is parsed: the bytes that the header must have are built and compared.
 
     Args:
-        content: of the file.
-        metadata: that it must have, all but the format version.
+        content: the bytes of the file.
+        metadata: the metadata that it must have, all but the format version.
         header_bytes: size of the records' common header.
-        num_tensors: of each record.
+        num_tensors: the number of tensors in each record.
         has_noise: whether there are digests of noise that is not stored.
     """
     shapes = _shapes(int(metadata["num_records"]), header_bytes, num_tensors, has_noise)

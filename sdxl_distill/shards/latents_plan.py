@@ -30,7 +30,7 @@ class LatentsPlan:
     """Which images each shard of a latents set holds, by the shard's name.
 
     Args:
-        catalog: of the images.
+        catalog: the catalog of the images.
         unbound: shards that a version committed which named no sources.
         left_out: keys that are known not to have decoded; they explain what is missing in
             unbound shards. The source explains it in all others.

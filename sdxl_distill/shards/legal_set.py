@@ -39,7 +39,7 @@ class Remedy(NamedTuple):
     """What a user changes when a shard is too large or there are too many.
 
     Attributes:
-        key: that says how many records a shard has.
+        key: the key that says how many records a shard has.
         besides: what has to be done with it.
         if_large: what else makes shards smaller.
         if_many: what else makes them fewer.
@@ -57,8 +57,8 @@ def most_records(record_bytes: int, sidecar_bytes: int = 0) -> int:
     """Return how many records of one size a legal shard can hold, at most 65,536.
 
     Args:
-        record_bytes: of each record, header included.
-        sidecar_bytes: of each sidecar; 0 where there are none.
+        record_bytes: the size of each record, header included.
+        sidecar_bytes: the size of each sidecar; 0 where there are none.
     """
     room = BLOCK_BYTES + padded(record_bytes)
     if sidecar_bytes:
@@ -92,8 +92,8 @@ def require_legal_shards(
     """Refuse shards of more bytes or records than a reader takes, and more shards.
 
     Args:
-        set_id: of the set, for the message.
-        schema: of its records.
+        set_id: the set's name, for the message.
+        schema: the schema of its records.
         shards: every shard of the set.
         remedy: what a user changes.
         draws: how often the set has each of them.
@@ -101,6 +101,7 @@ def require_legal_shards(
     Raises:
         ConfigError: naming the key and the value that works.
     """
+    # Count, and find the largest shard and the most records that would be legal.
     num_shards = num_records = 0
     looked_at: set[ShardLoad] = set()
     most, largest = remedy.most, ("", 0, 0)
@@ -117,6 +118,7 @@ def require_legal_shards(
         tar_bytes = tar_layout(record_bytes, sizes)[1]
         if load.num_records > MAX_RECORDS or tar_bytes > max(MAX_SHARD_BYTES, largest[1]):
             largest = f"{load.width}x{load.height}", tar_bytes, load.num_records
+    # Refuse with the value that works.
     if largest[0]:
         bucket, tar_bytes, count = largest
         raise ConfigError(

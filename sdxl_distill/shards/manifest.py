@@ -1,6 +1,6 @@
 """`manifest.json`: the JSON that describes a complete shard set, a function of its inputs alone.
 
-From set record, catalog number and indices any finisher writes the same bytes. Readers start from
+From set identity, catalog number and indices any finisher writes the same bytes. Readers start from
 it; it may come from a stranger, so names are derived from numbers and everything is bounded.
 """
 
@@ -41,8 +41,8 @@ class ShardEntry(NamedTuple):
         index_digest: the index's own digest.
         first_id, last_id: image ids of the first and last record; None without records.
         keys_digest: SHA-256 of all ids; equal in the shards that are joined.
-        source_sha256: of the latents shard it was made from; in a latents set the digest of the
-            ids that were planned for it, None in shards of earlier versions.
+        source_sha256: the digest of the latents shard it was made from; in a latents set that of
+            the ids that were planned for it, None in shards of earlier versions.
     """
 
     width: int
@@ -191,11 +191,11 @@ class Manifest:
     """All that is known of a complete set before a shard is opened.
 
     Attributes:
-        identity: the set record, repeated in the manifest.
+        identity: the set identity, repeated in the manifest.
         catalog: number n of the catalog whose images the set holds.
         shards: sorted by bucket, number and draw.
         undecodable: keys of the catalog's images that did not decode (latents sets), sorted.
-        empty_sha256: of `empty.safetensors`, the empty caption's record (text sets).
+        empty_sha256: the digest of `empty.safetensors`, the empty caption's record (text sets).
     """
 
     identity: SetIdentity
@@ -341,7 +341,7 @@ class Manifest:
 
 def _parse_keys(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise CorruptError("undecodable is no list", where=where)
+        raise CorruptError("undecodable is not a list", where=where)
     keys = cast("list[Any]", value)
     if not all(isinstance(key, str) for key in keys):
         raise CorruptError("undecodable holds something else than keys", where=where)

@@ -28,7 +28,7 @@ class ShardReader:
 
     Args:
         file: the tar.
-        index: of the tar.
+        index: the tar's index.
         diagnose: turns a CorruptError into the error to raise: the set knows whether the shard
             was replaced while it was read.
     """
@@ -48,7 +48,7 @@ class ShardReader:
 
         Args:
             record: number of the record in the shard.
-            tensor_name: of the schema.
+            tensor_name: a name of the schema.
             out: contiguous tensor, array or bytes on the CPU of exactly the tensor's size; a
                 slice of a pinned batch, say. A tensor must have the stored dtype.
 
@@ -65,7 +65,7 @@ class ShardReader:
 
         Args:
             record: number of the record in the shard.
-            first_column: of the first tensor in the header's places.
+            first_column: the first tensor's number in the header's places.
             buffers: bytes of exactly the tensors' sizes, for that tensor and those after it.
 
         Returns:
@@ -115,7 +115,7 @@ class ShardReader:
         return header.decode(content)
 
     def read_sidecar(self, record: int) -> bytes:
-        """Return the JSON beside a record; empty where there is none.
+        """Return the JSON next to a record; empty where there is none.
 
         Raises:
             CorruptError, StorageError: as `read_tensor_into`.
@@ -175,9 +175,9 @@ class SpanReader:
     A join keeps thousands of these: 8 bytes a record and tensor.
 
     Args:
-        reader: of the shard.
-        first_column: of the first tensor in the header's places.
-        num_columns: of tensors.
+        reader: the shard's reader.
+        first_column: the first tensor's number in the header's places.
+        num_columns: the number of tensors.
         reopen: returns the shard's reader again, which says what is wrong.
     """
 

@@ -122,9 +122,9 @@ class RecordHeader:
     Attributes:
         content: the bytes in front of the tensors.
         places: name, dtype, shape, offset in the record and size of each tensor, in file order.
-        fingerprint: of the set, 64 hex digits.
-        source_sha256: of the latents shard the records were made from; in a latents set the
-            digest of the ids that were planned for the shard, None in those of earlier versions.
+        fingerprint: the set's fingerprint, 64 hex digits.
+        source_sha256: the digest of the latents shard the records were made from; in a latents
+            set that of the ids that were planned for the shard, None in those of earlier versions.
         record_bytes: size of each record, header included.
     """
 

@@ -39,7 +39,7 @@ class SetFolder(Generic[AnyFolder]):
     StorageError: when the storage refuses.
 
     Args:
-        folder: where its files lie.
+        folder: the folder that its files lie in.
     """
 
     def __init__(self, folder: AnyFolder) -> None:

@@ -6,9 +6,8 @@ that differ. Its fingerprint is in every record, so that a tar proves whose it i
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
@@ -30,6 +29,7 @@ from sdxl_distill.storage.location import Location
 
 _MAX_LEADING_PARENTS: Final = 3
 _MAX_PARTS: Final = 32
+_MAX_SHOWN: Final = 80
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 # Of the halves of surrogate pairs only those count that stand for a byte of no UTF-8 (PEP 383).
 _SAFE_PART: Final = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]{1,255}")
@@ -40,7 +40,7 @@ class SetReference:
     """Another set that this one was made from, and where it lay as seen from this one.
 
     Attributes:
-        fingerprint: of that set.
+        fingerprint: the fingerprint of that set.
         place: relative path with `/`, at most three leading `..`; None when there is no such
             path. A hint: it is outside the fingerprint, and what lies there must match.
     """
@@ -116,9 +116,9 @@ FIELDS: Final = frozenset(
     }
 )
 REBUILDING: Final[Mapping[Kind, str]] = {
-    "latents": "build it anew: build_latents --rebuild",
-    "text": "move its folder away and build it anew: build_text",
-    "predictions": "build it anew: build_shards --set cache.skip_existing=false",
+    "latents": "build it again: build_latents --rebuild",
+    "text": "move its folder away and build it again: build_text",
+    "predictions": "build it again: build_shards --set cache.skip_existing=false",
 }
 """How a user replaces a whole set, for messages."""
 _PLACES: Final[Mapping[Kind, str]] = {
@@ -232,18 +232,12 @@ class SetIdentity:
         """Build from what `to_json` returned; it may come from a stranger.
 
         Raises:
-            CorruptError: for a missing, unknown or absurd field, or another fingerprint than
+            CorruptError: for a missing, unknown or illegal field, or another fingerprint than
                 the fields have.
         """
         fields = require_names(value, set(FIELDS), where)
-        if (
-            fields["kind"] not in get_args(Kind)
-            or fields["layout"] not in (None, *get_args(Layout))
-            or not (isinstance(fields["id"], str) and is_safe_set_id(fields["id"]))
-            or not isinstance(fields["content"], dict)
-            or not is_counter(fields["generation"])
-        ):
-            raise CorruptError("a set record with absurd fields", where=where)
+        _require_legal(fields, _LEGAL_FIELDS, where)
+        # Each field by itself, then all of them together.
         identity = cls(
             kind=fields["kind"],
             id=fields["id"],
@@ -270,6 +264,47 @@ class SetIdentity:
 def is_counter(value: Any) -> bool:
     """Whether a JSON value is a whole number from 0 to 2⁵³."""
     return type(value) is int and 0 <= value <= MAX_COUNTER
+
+
+def _is_timestep(value: Any) -> bool:
+    return is_counter(value) and value <= MAX_TIMESTEPS
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1  # nor NaN or infinity
+
+
+_Legal: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""Of each field a check, and what it wants, for messages."""
+
+_LEGAL_FIELDS: Final[_Legal] = {
+    "kind": (lambda value: value in get_args(Kind), " | ".join(get_args(Kind))),
+    "layout": (lambda value: value in (None, *get_args(Layout)), "full | compact | null"),
+    "id": (lambda value: isinstance(value, str) and is_safe_set_id(value), "a name of a set"),
+    "content": (lambda value: isinstance(value, dict), "an object"),
+    "generation": (is_counter, "a whole number from 0 to 2⁵³"),
+}
+_LEGAL_RECIPE: Final[_Legal] = {
+    "algorithm": (lambda value: isinstance(value, str), "a name"),
+    "base_seed": (lambda value: type(value) is int, "a whole number"),
+    "min_timestep": (_is_timestep, f"a whole number from 0 to {MAX_TIMESTEPS}"),
+    "max_timestep": (_is_timestep, f"a whole number from 0 to {MAX_TIMESTEPS}"),
+}
+_LEGAL_SCHEDULE: Final[_Legal] = {
+    "beta_start": (_is_beta, "a number from 0 to 1"),
+    "beta_end": (_is_beta, "a number from 0 to 1"),
+    "num_train_timesteps": (_is_timestep, f"a whole number from 0 to {MAX_TIMESTEPS}"),
+    "zero_terminal_snr": (lambda value: type(value) is bool, "true or false"),
+}
+
+
+def _require_legal(fields: Mapping[str, Any], legal: _Legal, where: str) -> None:
+    """Refuse the first field whose value is none that we write, saying which and what it is."""
+    for name, (is_legal, expected) in legal.items():
+        if not is_legal(fields[name]):
+            raise CorruptError(
+                f"{name} is {repr(fields[name])[:_MAX_SHOWN]}", expected=expected, where=where
+            )
 
 
 def _has_fields_of_its_kind(identity: SetIdentity) -> bool:
@@ -311,27 +346,20 @@ def _parse_recipe(value: Any, where: str) -> NoiseRecipe | None:
     if value is None:
         return None
     fields = require_names(value, set(NoiseRecipe.__dataclass_fields__), where)
-    steps = fields["min_timestep"], fields["max_timestep"]
-    if not (
-        isinstance(fields["algorithm"], str)
-        and type(fields["base_seed"]) is int
-        and all(is_counter(step) and step <= MAX_TIMESTEPS for step in steps)
-        and steps[0] < steps[1]
-    ):
-        raise CorruptError("a noise recipe with absurd fields", where=where)
-    return NoiseRecipe(**fields)
+    _require_legal(fields, _LEGAL_RECIPE, where)
+    recipe = NoiseRecipe(**fields)
+    if recipe.min_timestep >= recipe.max_timestep:
+        raise CorruptError(
+            f"min_timestep {recipe.min_timestep}",
+            expected=f"less than max_timestep {recipe.max_timestep}",
+            where=where,
+        )
+    return recipe
 
 
 def _parse_schedule(value: Any, where: str) -> NoiseSchedule | None:
     if value is None:
         return None
     fields = require_names(value, set(NoiseSchedule.__dataclass_fields__), where)
-    betas = fields["beta_start"], fields["beta_end"]
-    if not (
-        all(type(beta) in (int, float) and math.isfinite(beta) and 0 <= beta < 1 for beta in betas)
-        and is_counter(fields["num_train_timesteps"])
-        and fields["num_train_timesteps"] <= MAX_TIMESTEPS
-        and type(fields["zero_terminal_snr"]) is bool
-    ):
-        raise CorruptError("a noise schedule with absurd fields", where=where)
+    _require_legal(fields, _LEGAL_SCHEDULE, where)
     return NoiseSchedule.from_json(fields)

@@ -111,7 +111,7 @@ class ShardSet:
         return self._with_tar(self._load_index(name))
 
     def read_empty_record(self) -> dict[str, torch.Tensor]:
-        """Return the embeddings of the empty caption, which a text set holds beside its shards.
+        """Return the embeddings of the empty caption, which a text set holds next to its shards.
 
         Raises:
             CorruptError: when the file is missing or not the manifest's.

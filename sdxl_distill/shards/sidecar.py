@@ -1,4 +1,4 @@
-"""The sidecar: the JSON beside a record of latents, which holds its captions."""
+"""The sidecar: the JSON next to a record of latents, which holds its captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def parse_captions(content: bytes, action: str, where: str | None = None) -> lis
     """Return the captions that a sidecar holds, at least one.
 
     Args:
-        content: of the sidecar; it may come from a stranger.
+        content: the bytes of the sidecar; they may come from a stranger.
         action: what to do when it is damaged.
         where: set and key.
 
@@ -22,7 +22,7 @@ def parse_captions(content: bytes, action: str, where: str | None = None) -> lis
     try:
         fields: Any = json.loads(content)
         captions = cast("list[str]", fields["captions"] if type(fields["captions"]) is list else [])
-        "".join(captions).encode()  # refuses what is no text, and halves of surrogate pairs
+        "".join(captions).encode()  # refuses what is not text, and halves of surrogate pairs
     except (ValueError, LookupError, TypeError, RecursionError):
         captions = []
     if not captions:

@@ -26,8 +26,8 @@ class IndexRows:
     """Collects the rows of an index, record by record, while a shard is written or read.
 
     Args:
-        name: of the shard.
-        header: that all its records share.
+        name: the shard's name.
+        header: the header that all its records share.
     """
 
     def __init__(self, name: ShardName, header: RecordHeader) -> None:
@@ -51,7 +51,7 @@ class IndexRows:
             image_id: 32 hex digits, greater than the last.
             record: all its bytes; the caller has compared its header with the common one.
             sidecar: empty where there is none.
-            noise_digest: of the noise, where the schema re-creates it; else None.
+            noise_digest: the digest of the noise, where the schema re-creates it; else None.
         """
         assert (noise_digest is not None) == self._header.recreates_noise
         view = memoryview(record)

@@ -1,6 +1,6 @@
 """File modes as the user's umask has them, whichever library wrote the file.
 
-safetensors makes files that nobody but their owner may read, and copies keep their source's modes.
+safetensors makes files that only their owner may read, and copies keep their source's modes.
 The umask itself belongs to the whole process and cannot be read without being changed.
 """
 
@@ -19,7 +19,7 @@ def follow_umask(folder: Path) -> None:
     while other threads run, and counts a default access control list too.
 
     Args:
-        folder: nobody else writes into it; best before it gets its name.
+        folder: a folder that no other process writes to; best before it gets its name.
 
     Raises:
         OSError: when the operating system refuses.

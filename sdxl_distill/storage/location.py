@@ -64,7 +64,7 @@ class Location:
         return Location(self._path.parent)
 
     def real(self) -> Location:
-        """Return the location that links lead to, as far as it exists: a withdrawal renames that."""
+        """Return where links lead, as far as it exists: a withdrawal renames that folder."""
         return Location(real_path(self._path))
 
     def seen_from(self, other: Location) -> str:

@@ -36,11 +36,11 @@ class OpenFile:
     Args:
         open_it: opens it for reading and returns the descriptor; called again when the file had
             to be closed meanwhile.
-        where: for errors.
+        where: the file's name in errors.
         files: those it shares descriptors with; None are all of this process.
 
     Attributes:
-        num_bytes: of the file when it was first opened.
+        num_bytes: the size of the file when it was first opened.
 
     Raises:
         FileNotFoundError, CorruptError, StorageError: whatever `open_it` raises; StorageError
@@ -61,8 +61,8 @@ class OpenFile:
         """Fill buffers from `offset` on by one call of the system; return how many bytes came.
 
         Args:
-            buffers: of any sizes.
-            offset: in the file.
+            buffers: writable bytes of any sizes.
+            offset: the position in the file.
             wait: False returns only what is in the page cache, possibly nothing.
 
         Raises:

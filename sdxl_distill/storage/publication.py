@@ -1,6 +1,6 @@
 """How a volume lets a name appear at most once: found by trying it there, at the first publication.
 
-A volume is what one folder shows of a file system. Whoever publishes asks its `Volume`, so nobody
+A volume is what one folder shows of a file system. Each publication asks its `Volume`, so no caller
 can forget to try; the folders opened in a folder share it. Object stores will come in
 behind the same door.
 """

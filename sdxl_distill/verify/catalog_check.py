@@ -1,6 +1,6 @@
 """Verifies the catalog of a latents set: its segments, their rows, and that the shards follow it.
 
-Whoever adds images or repairs a shard goes by the catalog, so what is wrong in it shows in
+Adding images and repairing a shard go by the catalog, so what is wrong in it shows in
 shards that are built later.
 """
 
@@ -52,6 +52,7 @@ def check_catalog(
         findings.add(_fault("is missing", "the folder of its segments"))
         return findings.all()
     with findings.collecting(), catalog_location.open() as folder:
+        # The segments by themselves, then their rows.
         for name in sorted(folder.names()):
             if segment_number(name) is None and not name.startswith("."):
                 findings.add(_stranger(name))
@@ -62,6 +63,7 @@ def check_catalog(
         if manifest is not None:
             for error in plan_faults(catalog, manifest):
                 findings.add(error)
+        # What the committed shards need of it, where no manifest says so.
         plan = LatentsPlan(catalog)
         unknown = [name for name in names if name not in plan]
         if unknown and manifest is None:
@@ -119,7 +121,7 @@ def _fault(found: str, expected: str, number: int | None = None) -> CorruptError
 
 def _stranger(name: str) -> ConfigError:
     return ConfigError(
-        f"the folder holds {name!r}, which is no segment",
+        f"the folder holds {name!r}, which is not a segment",
         where=CATALOG_FOLDER,
         action="move it elsewhere",
     )

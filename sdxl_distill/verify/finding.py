@@ -36,9 +36,9 @@ class Finding:
 
     Attributes:
         error: what is wrong and what to do; its branch decides the exit code.
-        set_id: of the set; the folder's name where there is none.
+        set_id: the set's name; the folder's where there is none.
         shard: file name of the shard, or of whatever file is wrong; None for the set itself.
-        key: of the record; None for the whole shard.
+        key: the record's key; None for the whole shard.
     """
 
     error: DistillError
@@ -80,7 +80,7 @@ class FindingList:
     """The findings of one shard, or of one file: the first few, and a count of the others.
 
     Args:
-        set_id: of the set.
+        set_id: the set's name.
         shard: file name that the findings are about; None for the set itself.
         limit: how many are kept.
     """
@@ -124,8 +124,8 @@ class Collecting:
     """Ends its block at the first error of ours, and goes on after it.
 
     Args:
-        findings: where the error is written down.
-        key: of the record that the block is about.
+        findings: the list that the error is added to.
+        key: the key of the record that the block is about.
     """
 
     def __init__(self, findings: FindingList, key: str | None) -> None:

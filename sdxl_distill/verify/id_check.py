@@ -24,7 +24,7 @@ class IdCheck:
     pair in 2⁶⁴. Only when two are alike are the indices read once more.
 
     Args:
-        record: of the set.
+        identity: the identity of the set.
         undecodable: keys that no shard may hold.
     """
 

@@ -28,7 +28,7 @@ from sdxl_distill.verify.set_check import check_recipe, read_identity
 from sdxl_distill.verify.whole_set import Progress, Verification, show_nothing
 
 _MAX_FINDINGS: Final = 50
-_ACTION: Final = "unpack this record anew from its shard, or build it anew"
+_ACTION: Final = "unpack this record again from its shard, or build it again"
 _IMAGE_TENSORS: Final = ("latents", "noise", "teacher_pred")
 _EXACT: Final = {
     "resolution": ("I32", (2,)),
@@ -63,7 +63,7 @@ def verify_loose(
 
     Args:
         path: the folder.
-        recipe: from what noise and timesteps follow; None takes that of `set.json`, if it is
+        recipe: what noise and timesteps follow from; None takes that of `set.json`, if it is
             there.
         num_threads: files that are read at once.
         on_progress: called after each file.
@@ -83,6 +83,7 @@ def verify_loose(
         if identity is not None:
             result.findings += check_recipe(identity)
             recipe = recipe or identity.noise
+        # Every file on its own.
         check = partial(_check_file, directory, folder, identity, recipe)
         findings = FindingList(result.set_id, limit=_MAX_FINDINGS)
         sets: Counter[str] = Counter()
@@ -95,6 +96,7 @@ def verify_loose(
                 result.kind = result.kind or _kind(file.header)
             result.num_bytes += file.num_bytes
             on_progress(num_done, len(folder.records))
+    # All of them together.
     for error in (*_strangers(folder), *_not_together(sets, identity), *_not_once(folder)):
         findings.add(error)
     result.findings += findings.all()
@@ -171,7 +173,7 @@ def _kind(header: RecordHeader) -> Kind:
 def _strangers(folder: LooseFolder) -> Iterable[DistillError]:
     for name in folder.strangers:
         yield ConfigError(
-            f"the folder holds {name!r}, which is no record",
+            f"the folder holds {name!r}, which is not a record",
             expected="{image_id}_{W}x{H}.safetensors, or …_d{k}.safetensors",
             action="move it elsewhere",
         )
@@ -195,7 +197,7 @@ def _not_once(folder: LooseFolder) -> Iterable[DistillError]:
         yield IncompatibleError(
             f"the draws have different numbers of records: {counts}",
             expected="every record in every draw",
-            action="unpack the set anew",
+            action="unpack the set again",
         )
     ids = Counter(record.image_id for record in folder.records if record.draw == 0)
     for image_id, count in ids.items():

@@ -33,7 +33,7 @@ class Recomputation(NamedTuple):
     """What came out.
 
     Attributes:
-        num_records: that were computed again.
+        num_records: the number of records that were computed again.
         largest_difference: relative, of the worst of them.
         findings: empty when all are within the bound.
     """
@@ -56,10 +56,10 @@ def recompute_records(
     float32 and 3e-2 in bfloat16: other devices and batch sizes round differently.
 
     Args:
-        config: with which the set was built.
+        config: the configuration that the set was built with.
         predictions: the set.
         num_records: how many, at most; drawn without repetition.
-        seed: of the draw.
+        seed: the seed of the drawing.
         on_progress: called with how many records are done and how many there are.
 
     Raises:

@@ -46,10 +46,10 @@ def wrong_values(
     """Yield what is wrong with the tensors of a record.
 
     Args:
-        tensors: of the record, of the dtypes and shapes that its schema wants.
-        place: of the record.
-        recipe: of the noise and the timesteps; None when it is not known: then the noise is only
-            compared with the seed beside it.
+        tensors: the record's tensors, of the dtypes and shapes that its schema wants.
+        place: the record's key, bucket and draw.
+        recipe: the recipe of noise and timesteps; None when it is not known: then the noise is only
+            compared with the seed next to it.
         action: what to do about it.
     """
     for name, tensor in tensors.items():

@@ -37,7 +37,7 @@ def read_identity(folder: SetFolder[Directory]) -> tuple[SetIdentity | None, lis
             raise ConfigError(
                 f"there is no {SET_IDENTITY_NAME}",
                 expected="the folder of a shard set, {output_dir}/{teacher_id}",
-                action="check the path; if the set lost the file, copy it anew",
+                action="check the path; if the set lost the file, copy it again",
             ) from error
         return SetIdentity.from_bytes(content, SET_IDENTITY_NAME), []
     return None, findings.all()
@@ -70,7 +70,7 @@ def incomplete(identity: SetIdentity, names: Collection[str]) -> tuple[list[Shar
 
 
 def check_identity(identity: SetIdentity, manifest: Manifest) -> list[Finding]:
-    """Check that manifest and set record belong together, and what the manifest says itself."""
+    """Check that manifest and set identity belong together, and what the manifest says itself."""
     findings = FindingList(identity.id, MANIFEST_NAME)
     if manifest.identity != identity:
         found = manifest.identity
@@ -78,7 +78,7 @@ def check_identity(identity: SetIdentity, manifest: Manifest) -> list[Finding]:
             IncompatibleError(
                 f"a manifest of generation {found.generation} of set {found.fingerprint[:12]}…",
                 expected=f"generation {identity.generation} of {identity.fingerprint[:12]}…",
-                action="finish building this set, or copy it anew",
+                action="finish building this set, or copy it again",
             )
         )
     for place, entries in groupby(manifest.shards, key=lambda entry: entry[:3]):
@@ -144,7 +144,7 @@ def check_strangers(
 def check_empty_record(
     folder: SetFolder[Directory], identity: SetIdentity, manifest: Manifest | None
 ) -> list[Finding]:
-    """Check the embeddings of the empty caption, which a text set holds beside its shards."""
+    """Check the embeddings of the empty caption, which a text set holds next to its shards."""
     findings = FindingList(identity.id, EMPTY_RECORD_NAME)
     with findings.collecting():
         try:

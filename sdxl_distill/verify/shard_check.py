@@ -32,7 +32,7 @@ class CheckedShard:
     """What became of one shard.
 
     Attributes:
-        name: of the shard.
+        name: the shard's name.
         index: stored, or where that is damaged the tar's; None when neither can be read.
         findings: what is wrong; empty for a good shard.
     """

@@ -39,12 +39,12 @@ class Verification:
     """What a verification found.
 
     Attributes:
-        set_id: of the set; the folder's name where it cannot be read.
+        set_id: the set's name; the folder's where it cannot be read.
         kind: latents, text or predictions; None where it cannot be read.
-        num_records: in all shards and draws.
-        num_shards: in all draws; 0 for loose files.
-        num_draws: of each image.
-        num_bytes: of all tars, or of all loose files.
+        num_records: the number of records in all shards and draws.
+        num_shards: the number of shards in all draws; 0 for loose files.
+        num_draws: the number of draws of each image.
+        num_bytes: the size of all tars, or of all loose files.
         findings: empty for a set that is complete and valid.
         notes: what else the user should know: what could not be checked, what was drawn.
     """
@@ -80,7 +80,7 @@ def verify_set(
 
     Args:
         path: folder of the set.
-        quick: read set record, manifest and indices, and compare the sizes of the tars, which
+        quick: read set identity, manifest and indices, and compare the sizes of the tars, which
             stay closed.
         num_threads: shards that are read at once.
         on_progress: called after each shard.
@@ -91,6 +91,7 @@ def verify_set(
     """
     location = Location(path)
     with location.open() as directory:
+        # What describes the set, and so which shards there should be.
         names, folder = directory.names(), SetFolder(directory)
         identity, findings = read_identity(folder)
         manifest, more = read_manifest(folder)
@@ -109,12 +110,14 @@ def verify_set(
         result.findings += check_strangers(identity, names, entries, complete=manifest is not None)
         if identity.kind == "text":
             result.findings += check_empty_record(folder, identity, manifest)
+        # Every shard, then all ids together.
         unknown_noise = check_recipe(identity)
         result.findings += unknown_noise
         check = partial(check_shard, folder, identity, quick=quick or bool(unknown_noise))
         ids = IdCheck(identity, () if manifest is None else manifest.undecodable)
         _check_all(result, ids, check, entries, num_threads, on_progress)
         result.findings += ids.findings(partial(existing_index, folder, identity))
+        # The catalog that the shards follow.
         if identity.kind == "latents":
             if is_without_catalog(location, manifest):
                 result.notes.append(NO_CATALOG)

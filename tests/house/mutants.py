@@ -201,25 +201,34 @@ class _WithoutShrinking:
         settings.load_profile("mutants")
 
 
+def _run_tests(tests: list[str], log: Path) -> int:
+    """Run tests until one fails, in this process; write down what of others they imported."""
+    os.setsid()
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    import pytest
+
+    options = ["-x", "-q", "--tb=line", "-m", QUICK, f"--timeout={TEST_SECONDS}"]
+    options += ["--timeout-method=thread"]  # ends the process: hypothesis would try again
+    warnings = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
+    folders = ["-p", "no:cacheprovider", f"--basetemp={log.parent / 'basetemp'}"]
+    arguments = [*options, *warnings, *folders, *tests]
+    status = pytest.main(arguments, plugins=[_WithoutShrinking()])
+    imported = [name for name, module in [*sys.modules.items()] if _is_of_others(module)]
+    (log.parent / "imported").write_text("\n".join(imported))
+    return status
+
+
 def _passes(tests: list[str], log: Path, seconds: float) -> bool:
     """Run tests in a fork of this process; False: one failed, or they took too long."""
     child = os.fork()
     if child == 0:
-        os.setsid()
-        with log.open("wb") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-        import pytest
-
-        options = ["-x", "-q", "--tb=line", "-m", QUICK, f"--timeout={TEST_SECONDS}"]
-        options += ["--timeout-method=thread"]  # ends the process: hypothesis would try again
-        warnings = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is preloaded
-        folders = ["-p", "no:cacheprovider", f"--basetemp={log.parent / 'basetemp'}"]
-        arguments = [*options, *warnings, *folders, *tests]
-        status = pytest.main(arguments, plugins=[_WithoutShrinking()])
-        imported = [name for name, module in sys.modules.items() if _is_of_others(module)]
-        (log.parent / "imported").write_text("\n".join(imported))
-        os._exit(status)
+        status = 1
+        try:
+            status = _run_tests(tests, log)
+        finally:  # whatever a mutant does: nothing of the parent's is undone here
+            os._exit(status)
     try:
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -39,8 +39,8 @@ RULES: tuple[Rule, ...] = (
     page_rules.one_machine,
     name_rules.names_on_pages,
 )
-# Written and tested, but the tree is not yet clean of what they find: `make check` leaves them out.
-NOT_YET: tuple[Rule, ...] = (code_rules.entries_that_are_phrases, code_rules.step_comments)
+# Written and tested, but not yet held: `make check` leaves them out.
+NOT_YET: tuple[Rule, ...] = ()
 
 
 def violations(root: Path, rules: tuple[Rule, ...] = RULES) -> list[Violation]:

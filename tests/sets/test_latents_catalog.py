@@ -224,7 +224,7 @@ def test_the_verifier_names_a_shard_that_a_later_segment_plans_again(built_works
 def test_the_verifier_names_what_does_not_belong_into_the_catalogs_folder(built_workshop):
     (built_workshop.latents / "catalog" / "notes.txt").write_text("mine")
     (fault,) = faults(built_workshop)
-    assert "'notes.txt', which is no segment" in fault
+    assert "'notes.txt', which is not a segment" in fault
 
 
 def test_a_catalog_that_grew_since_is_no_fault_of_the_set(workshop, tiny_family):

@@ -228,3 +228,26 @@ def test_a_set_too_far_away_gets_no_place(tmp_path: Path) -> None:
     reference = SetReference.between("1" * 64, own, latents)
     assert reference == SetReference("1" * 64, None)
     assert reference.resolve(Location(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "pictures"}, r"kind is 'pictures'; expected latents \| text \| predictions"),
+        ({"generation": -1}, r"generation is -1; expected a whole number"),
+        ({"content": ["x" * 200]}, r"content is \['x{70,80}; expected an object"),
+        ({"noise": {"base_seed": "7"}}, r"base_seed is '7'; expected a whole number"),
+        ({"noise": {"min_timestep": 900, "max_timestep": 3}}, r"min_timestep 900; expected less"),
+        ({"noise_schedule": {"beta_end": 1.5}}, r"beta_end is 1\.5; expected a number from 0 to 1"),
+    ],
+)
+def test_an_illegal_field_is_named_with_its_value(
+    changes: dict[str, Any], message: str, predictions: SetIdentity
+) -> None:
+    fields = predictions.to_json()
+    for name, value in changes.items():
+        inner = fields[name]
+        is_part = isinstance(value, dict) and name != "content"
+        fields[name] = {**inner, **value} if is_part else value
+    with pytest.raises(CorruptError, match=message):
+        SetIdentity.from_json(fields, "set.json")
