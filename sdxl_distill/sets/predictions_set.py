@@ -164,7 +164,10 @@ def predictions_identity(
         )
     # Text: copied into every record in layout `full`, a reference to its set in `compact`.
     num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
-    is_compact = cache.layout == "compact"
+    schedule = checkpoint.noise_schedule(teacher.prediction_type, teacher.zero_terminal_snr)
+    shared_text = None
+    if cache.layout == "compact":
+        shared_text = SetReference.between(text.fingerprint, location, output_dir / text.id)
     return SetIdentity(
         kind="predictions",
         id=teacher.teacher_id,
@@ -184,13 +187,9 @@ def predictions_identity(
         },
         layout=cache.layout,
         noise=NoiseRecipe(NOISE_ALGORITHM, cache.base_seed, cache.min_timestep, cache.max_timestep),
-        noise_schedule=checkpoint.noise_schedule(
-            teacher.prediction_type, teacher.zero_terminal_snr
-        ),
+        noise_schedule=schedule,
         latents=SetReference.between(latents_identity.fingerprint, location, latents.location),
-        text=SetReference.between(text.fingerprint, location, output_dir / text.id)
-        if is_compact
-        else None,
+        text=shared_text,
     )
 
 
