@@ -282,6 +282,18 @@ def test_a_name_that_was_given_new_content_has_another_version(tmp_path: Path) -
         assert directory.version("name") not in (None, first)
 
 
+def test_a_name_is_removed_and_who_comes_late_removes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with Directory(tmp_path / "set") as directory:
+        directory.publish_bytes("mine", b"")
+        directory.publish_bytes("other", b"")
+        for _ in range(2):
+            directory.remove("mine")
+            assert names(tmp_path / "set") == ["other"]
+        shutil.rmtree(tmp_path / "set")
+        directory.remove("other")
+
+
 def test_a_file_is_rewritten_in_place(tmp_path: Path) -> None:
     with Directory(tmp_path, create=True) as directory:
         directory.publish_bytes("beat", b"first")
