@@ -307,6 +307,8 @@ def main() -> None:
     parser.add_argument("modules", nargs="+", help="files or folders below the package")
     parser.add_argument("--sample", type=int, default=10**6, help="at most so many per module")
     asked = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder, "tree")
