@@ -83,7 +83,7 @@ def test_one_exclusive_process_does_everything_in_a_place_without_create_only_na
     run.succeeds("build-shards", *builder)
     assert published_files(here.teacher) == before
     damage_pixels(min(here.teacher.glob("*.tar")))
-    assert "1 are made anew" in run.succeeds("build-shards", *builder, "--repair")
+    assert "1 will be built again" in run.succeeds("build-shards", *builder, "--repair")
     assert published_files(here.teacher) == before
     loose, packed = str(here.root / "loose"), str(here.predictions / "packed")
     run.succeeds("unpack-shards", "--cache-dir", str(here.teacher), "--output", loose)

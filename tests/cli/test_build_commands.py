@@ -140,7 +140,7 @@ def test_a_repair_says_what_was_damaged_and_where_it_is_kept(workshop, run):
     code, output = run("build-shards", options=("--repair",))
     assert code == 0
     assert f"damaged: {damaged.stem}" in output
-    assert "3 shards are good, 1 are made anew" in output
+    assert "3 shards are good, 1 will be built again" in output
     (kept,) = workshop.predictions.glob(".*-repaired")
     assert kept.name in output
 

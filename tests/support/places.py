@@ -79,7 +79,7 @@ def place_without_create_only_names(folder: Path) -> Iterator[Linkless]:
     """Give a file system that can neither link nor rename without replacing: exFAT by FUSE."""
     mounted = _mounted(folder, ["mkfs.exfat"], ["mount.exfat-fuse"])
     if mounted is None:
-        yield Linkless(folder, refuse_links_and_flags, is_real=False)
+        yield Linkless(_own_folder(folder), refuse_links_and_flags, is_real=False)
         return
     with mounted as path:
         yield Linkless(path, take_as_it_is, is_real=True)
@@ -90,10 +90,17 @@ def place_without_links(folder: Path) -> Iterator[Linkless]:
     """Give a file system that renames without replacing but does not link: vfat."""
     mounted = _mounted(folder, ["mkfs.vfat"], ["mount", "-t", "vfat"])
     if mounted is None:
-        yield Linkless(folder, refuse_links, is_real=False)
+        yield Linkless(_own_folder(folder), refuse_links, is_real=False)
         return
     with mounted as path:
         yield Linkless(path, take_as_it_is, is_real=True)
+
+
+def _own_folder(folder: Path) -> Path:
+    """Make a folder that nothing else lies in, as a mounted file system is."""
+    own = folder / "unmounted"
+    own.mkdir()
+    return own
 
 
 def _mounted(
