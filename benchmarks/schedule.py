@@ -1,4 +1,4 @@
-"""The order: what it costs to plan an epoch and to look a step up, up to 10⁹ records.
+"""The stream order: what it costs to plan an epoch and to look a step up, up to 10⁹ records.
 
 The plan of one of 1,024 ranks; the peers' own planners make the plan of the same number of
 records, as far as they get in 20 seconds and 8 GiB.
@@ -46,7 +46,7 @@ allocations here, and the growth of the process's peak for the peers: a coarser 
 
 
 def measure(small: bool) -> Iterator[Row | Curve]:
-    """Plan 10⁴ … 10⁹ records with the order and with the peers' planners."""
+    """Plan 10⁴ … 10⁹ records with the stream order and with the peers' planners."""
     exponents = range(4, 6 if small else 10)
     times: dict[str, list[tuple[float, float]]] = {_OURS: []}
     memories: dict[str, list[tuple[float, float]]] = {_OURS: []}
