@@ -10,6 +10,7 @@ import pytest
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.storage.folder import Folder, FolderByPath
 from sdxl_distill.storage.fsio import Directory
+from sdxl_distill.storage.open_file import OPEN_FILES
 
 
 @pytest.fixture(params=["path", "handle"])
@@ -60,6 +61,23 @@ def test_by_its_name_the_folder_of_today_is_read_and_by_its_handle_the_one_of_th
         (tmp_path / "set" / "file").write_bytes(b"new")
         assert held.read("file", 9) == b"old"
         assert FolderByPath(str(tmp_path / "set")).read("file", 9) == b"new"
+
+
+@pytest.mark.parametrize("where", ["set s, file", None])
+def test_later_messages_name_a_file_as_it_was_asked_for(
+    where: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("file", "other"):
+        (tmp_path / name).write_bytes(b"content")
+    folder = FolderByPath(str(tmp_path))
+    monkeypatch.setattr(OPEN_FILES, "_most_open", 1)
+    opened, other = folder.open("file", where), folder.open("other")
+    for _ in range(3):  # what was read lately stays open: here the other file
+        other.read_into([memoryview(bytearray(1))], 0)
+        folder.open("other")
+    (tmp_path / "file").write_bytes(b"changed meanwhile")
+    with pytest.raises(CorruptError, match=f"^{where or tmp_path / 'file'}: "):
+        opened.read_into([memoryview(bytearray(1))], 0)
 
 
 def test_a_folder_that_is_gone_has_no_file(tmp_path: Path) -> None:

@@ -112,3 +112,11 @@ def test_a_removed_folder_is_gone_with_all_that_was_in_it(tmp_path: Path) -> Non
     Location(tmp_path / "set").remove()
     assert not (tmp_path / "set").exists()
     Location(tmp_path / "set").remove()
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_the_promise_of_one_worker_is_handed_on(tmp_path: Path, exclusive: bool) -> None:
+    location = Location(tmp_path / "cache" / "set")
+    with location.open(create=True, exclusive=exclusive) as directory:
+        assert directory.volume.exclusive == exclusive
+    assert location.is_folder()
