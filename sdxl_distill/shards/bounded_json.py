@@ -1,20 +1,25 @@
 """Reads JSON that may come from a stranger: bounded in size and depth, one meaning only.
 
 Values come out as plain dicts, lists, strings, numbers; what they should be is for the caller to
-check. Nothing of the text is repeated in an error.
+check. An error repeats nothing of the text but what `shown` returns.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any, Final, NoReturn, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn, TypeAlias, cast
 
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, fingerprint
 from sdxl_distill.limits import MAX_JSON_DEPTH
 
 _CONTAINERS: Final = (dict, list)
+_MAX_SHOWN: Final = 80
+
+Legal: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""For each field its check, and what the check expects, for messages."""
 
 
 def parse_json(content: bytes, where: str, max_bytes: int) -> Any:
@@ -39,7 +44,9 @@ def parse_json(content: bytes, where: str, max_bytes: int) -> Any:
         raise CorruptError(f"the JSON {reason}", expected="valid JSON", where=where) from error
     if not _is_shallow(value, MAX_JSON_DEPTH):
         raise CorruptError(
-            "the JSON is nested too deep", expected=f"at most {MAX_JSON_DEPTH} levels", where=where
+            "the JSON is nested too deeply",
+            expected=f"at most {MAX_JSON_DEPTH} levels",
+            where=where,
         )
     return value
 
@@ -51,7 +58,7 @@ def require_names(value: Any, names: set[str], where: str) -> dict[str, Any]:
         CorruptError: when it is not an object, lacks one of them or has another.
     """
     if not isinstance(value, dict):
-        raise CorruptError("no JSON object", expected="an object", where=where)
+        raise CorruptError("not a JSON object", expected="an object", where=where)
     fields = cast("dict[str, Any]", value)
     if fields.keys() != names:
         missing = sorted(names - fields.keys())
@@ -60,8 +67,32 @@ def require_names(value: Any, names: set[str], where: str) -> dict[str, Any]:
     return fields
 
 
+def require_legal(fields: Mapping[str, Any], legal: Legal, where: str, prefix: str = "") -> None:
+    """Refuse the first field whose value is not legal.
+
+    Args:
+        fields: an object that may come from a stranger; it has all the names in `legal`.
+        legal: the check of each field.
+        where: the file, for messages.
+        prefix: the path of the object in the file, for messages: `noise.`, say.
+
+    Raises:
+        CorruptError: naming the field, its value and the expected one.
+    """
+    for name, (is_legal, expected) in legal.items():
+        if not is_legal(fields[name]):
+            raise CorruptError(
+                f"{prefix}{name} is {shown(fields[name])}", expected=expected, where=where
+            )
+
+
+def shown(value: Any) -> str:
+    """Return what a message repeats of a stranger's value: 80 characters of its `repr`."""
+    return repr(value)[:_MAX_SHOWN]
+
+
 class _AmbiguousJsonError(ValueError):
-    """Valid to some parsers, with different meanings."""
+    """Text that parsers read in different ways."""
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,18 +140,18 @@ def unseal(content: bytes, where: str, max_bytes: int) -> dict[str, Any]:
     """Return the fields of what `seal` wrote, the digest left out.
 
     Raises:
-        CorruptError: when it is too large, no JSON object, not in canonical form, or not what
-            its digest says.
+        CorruptError: when it is too large, not a JSON object, not in canonical form, or does not
+            match its digest.
         IncompatibleError: when `format_version` is greater than ours.
     """
     value = parse_json(content, where, max_bytes)
     if not isinstance(value, dict):
-        raise CorruptError("no JSON object", expected="an object", where=where)
+        raise CorruptError("not a JSON object", expected="an object", where=where)
     fields = cast("dict[str, Any]", value)
     fields.pop(_DIGEST, None)
     if seal(fields) != content:
         raise CorruptError(
-            "bytes that are not what the digest in them says",
+            "the bytes do not match the digest in them",
             expected="the file as it was written",
             where=where,
             action="copy the set again, or rebuild it by its builder with --repair",

@@ -41,21 +41,21 @@ Int64: TypeAlias = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """What is known of a shard of n records with T tensors each, without opening its tar.
+    """What is known about a shard of n records with T tensors each, without opening its tar.
 
     Attributes:
-        name: the shard's name; not stored, the file's name says it.
-        header: the header that all records share; tensor columns are in its order.
+        name: the shard's name; not stored, since the file's name gives it.
+        header: the header that all records share; the columns of tensors are in its order.
         ids: uint8 [n, 16], the image ids, strictly ascending.
-        offsets: int64 [n], where each record begins in the tar, its header included.
-        sizes: int64 [n], bytes of each record.
-        sidecar_sizes: int64 [n], bytes of each `{key}.json`; 0 where there is none.
-        digests: uint64 [n, T], xxh3 of each tensor's bytes.
-        rest_digests: uint64 [n], xxh3 of the record's header and its sidecar.
-        noise_digests: uint64 [n] of the noise that the seed gives where it is not stored
-            (layout `compact`); else None.
-        tar_bytes: size of the tar.
-        tar_sha256: SHA-256 of the tar, 64 hex digits.
+        offsets: int64 [n], the byte in the tar at which each record's header begins.
+        sizes: int64 [n], the size of each record in bytes, header included.
+        sidecar_sizes: int64 [n], the size of each `{key}.json` in bytes; 0 where there is none.
+        digests: uint64 [n, T], the xxh3 of each tensor's bytes.
+        rest_digests: uint64 [n], the xxh3 of each record's header and sidecar.
+        noise_digests: uint64 [n], the xxh3 of the noise that each seed gives where noise is not
+            stored (layout `compact`); else None.
+        tar_bytes: the size of the tar.
+        tar_sha256: the SHA-256 of the tar, 64 hex digits.
     """
 
     name: ShardName
@@ -146,8 +146,8 @@ class ShardIndex:
         """Read the content of the `.idx` file of shard `name`.
 
         Raises:
-            CorruptError: when anything is not as `to_bytes` writes it: names, dtypes, shapes,
-                order of the keys, offsets, the index's own digest.
+            CorruptError: when anything differs from what `to_bytes` writes: names, dtypes,
+                shapes, the order of the keys, offsets, the index's own digest.
             IncompatibleError: when a newer version wrote it.
         """
         metadata, tensors = parse_index(content, name.idx)
@@ -160,7 +160,11 @@ class ShardIndex:
             or metadata["fingerprint"] != header.fingerprint
             or common_header != header.content
         ):
-            raise _corrupt(name, "bytes that are not the index's own", "the digest it names")
+            raise _corrupt(
+                name,
+                "the bytes do not match the digest, the fingerprint or the header in them",
+                "the file as it was written",
+            )
         return index
 
     @classmethod
@@ -175,18 +179,18 @@ class ShardIndex:
         tar_bytes: int,
         tar_sha256: str,
     ) -> ShardIndex | None:
-        """Read the content of the `.idx` file of which all is known but the records' rows.
+        """Read the content of an `.idx` file of which all but the records' rows is known.
 
-        A fifth of the time of `from_bytes`, which says what is wrong where this says None.
+        Takes a fifth of the time of `from_bytes`; where this returns None, that says what is wrong.
 
         Args:
             content: the bytes of the file.
             name: the shard's name.
             header: the header that its records have.
-            digest: the index's own.
+            digest: the index's own digest, 64 hex digits.
             num_records: the number of the shard's records.
             tar_bytes: the size of the tar.
-            tar_sha256: the SHA-256 of the tar.
+            tar_sha256: the SHA-256 of the tar, 64 hex digits.
 
         Raises:
             CorruptError: when the rows contradict each other, whatever the digest says.
@@ -198,7 +202,7 @@ class ShardIndex:
             "tar_bytes": str(tar_bytes),
             "tar_sha256": tar_sha256,
         }
-        # By sizes and metadata alone: what does not look as expected is parsed by `from_bytes`.
+        # Compares sizes and metadata only: a file that looks different is for `from_bytes`.
         tensors = known_index(
             content,
             metadata,
@@ -237,23 +241,26 @@ class ShardIndex:
             tar_bytes=int(metadata["tar_bytes"]),
             tar_sha256=metadata["tar_sha256"],
         )
-        # What `digest` would compute: the file is compared with it before anyone gets the index.
+        # What `digest` would compute: the file is compared with it before a caller gets the index.
         vars(index)["digest"] = metadata["digest"]
         return index
 
     def _check(self) -> None:
         sidecars = self.sidecar_sizes
-        if not ((sidecars >= 0) & (sidecars <= MAX_SIDECAR_BYTES)).all():
-            raise _corrupt(self.name, "an absurd sidecar", f"at most {MAX_SIDECAR_BYTES} bytes")
+        illegal = sidecars[(sidecars < 0) | (sidecars > MAX_SIDECAR_BYTES)]
+        if illegal.size:
+            found = f"a sidecar of {illegal[0]} bytes"
+            raise _corrupt(self.name, found, f"0 to {MAX_SIDECAR_BYTES} bytes")
         offsets, tar_bytes = tar_layout(self.header.record_bytes, sidecars)
         if (
             (self.sizes != self.header.record_bytes).any()
             or (self.offsets != offsets).any()
             or self.tar_bytes != tar_bytes
         ):
-            raise _corrupt(self.name, "other offsets", "those that follow from the sizes")
+            raise _corrupt(self.name, "wrong sizes or offsets", "those that follow from the header")
         if self.digests.shape[1] != len(self.header.places):
-            raise _corrupt(self.name, "digests of other tensors", "those of the common header")
+            found = f"digests of {self.digests.shape[1]} tensors"
+            raise _corrupt(self.name, found, f"the {len(self.header.places)} of the common header")
         if (self.noise_digests is not None) != self.header.recreates_noise:
             raise _corrupt(
                 self.name,
@@ -261,7 +268,9 @@ class ShardIndex:
                 "digests of the noise exactly where records hold a seed in its place",
             )
         if not is_strictly_ascending(self.ids):
-            raise _corrupt(self.name, "keys unsorted or twice", "keys in ascending order")
+            raise _corrupt(
+                self.name, "keys out of order or listed twice", "keys in ascending order"
+            )
 
 
 def tar_layout(record_bytes: int, sidecar_sizes: Int64) -> tuple[Int64, int]:
@@ -273,7 +282,7 @@ def tar_layout(record_bytes: int, sidecar_sizes: Int64) -> tuple[Int64, int]:
 
 
 def is_strictly_ascending(ids: npt.NDArray[np.uint8]) -> bool:
-    """Whether ids, uint8 [n, 16], are sorted and none comes twice."""
+    """Whether ids, uint8 [n, 16], are sorted and all different."""
     keys = np.frombuffer(ids.tobytes(), np.dtype("S16"))
     return bool(np.all(keys[:-1] < keys[1:]))
 

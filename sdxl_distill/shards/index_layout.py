@@ -1,6 +1,6 @@
-"""The `.idx` file as a safetensors file: which tensors and metadata, and nothing else.
+"""The `.idx` file as a safetensors file: which tensors and metadata it has, and nothing else.
 
-What the numbers mean and whether they agree is the matter of `ShardIndex`.
+`ShardIndex` knows what the numbers mean and checks that they agree.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def encode_index(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str,
 def index_bytes(
     num_records: int, tar_bytes: int, header_bytes: int, num_tensors: int, *, has_noise: bool
 ) -> int:
-    """Return the size of an index file, from what a manifest and a schema say of its shard."""
+    """Return the size of an index file, from what a manifest and a schema say about its shard."""
     digest = _NO_DIGEST.decode()
     metadata = {
         "digest": digest,
@@ -76,7 +76,7 @@ def own_digest(content: bytes) -> str:
 
 
 def parse_index(content: bytes, where: str) -> tuple[dict[str, str], dict[str, npt.NDArray[Any]]]:
-    """Return metadata and tensors of an index file, its names, dtypes and shapes checked.
+    """Return metadata and tensors of an index file; names, dtypes and shapes are checked.
 
     Raises:
         CorruptError: when one is missing, unknown, too large or of another dtype or shape.
@@ -95,7 +95,7 @@ def parse_index(content: bytes, where: str) -> tuple[dict[str, str], dict[str, n
     found = {place.name: (place.dtype, place.shape) for place in layout.places}
     if found != _expected_tensors(layout, num_records):
         raise CorruptError(
-            "other tensors than an index has",
+            "other tensors than those of an index",
             expected="those of docs/format.md",
             where=where,
             action=ACTION,
@@ -111,16 +111,16 @@ def known_index(
     *,
     has_noise: bool,
 ) -> dict[str, npt.NDArray[Any]] | None:
-    """Return the tensors of an index file whose header is foretold; None when it has another.
+    """Return the tensors of an index file whose header is predicted; None when it has another.
 
     Nothing is parsed: the bytes that the header must have are built and compared.
 
     Args:
         content: the bytes of the file.
         metadata: the metadata that it must have, all but the format version.
-        header_bytes: size of the records' common header.
+        header_bytes: the size of the records' common header.
         num_tensors: the number of tensors in each record.
-        has_noise: whether there are digests of noise that is not stored.
+        has_noise: True when it has digests of noise that is not stored.
     """
     shapes = _shapes(int(metadata["num_records"]), header_bytes, num_tensors, has_noise)
     layout = build_header(shapes, {**metadata, "format_version": str(INDEX_FORMAT_VERSION)})
@@ -150,7 +150,7 @@ def _check_metadata(metadata: dict[str, str], where: str) -> None:
     if metadata.keys() != _METADATA.keys() or not all(
         _METADATA[name].fullmatch(text) for name, text in metadata.items()
     ):
-        raise CorruptError("the index's metadata are unknown", where=where, action=ACTION)
+        raise CorruptError("the metadata are not those of an index", where=where, action=ACTION)
 
 
 def _expected_tensors(

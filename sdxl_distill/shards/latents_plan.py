@@ -1,7 +1,7 @@
 """Which images the catalog planned for each shard of a latents set, and what became of them.
 
-A latents shard names as its source the digest of these images' ids. So three things differ that
-look alike in a tar: an image that did not decode, a shard planned for other images, another set.
+A latents shard names as its source the digest of these images' ids. This tells apart what looks
+alike in a tar: an image that did not decode, a shard planned for other images, another set.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class LatentsPlan:
 
     Args:
         catalog: the catalog of the images.
-        unbound: shards that a version committed which named no sources.
-        left_out: keys that are known not to have decoded; they explain what is missing in
-            unbound shards. The source explains it in all others.
+        unbound: the shards of an earlier version, which named no sources.
+        left_out: the keys of images that are known not to decode; they explain what unbound
+            shards lack. In all others the source explains it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LatentsPlan:
 
     @classmethod
     def after(cls, catalog: Catalog, manifest: Manifest) -> LatentsPlan:
-        """Return the plan of a set that is there already."""
+        """Return the plan of a set that exists already."""
         names = zip(manifest.names(), manifest.shards, strict=True)
         unbound = (name for name, entry in names if entry.source_sha256 is None)
         return cls(catalog, unbound, manifest.undecodable)
@@ -79,12 +79,12 @@ class LatentsPlan:
         return None if name in self._unbound else ids_digest(self.ids(name))
 
     def held_ids(self, name: ShardName) -> list[str]:
-        """Return the ids of a shard's images but for those left out, 32 hex digits each."""
+        """Return the ids of a shard's images except those left out, 32 hex digits each."""
         ids = self.ids(name)
         return [row.tobytes().hex() for row in ids[~_is_in(ids, self._left_out)]]
 
     def accepts(self, index: ShardIndex) -> bool:
-        """Whether a shard holds images of its plan only, and the others are accounted for."""
+        """Whether a shard holds only images of its plan, and those it lacks are accounted for."""
         planned = self.ids(index.name)
         held = _is_in(planned, index.ids)
         if np.count_nonzero(held) != index.num_records:
@@ -97,7 +97,7 @@ class LatentsPlan:
         """Return the keys of the images that a shard was planned for and does not hold.
 
         Raises:
-            IncompatibleError: when it holds others, or was planned for others.
+            IncompatibleError: when it holds or was planned for other images.
         """
         if not self.accepts(index):
             raise _other_images(index.name, index.num_records)
@@ -107,7 +107,7 @@ class LatentsPlan:
 
 
 def plan_faults(catalog: Catalog, manifest: Manifest) -> Iterator[DistillError]:
-    """Yield in what a complete latents set is not the one that a catalog plans.
+    """Yield each way in which a complete latents set is not the one that a catalog plans.
 
     Reads no shard: source and digest of the keys in the manifest say what a shard holds. The
     catalog may have grown since.
@@ -139,7 +139,7 @@ def plan_faults(catalog: Catalog, manifest: Manifest) -> Iterator[DistillError]:
 
 
 def catalog_too_short(catalog: Catalog, n: int) -> IncompatibleError:
-    """Return the error for a catalog that lacks segments of which there are shards."""
+    """Return the error for a catalog that lacks segments whose shards exist."""
     there = f"ends with segment {catalog.n}" if catalog.segments else "is missing"
     return IncompatibleError(
         f"the catalog {there}, but there are shards of catalog {n}",
@@ -157,7 +157,7 @@ def _other_images(name: ShardName, num_records: int) -> IncompatibleError:
     return IncompatibleError(
         f"{num_records} records of images that the catalog does not plan for this shard, or not "
         "all of those that it plans",
-        expected="the images of this shard in the catalog, but for those that did not decode",
+        expected="the images of this shard in the catalog, except those that did not decode",
         where=name.tar,
         action=f"{RESTORE_CATALOG}; if the catalog is the right one, build_latents --repair "
         "builds this shard again",
@@ -170,7 +170,7 @@ def _ids_of(keys: Iterable[str]) -> Ids:
 
 
 def _is_in(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
-    """Tell of each id, uint8 [n, 16], whether it is one of the others, which are ascending."""
+    """Return bool [n]: which ids, uint8 [n, 16], are among the others, which are ascending."""
     if not len(others):
         return np.zeros(len(ids), np.bool_)
     rows, sorted_rows = _as_rows(ids), _as_rows(others)

@@ -1,6 +1,6 @@
 """Refuses a set that no reader would accept, while it is only planned: see limits.py.
 
-In: the record schema and how many records each shard shall hold. Out: nothing, or the key to
+In: the record schema and how many records each shard will hold. Out: nothing, or the key to
 change and the value that works.
 """
 
@@ -21,12 +21,13 @@ _SHA256 = "0" * 64
 
 
 class ShardLoad(NamedTuple):
-    """What one shard shall hold.
+    """What one shard will hold.
 
     Attributes:
-        width, height: of its bucket in pixels.
-        num_records: at most.
-        sidecar_sizes: bytes of each record's sidecar; empty where there are none.
+        width: the bucket's width in pixels.
+        height: the bucket's height in pixels.
+        num_records: the largest number of its records.
+        sidecar_sizes: the size of each record's sidecar in bytes; empty where there are none.
     """
 
     width: int
@@ -39,11 +40,11 @@ class Remedy(NamedTuple):
     """What a user changes when a shard is too large or there are too many.
 
     Attributes:
-        key: the key that says how many records a shard has.
-        besides: what has to be done with it.
-        if_large: what else makes shards smaller.
-        if_many: what else makes them fewer.
-        most: records of a shard that the other sets allow.
+        key: the configuration key, or the option, for the number of records in a shard.
+        besides: the rest of the sentence: a further step that a new value requires.
+        if_large: the end of the sentence: another way to smaller shards.
+        if_many: the end of the sentence: another way to fewer shards.
+        most: the largest number of records in a shard that the other sets allow.
     """
 
     key: str = "data.records_per_shard"
@@ -70,7 +71,7 @@ def most_records(record_bytes: int, sidecar_bytes: int = 0) -> int:
 
 
 def most_records_in(schema: RecordSchema, loads: Iterable[ShardLoad]) -> int:
-    """Return how many records of a set a legal shard can hold, whichever of the loads it is.
+    """Return how many records of a set a legal shard can hold, whichever load it has.
 
     Raises:
         ConfigError: when a record of one of the buckets is too large by itself.
@@ -89,14 +90,14 @@ def require_legal_shards(
     *,
     draws: int = 1,
 ) -> None:
-    """Refuse shards of more bytes or records than a reader takes, and more shards.
+    """Refuse shards with more bytes or records than a reader accepts, and too many shards.
 
     Args:
         set_id: the set's name, for the message.
         schema: the schema of its records.
-        shards: every shard of the set.
-        remedy: what a user changes.
-        draws: how often the set has each of them.
+        shards: the load of every shard of one draw.
+        remedy: the change that the message suggests.
+        draws: the number of draws of each shard.
 
     Raises:
         ConfigError: naming the key and the value that works.
@@ -152,7 +153,7 @@ def _record_bytes(set_id: str, schema: RecordSchema, load: ShardLoad) -> int:
 
 
 def _enough(num_records: int, most: int) -> str:
-    """Spell how many records a shard needs; buckets end in short ones, hence a tenth more."""
+    """Spell out how many records a shard needs; a tenth more, as buckets end in short shards."""
     least = -(-num_records * 11 // (10 * MAX_SHARDS))
     if least > most:
         return f"{most}, and divide the images between several sets"

@@ -22,8 +22,9 @@ from sdxl_distill.limits import (
     MAX_RECORDS,
     MAX_SHARD_BYTES,
     MAX_SHARDS,
+    MAX_SIDE_PX,
 )
-from sdxl_distill.shards.bounded_json import require_names, seal, unseal
+from sdxl_distill.shards.bounded_json import Legal, require_names, seal, unseal
 from sdxl_distill.shards.index import ShardIndex
 from sdxl_distill.shards.set_identity import FIELDS, SetIdentity, is_counter, is_sha256
 from sdxl_distill.shards.shard_name import ShardName, is_bucket_side
@@ -35,12 +36,17 @@ class ShardEntry(NamedTuple):
     """One shard; sorts by bucket, number and draw.
 
     Attributes:
-        width, height, number, draw: what its name is derived from.
-        num_records: may be 0.
-        tar_bytes, tar_sha256: of the tar.
-        index_digest: the index's own digest.
-        first_id, last_id: image ids of the first and last record; None without records.
-        keys_digest: SHA-256 of all ids; equal in the shards that are joined.
+        width: the bucket's width in pixels.
+        height: the bucket's height in pixels.
+        number: the shard's number in its bucket.
+        draw: the shard's draw.
+        num_records: the number of its records; may be 0.
+        tar_bytes: the size of the tar.
+        tar_sha256: the SHA-256 of the tar, 64 hex digits.
+        index_digest: the index's own digest, 64 hex digits.
+        first_id: the image id of the first record; None without records.
+        last_id: the image id of the last record; None without records.
+        keys_digest: the SHA-256 of all ids; equal in the shards that are joined.
         source_sha256: the digest of the latents shard it was made from; in a latents set that of
             the ids that were planned for it, None in shards of earlier versions.
     """
@@ -88,7 +94,7 @@ def num_draws(entries: Sequence[ShardEntry]) -> int:
 
 
 def check_entries(entries: Sequence[ShardEntry], where: str) -> None:
-    """Check that entries are sorted, none is twice, and all shards have the same draws.
+    """Check that entries are sorted and distinct, and that all shards have the same draws.
 
     Raises:
         CorruptError: naming the first shard that is out of place.
@@ -102,7 +108,8 @@ def check_entries(entries: Sequence[ShardEntry], where: str) -> None:
             or (row >= draws and entries[row - draws][:3] >= first[:3])
         ):
             raise CorruptError(
-                f"shard {_describe(entry)} is twice, unsorted, or holds other keys than its draw 0",
+                f"shard {_describe(entry)} is listed twice, out of order, or holds other keys "
+                "than its draw 0",
                 expected=f"each shard once in each of {draws} draws, with the same keys",
                 where=where,
             )
@@ -126,21 +133,33 @@ def entries_from_columns(value: Any, where: str) -> tuple[ShardEntry, ...]:
     fields = require_names(value, set(ShardEntry._fields), where)
     columns: list[list[Any]] = [fields[name] for name in ShardEntry._fields]
     if not all(type(column) is list and len(column) == len(columns[0]) for column in columns):
-        raise CorruptError("columns of unequal length", where=where)
+        raise CorruptError(
+            "shards has columns of unequal length", expected="one value of each shard", where=where
+        )
     for name, column in zip(ShardEntry._fields, columns, strict=True):
-        if not all(map(_IS_LEGAL[name], column)):
-            raise CorruptError(f"an absurd value in column {name}", where=where)
+        is_legal, expected = _LEGAL_COLUMNS[name]
+        if not all(map(is_legal, column)):
+            row = next(row for row, value in enumerate(column) if not is_legal(value))
+            raise CorruptError(
+                f"shards.{name}[{row}] has an illegal value", expected=expected, where=where
+            )
     entries = tuple(map(ShardEntry._make, zip(*columns, strict=True)))
     for entry in entries:
         if not _has_consistent_ids(entry):
             raise CorruptError(
-                f"shard {_describe(entry)} has absurd first and last ids", where=where
+                f"the first and last ids of shard {_describe(entry)} are "
+                f"{entry.first_id} and {entry.last_id}",
+                expected=f"those of {entry.num_records} records in ascending order",
+                where=where,
             )
     return entries
 
 
-def _is_between(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
+def _number(least: int, most: int) -> tuple[Callable[[Any], bool], str]:
+    def is_legal(value: Any) -> bool:
+        return type(value) is int and least <= value <= most
+
+    return is_legal, f"a whole number from {least} to {most}"
 
 
 def _is_side(value: Any) -> bool:
@@ -155,19 +174,22 @@ def _is_sha256_or_none(value: Any) -> bool:
     return value is None or is_sha256(value)
 
 
-_IS_LEGAL: Final[dict[str, Callable[[Any], bool]]] = {
-    "width": _is_side,
-    "height": _is_side,
-    "number": _is_between(0, MAX_SHARDS - 1),
-    "draw": _is_between(0, MAX_DRAWS - 1),
-    "num_records": _is_between(0, MAX_RECORDS),
-    "tar_bytes": _is_between(1, MAX_SHARD_BYTES),
-    "tar_sha256": is_sha256,
-    "index_digest": is_sha256,
-    "first_id": _is_id_or_none,
-    "last_id": _is_id_or_none,
-    "keys_digest": is_sha256,
-    "source_sha256": _is_sha256_or_none,
+_DIGEST: Final = (is_sha256, "64 hex digits")
+_SIDE: Final = (_is_side, f"a multiple of 8 up to {MAX_SIDE_PX}")
+_ID_OR_NULL: Final = (_is_id_or_none, "32 hex digits, or null")
+_LEGAL_COLUMNS: Final[Legal] = {
+    "width": _SIDE,
+    "height": _SIDE,
+    "number": _number(0, MAX_SHARDS - 1),
+    "draw": _number(0, MAX_DRAWS - 1),
+    "num_records": _number(0, MAX_RECORDS),
+    "tar_bytes": _number(1, MAX_SHARD_BYTES),
+    "tar_sha256": _DIGEST,
+    "index_digest": _DIGEST,
+    "first_id": _ID_OR_NULL,
+    "last_id": _ID_OR_NULL,
+    "keys_digest": _DIGEST,
+    "source_sha256": (_is_sha256_or_none, "64 hex digits, or null"),
 }
 
 
@@ -192,9 +214,9 @@ class Manifest:
 
     Attributes:
         identity: the set identity, repeated in the manifest.
-        catalog: number n of the catalog whose images the set holds.
-        shards: sorted by bucket, number and draw.
-        undecodable: keys of the catalog's images that did not decode (latents sets), sorted.
+        catalog: the number n of the catalog whose images the set holds.
+        shards: the entries of all shards, sorted by bucket, number and draw.
+        undecodable: the keys of the catalog's images that did not decode (latents sets), sorted.
         empty_sha256: the digest of `empty.safetensors`, the empty caption's record (text sets).
     """
 
@@ -216,8 +238,8 @@ class Manifest:
         """Describe a set whose shards have these indices, in any order.
 
         Raises:
-            CorruptError: when a shard is twice or belongs to another set, or the draws of one
-                shard do not hold the same keys.
+            CorruptError: when a shard is there twice or belongs to another set, or the draws of
+                one shard do not hold the same keys.
         """
         shards: list[ShardEntry] = []
         for index in indices:
@@ -280,7 +302,7 @@ class Manifest:
         """Return the content of `manifest.json`.
 
         Raises:
-            ConfigError: when it is larger than a reader takes.
+            ConfigError: when it is larger than a reader accepts.
         """
         content = seal(self._fields())
         if len(content) > MAX_MANIFEST_BYTES:
@@ -307,7 +329,9 @@ class Manifest:
             unseal(content, where, MAX_MANIFEST_BYTES), {*FIELDS, *_MANIFEST_FIELDS}, where
         )
         if not is_counter(fields["catalog"]):
-            raise CorruptError("an absurd catalog number", where=where)
+            raise CorruptError(
+                "catalog has an illegal value", expected="a whole number from 0 to 2⁵³", where=where
+            )
         manifest = cls(
             identity=SetIdentity.from_json({name: fields[name] for name in FIELDS}, where),
             catalog=fields["catalog"],
@@ -317,32 +341,52 @@ class Manifest:
         )
         manifest._check(where)
         if fields["draws"] != manifest.draws:
-            raise CorruptError("a wrong number of draws", expected=f"{manifest.draws}", where=where)
+            raise CorruptError(
+                "draws has a wrong value",
+                expected=f"{manifest.draws}, as many as the shards have",
+                where=where,
+            )
         return manifest
 
     def _check(self, where: str) -> None:
+        # What only sets of one kind have.
         kind = self.identity.kind
-        if (
-            (self.empty_sha256 is not None) != (kind == "text")
-            or (self.undecodable and kind != "latents")
-            or (self.draws > 1 and kind != "predictions")
-        ):
-            raise CorruptError(f"fields that a {kind} set does not have, or lacks", where=where)
-        if self.empty_sha256 is not None and not is_sha256(self.empty_sha256):
-            raise CorruptError("an absurd empty_sha256", where=where)
+        is_legal = is_sha256(self.empty_sha256) if kind == "text" else self.empty_sha256 is None
+        if not is_legal:
+            raise CorruptError(
+                "empty_sha256 has an illegal value",
+                expected="64 hex digits" if kind == "text" else f"null in a {kind} set",
+                where=where,
+            )
+        if self.undecodable and kind != "latents":
+            raise CorruptError(
+                f"undecodable names {len(self.undecodable)} images",
+                expected=f"none in a {kind} set",
+                where=where,
+            )
+        if self.draws > 1 and kind != "predictions":
+            raise CorruptError(
+                f"{self.draws} draws, which a {kind} set does not have", expected="1", where=where
+            )
+        # Keys and shards.
         for key in self.undecodable:
             parse_record_key(key)
         if any(before >= after for before, after in pairwise(self.undecodable)):
-            raise CorruptError("undecodable is unsorted, or names a key twice", where=where)
+            raise CorruptError("undecodable is out of order, or names a key twice", where=where)
         if kind != "latents" and any(entry.source_sha256 is None for entry in self.shards):
-            raise CorruptError("source_sha256 is missing", where=where)
+            raise CorruptError(
+                "a shard's source_sha256 is null",
+                expected=f"64 hex digits in a {kind} set",
+                where=where,
+            )
         check_entries(self.shards, where)
 
 
 def _parse_keys(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise CorruptError("undecodable is not a list", where=where)
+        raise CorruptError("undecodable is not a list", expected="a list of keys", where=where)
     keys = cast("list[Any]", value)
     if not all(isinstance(key, str) for key in keys):
-        raise CorruptError("undecodable holds something else than keys", where=where)
+        row = next(row for row, key in enumerate(keys) if not isinstance(key, str))
+        raise CorruptError(f"undecodable[{row}] is not text", expected="a key", where=where)
     return tuple(keys)

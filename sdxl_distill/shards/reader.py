@@ -29,8 +29,8 @@ class ShardReader:
     Args:
         file: the tar.
         index: the tar's index.
-        diagnose: turns a CorruptError into the error to raise: the set knows whether the shard
-            was replaced while it was read.
+        diagnose: a function that turns a CorruptError into the error to raise: the set knows
+            whether the shard was replaced while it was read.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class ShardReader:
         """Copy one tensor of one record into `out` and check its digest there.
 
         Args:
-            record: number of the record in the shard.
-            tensor_name: a name of the schema.
-            out: contiguous tensor, array or bytes on the CPU of exactly the tensor's size; a
+            record: the number of the record in the shard.
+            tensor_name: a tensor's name in the schema.
+            out: a contiguous tensor, array or bytes on the CPU of exactly the tensor's size; a
                 slice of a pinned batch, say. A tensor must have the stored dtype.
 
         Raises:
@@ -61,15 +61,15 @@ class ShardReader:
         self.read_span(record, column, [_bytes_of(out, self.index.header.places[column], 1)])
 
     def read_span(self, record: int, first_column: int, buffers: Sequence[memoryview]) -> bool:
-        """Copy tensors that lie side by side in one record, by one call of the system.
+        """Copy tensors that lie side by side in one record, by one system call.
 
         Args:
-            record: number of the record in the shard.
+            record: the number of the record in the shard.
             first_column: the first tensor's number in the header's places.
-            buffers: bytes of exactly the tensors' sizes, for that tensor and those after it.
+            buffers: one buffer of exactly the tensor's size for that tensor and each after it.
 
         Returns:
-            whether all of it was in the page cache, so that no disk had to be waited for.
+            True when all of it was in the page cache, so that there was no wait for a disk.
 
         Raises:
             CorruptError, StorageError: as `read_tensor_into`.
@@ -170,15 +170,15 @@ class ShardReader:
 
 
 class SpanReader:
-    """Tensors that lie side by side in the records of a shard, and no more of its index than that.
+    """Reads tensors that lie side by side in a shard's records, and keeps only their index rows.
 
-    A join keeps thousands of these: 8 bytes a record and tensor.
+    A join keeps thousands of these, at 8 bytes a record and tensor.
 
     Args:
         reader: the shard's reader.
         first_column: the first tensor's number in the header's places.
         num_columns: the number of tensors.
-        reopen: returns the shard's reader again, which says what is wrong.
+        reopen: a function that returns the shard's reader again, which says what is wrong.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class SpanReader:
 
 
 def _offsets_of(index: ShardIndex, offset: int) -> Sequence[int] | Int64:
-    """Return where bytes at `offset` of each record lie; without sidecars one like the other."""
+    """Return where byte `offset` of each record lies; evenly spaced where there are no sidecars."""
     offsets = index.offsets
     if len(offsets) == 0 or index.sidecar_sizes.any():
         return offsets + offset
@@ -226,7 +226,7 @@ def _offsets_of(index: ShardIndex, offset: int) -> Sequence[int] | Int64:
 def _read_side_by_side(
     file: RandomAccess, buffers: Sequence[memoryview], offset: int, where: str
 ) -> bool:
-    """Fill buffers from one stretch of a file; whether all of it was in the page cache."""
+    """Fill buffers from one stretch of a file; return True when all was in the page cache."""
     try:
         num_read = file.read_into(buffers, offset, wait=False)
     except OSError:

@@ -17,7 +17,7 @@ import torch
 
 from sdxl_distill.errors import CorruptError
 from sdxl_distill.limits import MAX_LENGTH, MAX_RANK, MAX_RECORD_BYTES, MAX_TENSORS
-from sdxl_distill.shards.bounded_json import require_names
+from sdxl_distill.shards.bounded_json import require_names, shown
 from sdxl_distill.shards.safetensors_layout import (
     ITEM_BYTES,
     TORCH_DTYPES,
@@ -35,7 +35,7 @@ Layout: TypeAlias = Literal["full", "compact"]
 ResolvedTensors: TypeAlias = "dict[str, tuple[str, tuple[int, ...]]]"
 
 STORED_DTYPES: Final = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-"""How a configuration and a schema spell what predictions are stored in."""
+"""The dtypes of stored predictions: a configuration's spelling → a schema's."""
 RECORD_DTYPES: Final = ("F16", "BF16", "F32", "I32", "I64")
 FINGERPRINT: Final = "fingerprint"
 SOURCE_SHA256: Final = "source_sha256"
@@ -43,7 +43,7 @@ _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _TENSOR_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _SIDES: Final = ("H/8", "W/8")
 _FLOATS: Final = ("F16", "BF16", "F32")
-# Of every tensor that readers know by its name: dtypes and shape, None for any length.
+# For every tensor that readers know by name: its dtypes and shape, None for any length.
 _FORMS: Final[Mapping[str, tuple[tuple[str, ...], tuple[int | str | None, ...]]]] = {
     "encoder_hidden_states": (("F16",), (None, None)),
     "latents": (("F16",), (None, *_SIDES)),
@@ -95,16 +95,20 @@ class RecordSchema:
         """Read a schema that may come from a stranger.
 
         Raises:
-            CorruptError: for unknown dtypes, unsafe names, names given twice, absurd lengths, and
-                for tensors that are not what their names say.
+            CorruptError: for unknown dtypes, unsafe names, names given twice, lengths beyond the
+                limits, and tensors that do not have the form that their names promise.
         """
         if not isinstance(value, list) or not 1 <= len(cast("list[Any]", value)) <= MAX_TENSORS:
-            raise CorruptError("no list of tensors", expected="1 to 32 tensors", where=where)
+            raise CorruptError(
+                f"schema is {shown(value)}", expected=f"1 to {MAX_TENSORS} tensors", where=where
+            )
         specs = tuple(_parse_spec(entry, where) for entry in cast("list[Any]", value))
         if len({spec.name for spec in specs}) != len(specs):
-            raise CorruptError("a schema that names a tensor twice", where=where)
+            raise CorruptError(
+                "schema names a tensor twice", expected="each tensor once", where=where
+            )
         schema = cls(specs)
-        # In the smallest bucket, so that a schema which fits none is refused before it is used.
+        # Tried in the smallest bucket, to refuse a schema that fits none before it is used.
         forms = schema.resolve(8, 8).values()
         if sum(ITEM_BYTES[dtype] * prod(shape) for dtype, shape in forms) > MAX_RECORD_BYTES:
             raise CorruptError(
@@ -121,11 +125,11 @@ class RecordHeader:
 
     Attributes:
         content: the bytes in front of the tensors.
-        places: name, dtype, shape, offset in the record and size of each tensor, in file order.
+        places: the name, dtype, shape, offset in the record and size of each tensor, in file order.
         fingerprint: the set's fingerprint, 64 hex digits.
         source_sha256: the digest of the latents shard the records were made from; in a latents
             set that of the ids that were planned for the shard, None in those of earlier versions.
-        record_bytes: size of each record, header included.
+        record_bytes: the size of each record, header included.
     """
 
     content: bytes
@@ -161,14 +165,19 @@ class RecordHeader:
             CorruptError: when it is not byte for byte what `build` writes for some schema.
         """
         header = parse_header(content, where)
-        if not _are_record_metadata(header.metadata) or not all(
-            place.dtype in RECORD_DTYPES for place in header.places
-        ):
+        if not _are_record_metadata(header.metadata):
             raise CorruptError(
-                "the record's metadata or dtypes are unknown",
-                expected="fingerprint and, but for latents, source_sha256",
+                "the record's metadata are not those of a record",
+                expected="fingerprint and, except for some latents, source_sha256",
                 where=where,
             )
+        for place in header.places:
+            if place.dtype not in RECORD_DTYPES:
+                raise CorruptError(
+                    f"tensor {shown(place.name)} has dtype {place.dtype}",
+                    expected=" | ".join(RECORD_DTYPES),
+                    where=where,
+                )
         return cls._of(header)
 
     @classmethod
@@ -192,11 +201,11 @@ class RecordHeader:
         return {"seed", "teacher_pred"} <= names and "noise" not in names
 
     def place(self, tensor_name: str) -> TensorPlace:
-        """Return where a tensor lies in a record; KeyError when the schema has none such."""
+        """Return where a tensor lies in a record; KeyError when the schema does not have it."""
         return self.places[self.column(tensor_name)]
 
     def column(self, tensor_name: str) -> int:
-        """Return the column of a tensor in an index's digests; KeyError when there is none."""
+        """Return the column of a tensor in an index's digests; KeyError for an unknown tensor."""
         return self._columns[tensor_name]
 
     @cached_property
@@ -212,7 +221,7 @@ class RecordHeader:
         return join_batches(self.content, self.places, tensors)
 
     def decode(self, record: bytearray | memoryview) -> dict[str, torch.Tensor]:
-        """Return the tensors of one record's bytes, which they share."""
+        """Return the tensors in one record's bytes, without a copy."""
         tensors: dict[str, torch.Tensor] = {}
         for place in self.places:
             dtype = TORCH_DTYPES[place.dtype]
@@ -258,7 +267,7 @@ def predictions_schema(
     hidden_size: int,
     pooled_size: int,
 ) -> RecordSchema:
-    """Return the schema of a predictions set; `dtype` of the prediction as F16, BF16 or F32."""
+    """Return the schema of a predictions set; `dtype` is the prediction's: F16, BF16 or F32."""
     image: Sequence[int | str] = (num_channels, "H/8", "W/8")
     tensors = (
         TensorSpec("teacher_pred", dtype, tuple(image)),
@@ -275,20 +284,36 @@ def predictions_schema(
 def _parse_spec(value: Any, where: str) -> TensorSpec:
     fields = require_names(value, {"name", "dtype", "shape"}, where)
     name, dtype, shape = fields["name"], fields["dtype"], fields["shape"]
-    if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name) or dtype not in RECORD_DTYPES:
-        raise CorruptError("a schema with an unsafe name or unknown dtype", where=where)
-    if not isinstance(shape, list) or not 1 <= len(cast("list[Any]", shape)) <= MAX_RANK:
-        raise CorruptError(f"tensor {name} without a shape", where=where)
-    sizes = tuple(cast("list[Any]", shape))
-    if not all(size in _SIDES or (type(size) is int and 1 <= size <= MAX_LENGTH) for size in sizes):
-        raise CorruptError(f"tensor {name} has an absurd shape", where=where)
+    if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
+        raise CorruptError(
+            f"schema has a tensor with the name {shown(name)}",
+            expected="lower-case letters, digits and _",
+            where=where,
+        )
+    if dtype not in RECORD_DTYPES:
+        raise CorruptError(
+            f"schema has tensor {name} with dtype {shown(dtype)}",
+            expected=" | ".join(RECORD_DTYPES),
+            where=where,
+        )
+    sizes = tuple(cast("list[Any]", shape)) if isinstance(shape, list) else ()
+    if not 1 <= len(sizes) <= MAX_RANK or not all(map(_is_length, sizes)):
+        raise CorruptError(
+            f"schema has tensor {name} with shape {shown(shape)}",
+            expected=f"1 to {MAX_RANK} lengths, each from 1 to {MAX_LENGTH}, H/8 or W/8",
+            where=where,
+        )
     if not _has_form_of_its_name(name, dtype, sizes):
         raise CorruptError(
-            f"tensor {name} as {dtype} {list(sizes)}",
-            expected="as docs/format.md says; optional tensors have names of their own",
+            f"schema has tensor {name} as {dtype} {list(sizes)}",
+            expected="its form in docs/format.md; optional tensors have names of their own",
             where=where,
         )
     return TensorSpec(name, dtype, sizes)
+
+
+def _is_length(size: Any) -> bool:
+    return size in _SIDES or (type(size) is int and 1 <= size <= MAX_LENGTH)
 
 
 def _has_form_of_its_name(name: str, dtype: str, sizes: tuple[int | str, ...]) -> bool:

@@ -44,7 +44,7 @@ _DTYPE_OF_NUMPY: Final = {
 _DTYPE_RANK: Final = {dtype: rank for rank, dtype in enumerate(ITEM_BYTES)}
 _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
-_KEPT_LAYOUTS: Final = 256  # shards of one bucket and number of records share one
+_KEPT_LAYOUTS: Final = 256  # shards of the same bucket and number of records share one
 
 _describe: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
@@ -114,7 +114,7 @@ def _lay_out(tensors: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...]) -> _L
 
 
 def parse_header(content: bytes, where: str) -> SafetensorsHeader:
-    """Read the header at the start of `content`, which may go on after it.
+    """Read the header at the start of `content`; anything may follow it.
 
     Raises:
         CorruptError: when it is larger than 64 KiB, cut short, or not byte for byte what
@@ -136,7 +136,11 @@ def parse_header(content: bytes, where: str) -> SafetensorsHeader:
         is_canonical = header.content == content[: len(header.content)]
         is_text = all(type(value) is str for value in metadata.values())
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptError("no safetensors header of ours", where=where) from error
+        raise CorruptError(
+            "not a safetensors header of ours",
+            expected="what build_header writes",
+            where=where,
+        ) from error
     if not (is_canonical and is_text):
         raise CorruptError(
             "the safetensors header is not in canonical form",
@@ -164,7 +168,7 @@ def join_batches(
 ) -> Iterator[bytes]:
     """Yield the bytes of B files that share a header, from their tensors [B, …].
 
-    What `join_tensors` looks at in every file is looked at once here.
+    Checks once what `join_tensors` checks for every file.
 
     Raises:
         ValueError: as `join_tensors`, and when the tensors are not all of one length B.
@@ -185,7 +189,7 @@ def join_batches(
 
 
 def dtype_of(tensor: AnyTensor) -> str:
-    """Return the dtype in safetensors' spelling; KeyError for one that no file of ours has."""
+    """Return the dtype in safetensors' spelling; KeyError for one that our files never have."""
     if isinstance(tensor, torch.Tensor):
         return _DTYPE_OF_TORCH[tensor.dtype]
     return _DTYPE_OF_NUMPY[tensor.dtype]

@@ -1,4 +1,4 @@
-"""The door to a set's folder: everything in it by what it is, read, bounded, parsed and checked.
+"""The door to a set's folder: every file by what it is, its size bounded, parsed and checked.
 
 It works on any `Folder`, so that a set in an object store is read by the same code. An absent file
 is a `FileNotFoundError`: only the caller knows what that means.
@@ -33,7 +33,7 @@ AnyFolder = TypeVar("AnyFolder", bound=Folder, covariant=True)
 class SetFolder(Generic[AnyFolder]):
     """The folder of one set, whether the set is complete or still being built.
 
-    Every method may raise, besides what it says itself:
+    Every method may raise, in addition to what its own docstring names:
     FileNotFoundError: when the file is not there.
     CorruptError: when it is damaged, or larger than such a file may be.
     StorageError: when the storage refuses.
@@ -101,7 +101,7 @@ class SetFolder(Generic[AnyFolder]):
 
 
 def shard_names(names: Iterable[str], set_id: str) -> set[ShardName]:
-    """Return the shards of which a folder with these names holds a tar or an index."""
+    """Return the shards that have a tar or an index among the file names of a folder."""
     return {name for each in names if (name := ShardName.parse(each, set_id)) is not None}
 
 

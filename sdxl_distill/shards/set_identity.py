@@ -1,13 +1,13 @@
 """`set.json`: what determines the content of a shard set, written before its first shard.
 
 Create-only: another configuration on the same folder meets it and is refused, with the fields
-that differ. Its fingerprint is in every record, so that a tar proves whose it is.
+that differ. Its fingerprint is in every record, so that a tar proves which set it belongs to.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
@@ -16,7 +16,15 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import differing_fields, fingerprint
 from sdxl_distill.limits import MAX_COUNTER, MAX_SET_IDENTITY_BYTES, MAX_TIMESTEPS
-from sdxl_distill.shards.bounded_json import SET_FORMAT_VERSION, require_names, seal, unseal
+from sdxl_distill.shards.bounded_json import (
+    SET_FORMAT_VERSION,
+    Legal,
+    require_legal,
+    require_names,
+    seal,
+    shown,
+    unseal,
+)
 from sdxl_distill.shards.record import (
     Layout,
     RecordSchema,
@@ -29,19 +37,18 @@ from sdxl_distill.storage.location import Location
 
 _MAX_LEADING_PARENTS: Final = 3
 _MAX_PARTS: Final = 32
-_MAX_SHOWN: Final = 80
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-# Of the halves of surrogate pairs only those count that stand for a byte of no UTF-8 (PEP 383).
+# Half a surrogate pair is safe only where it stands for a byte that is not UTF-8 (PEP 383).
 _SAFE_PART: Final = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]{1,255}")
 
 
 @dataclass(frozen=True)
 class SetReference:
-    """Another set that this one was made from, and where it lay as seen from this one.
+    """Another set that this one was made from, and where it lay relative to this one.
 
     Attributes:
         fingerprint: the fingerprint of that set.
-        place: relative path with `/`, at most three leading `..`; None when there is no such
+        place: a relative path with `/`, at most three leading `..`; None when there is no such
             path. A hint: it is outside the fingerprint, and what lies there must match.
     """
 
@@ -59,8 +66,13 @@ class SetReference:
         return None if self.place is None else own / self.place
 
 
-def parse_reference(value: Any, where: str) -> SetReference | None:
+def parse_reference(value: Any, where: str, name: str = "reference") -> SetReference | None:
     """Read a reference that may come from a stranger; None stays None.
+
+    Args:
+        value: the JSON value.
+        where: the file, for messages.
+        name: the field that holds it, for messages.
 
     Raises:
         CorruptError: when its fields are not a fingerprint and a safe place.
@@ -68,14 +80,7 @@ def parse_reference(value: Any, where: str) -> SetReference | None:
     if value is None:
         return None
     fields = require_names(value, {"fingerprint", "place"}, where)
-    place = fields["place"]
-    is_safe = place is None or (isinstance(place, str) and is_safe_place(place))
-    if not is_sha256(fields["fingerprint"]) or not is_safe:
-        raise CorruptError(
-            "a reference to another set that is not safe",
-            expected="a fingerprint, and a relative place with at most three leading ..",
-            where=where,
-        )
+    require_legal(fields, _LEGAL_REFERENCE, where, f"{name}.")
     return SetReference(**fields)
 
 
@@ -130,7 +135,7 @@ _PLACES: Final[Mapping[Kind, str]] = {
 
 @dataclass(frozen=True)
 class NoiseRecipe:
-    """From what a record's noise and timestep follow: see core/noise.py."""
+    """What a record's noise and timestep follow from: see core/noise.py."""
 
     algorithm: str
     base_seed: int
@@ -144,14 +149,17 @@ class SetIdentity:
 
     Attributes:
         kind: latents, text or predictions.
-        id: name of the set, of its folder and the beginning of its shards' names.
-        schema: tensors of every record.
+        id: the set's name, which its folder has and its shards' names begin with.
+        schema: the tensors of every record.
         content: whatever else determines content, as plain JSON: the models' fingerprints,
             dtypes, `cache.version`, …; never a path, batch size, device or catalog.
-        layout, noise, noise_schedule: of a predictions set, else None.
-        latents: the latents set of a text or predictions set.
-        text: the text set of a predictions set in layout `compact`.
-        generation: counts the withdrawals of a set where no folder can be renamed; else 0.
+        layout: the layout of a predictions set's records; None for other kinds.
+        noise: the recipe of a predictions set's noise and timesteps; None for other kinds.
+        noise_schedule: the schedule of a predictions set's teacher; None for other kinds.
+        latents: the latents set of a text or predictions set; else None.
+        text: the text set of a predictions set in layout `compact`; else None.
+        generation: the number of times the set was withdrawn where no folder can be renamed;
+            else 0.
     """
 
     kind: Kind
@@ -187,7 +195,7 @@ class SetIdentity:
         return fingerprint(self.content_fields())
 
     def require_same(self, found: SetIdentity, where: str) -> None:
-        """Check that the record `found` in a folder describes the set that is to be built.
+        """Check that the identity `found` in a folder is that of the set to be built.
 
         Raises:
             IncompatibleError: naming every field that differs, with both values.
@@ -236,7 +244,7 @@ class SetIdentity:
                 the fields have.
         """
         fields = require_names(value, set(FIELDS), where)
-        _require_legal(fields, _LEGAL_FIELDS, where)
+        require_legal(fields, _LEGAL_FIELDS, where)
         # Each field by itself, then all of them together.
         identity = cls(
             kind=fields["kind"],
@@ -246,18 +254,18 @@ class SetIdentity:
             layout=fields["layout"],
             noise=_parse_recipe(fields["noise"], where),
             noise_schedule=_parse_schedule(fields["noise_schedule"], where),
-            latents=parse_reference(fields["latents"], where),
-            text=parse_reference(fields["text"], where),
+            latents=parse_reference(fields["latents"], where, "latents"),
+            text=parse_reference(fields["text"], where, "text"),
             generation=fields["generation"],
         )
-        if not (_has_fields_of_its_kind(identity) and _has_required_tensors(identity)):
+        _require_fields_of_its_kind(fields, where)
+        _require_tensors_of_its_kind(identity, where)
+        if fields["fingerprint"] != identity.fingerprint:
             raise CorruptError(
-                f"fields or tensors that a {identity.kind} set does not have, or lacks",
-                expected="those of docs/format.md",
+                f"fingerprint is {shown(fields['fingerprint'])}",
+                expected=f"{identity.fingerprint}, that of the other fields",
                 where=where,
             )
-        if fields["fingerprint"] != identity.fingerprint:
-            raise CorruptError("another fingerprint than the fields have", where=where)
         return identity
 
 
@@ -274,59 +282,85 @@ def _is_beta(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1  # nor NaN or infinity
 
 
-_Legal: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
-"""Of each field a check, and what it wants, for messages."""
+def _is_place(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and is_safe_place(value))
 
-_LEGAL_FIELDS: Final[_Legal] = {
+
+_LEGAL_FIELDS: Final[Legal] = {
     "kind": (lambda value: value in get_args(Kind), " | ".join(get_args(Kind))),
     "layout": (lambda value: value in (None, *get_args(Layout)), "full | compact | null"),
-    "id": (lambda value: isinstance(value, str) and is_safe_set_id(value), "a name of a set"),
+    "id": (lambda value: isinstance(value, str) and is_safe_set_id(value), "the name of a set"),
     "content": (lambda value: isinstance(value, dict), "an object"),
     "generation": (is_counter, "a whole number from 0 to 2⁵³"),
 }
-_LEGAL_RECIPE: Final[_Legal] = {
+_LEGAL_REFERENCE: Final[Legal] = {
+    "fingerprint": (is_sha256, "64 hex digits"),
+    "place": (_is_place, "a relative path with at most three leading .., or null"),
+}
+_LEGAL_RECIPE: Final[Legal] = {
     "algorithm": (lambda value: isinstance(value, str), "a name"),
     "base_seed": (lambda value: type(value) is int, "a whole number"),
     "min_timestep": (_is_timestep, f"a whole number from 0 to {MAX_TIMESTEPS}"),
     "max_timestep": (_is_timestep, f"a whole number from 0 to {MAX_TIMESTEPS}"),
 }
-_LEGAL_SCHEDULE: Final[_Legal] = {
-    "beta_start": (_is_beta, "a number from 0 to 1"),
-    "beta_end": (_is_beta, "a number from 0 to 1"),
+_LEGAL_SCHEDULE: Final[Legal] = {
+    "beta_start": (_is_beta, "a number from 0 to less than 1"),
+    "beta_end": (_is_beta, "a number from 0 to less than 1"),
     "num_train_timesteps": (_is_timestep, f"a whole number from 0 to {MAX_TIMESTEPS}"),
     "zero_terminal_snr": (lambda value: type(value) is bool, "true or false"),
 }
 
 
-def _require_legal(fields: Mapping[str, Any], legal: _Legal, where: str) -> None:
-    """Refuse the first field whose value is none that we write, saying which and what it is."""
-    for name, (is_legal, expected) in legal.items():
-        if not is_legal(fields[name]):
+def _require_fields_of_its_kind(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse the first field that is null but needed in a set of this kind, or the reverse."""
+    kind, layout = fields["kind"], fields["layout"]
+    is_predictions = kind == "predictions"
+    has_value = {
+        "layout": is_predictions,
+        "noise": is_predictions,
+        "noise_schedule": is_predictions,
+        "latents": kind != "latents",
+        "text": is_predictions and layout == "compact",
+    }
+    for name, is_expected in has_value.items():
+        if (fields[name] is not None) != is_expected:
+            owner = f"{layout} {kind}" if is_predictions and layout else kind
             raise CorruptError(
-                f"{name} is {repr(fields[name])[:_MAX_SHOWN]}", expected=expected, where=where
+                f"{name} is {shown(fields[name])}",
+                expected=f"{'a value' if is_expected else 'null'} in a {owner} set",
+                where=where,
             )
 
 
-def _has_fields_of_its_kind(identity: SetIdentity) -> bool:
-    predictions = (identity.layout, identity.noise, identity.noise_schedule)
-    if identity.kind == "predictions":
-        is_compact = identity.layout == "compact"
-        has_own = all(value is not None for value in predictions)
-        return has_own and bool(identity.latents) and bool(identity.text) == is_compact
-    has_none = all(value is None for value in (*predictions, identity.text))
-    return has_none and bool(identity.latents) == (identity.kind == "text")
-
-
-def _has_required_tensors(identity: SetIdentity) -> bool:
+def _require_tensors_of_its_kind(identity: SetIdentity, where: str) -> None:
+    """Refuse a schema that lacks a tensor of its kind, or has it with another form."""
+    specs = {spec.name: spec for spec in identity.schema.tensors}
     try:
         required = _required_schema(identity)
-    except (KeyError, ValueError):
-        return False
-    return set(required.tensors) <= set(identity.schema.tensors)
+    except KeyError as error:
+        raise CorruptError(
+            f"schema has no tensor {error.args[0]}",
+            expected=f"the tensors of a {identity.kind} set, see docs/format.md",
+            where=where,
+        ) from error
+    for spec in required.tensors:
+        found = specs.get(spec.name)
+        if found != spec:
+            raise CorruptError(
+                f"schema has no tensor {spec.name}"
+                if found is None
+                else f"schema has tensor {spec.name} as {found.dtype} {list(found.shape)}",
+                expected=f"{spec.dtype} {list(spec.shape)} in a {identity.kind} set",
+                where=where,
+            )
 
 
 def _required_schema(identity: SetIdentity) -> RecordSchema:
-    """Return the schema of the record's kind with the lengths that its own schema gives."""
+    """Return the schema of the set's kind with the lengths that its own schema gives.
+
+    Raises:
+        KeyError: naming the tensor that should give a length and is missing.
+    """
     specs = {spec.name: spec for spec in identity.schema.tensors}
     lengths = {name: cast("tuple[int, ...]", spec.shape) for name, spec in specs.items()}
     if identity.kind == "latents":
@@ -346,12 +380,12 @@ def _parse_recipe(value: Any, where: str) -> NoiseRecipe | None:
     if value is None:
         return None
     fields = require_names(value, set(NoiseRecipe.__dataclass_fields__), where)
-    _require_legal(fields, _LEGAL_RECIPE, where)
+    require_legal(fields, _LEGAL_RECIPE, where, "noise.")
     recipe = NoiseRecipe(**fields)
     if recipe.min_timestep >= recipe.max_timestep:
         raise CorruptError(
-            f"min_timestep {recipe.min_timestep}",
-            expected=f"less than max_timestep {recipe.max_timestep}",
+            f"noise.min_timestep is {recipe.min_timestep}",
+            expected=f"less than max_timestep, which is {recipe.max_timestep}",
             where=where,
         )
     return recipe
@@ -361,5 +395,5 @@ def _parse_schedule(value: Any, where: str) -> NoiseSchedule | None:
     if value is None:
         return None
     fields = require_names(value, set(NoiseSchedule.__dataclass_fields__), where)
-    _require_legal(fields, _LEGAL_SCHEDULE, where)
+    require_legal(fields, _LEGAL_SCHEDULE, where, "noise_schedule.")
     return NoiseSchedule.from_json(fields)

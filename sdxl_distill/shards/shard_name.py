@@ -15,12 +15,12 @@ _MEMBER: Final = re.compile(r"([0-9a-f]{32})_(\d+x\d+(?:_d\d+)?)\.(safetensors|j
 
 
 def is_safe_set_id(set_id: str) -> bool:
-    """Whether a set may be called so: it becomes the name of a folder and of files in it."""
+    """Whether a set may have this name, which its folder gets and its files begin with."""
     return _SET_ID.fullmatch(set_id) is not None
 
 
 def is_bucket_side(length_px: int) -> bool:
-    """Whether a bucket may be that wide or high: a multiple of 8 of at most 8192 pixels."""
+    """Whether a bucket may have this width or height: a multiple of 8 up to 8192 pixels."""
     return 0 < length_px <= MAX_SIDE_PX and length_px % 8 == 0
 
 
@@ -50,7 +50,7 @@ class ShardName:
 
     @classmethod
     def parse(cls, filename: str, set_id: str) -> ShardName | None:
-        """Return the shard of `set_id` whose tar or index is called so; None for other files."""
+        """Return the shard of `set_id` whose tar or index has this name; None for other files."""
         prefix, rest = filename[: len(set_id) + 1], filename[len(set_id) + 1 :]
         match = _SHARD.fullmatch(rest)
         if prefix != f"{set_id}-" or match is None:
@@ -69,7 +69,7 @@ class ShardName:
         return self.key(image_id) + (f"_d{self.draw}" if self.draw else "")
 
     def parse_member(self, member_name: str) -> tuple[str, str] | None:
-        """Split a member's name into image id and extension; None when not of this shard."""
+        """Split a member's name into image id and extension; None when it is not of this shard."""
         match = _MEMBER.fullmatch(member_name)
         if match is None or member_name != f"{self.member_stem(match[1])}.{match[3]}":
             return None

@@ -1,4 +1,4 @@
-"""Opens a complete shard set: manifest at open, an index at its first use, a tensor when copied."""
+"""Opens a complete shard set: reads its manifest at once, an index or a tensor when asked for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_shard_set(path: str | Path | Location, *, max_open_shards: int = 64) ->
         max_open_shards: the number of shards that are kept with their indices after their use.
 
     Raises:
-        ConfigError: when there is no set, it is not complete yet, or this cannot be a path.
+        ConfigError: when there is no set, it is not complete yet, or `path` cannot be a path.
         CorruptError: when one of the two files is damaged.
         IncompatibleError: when they do not belong together or a newer version wrote them.
         StorageError: when the operating system refuses.
@@ -129,10 +129,10 @@ class ShardSet:
 
         Args:
             kind: the kind of that set.
-            location: its folder, if it is no longer at the recorded place.
+            location: the folder of that set, if it is no longer at the recorded place.
 
         Raises:
-            ConfigError: when there is no recorded place, or nothing at it.
+            ConfigError: when there is no recorded place, or no set in it.
             IncompatibleError: when another set lies there.
         """
         identity = self.manifest.identity
@@ -169,7 +169,7 @@ class ShardSet:
             raise self._diagnose(error) from error
 
     def _checked_index(self, content: bytes, name: ShardName, entry: ShardEntry) -> ShardIndex:
-        """Return the index in a file, whose bytes the manifest vouches for by their digest."""
+        """Return the index in a file, once its digest is found to be the manifest's."""
         identity = self.manifest.identity
         header = RecordHeader.build(
             identity.schema, entry.width, entry.height, identity.fingerprint, entry.source_sha256
@@ -219,7 +219,7 @@ class ShardSet:
         return CorruptError("is missing", expected="a file", where=where, action=ACTION)
 
     def _diagnose(self, error: CorruptError) -> DistillError:
-        """Return `error`, or what explains it: that the set is no longer the one opened."""
+        """Return `error`, or the error that explains it: the set is no longer the one opened."""
         try:
             content = self.folder.manifest_bytes()
         except (FileNotFoundError, CorruptError):

@@ -13,11 +13,11 @@ def parse_captions(content: bytes, action: str, where: str | None = None) -> lis
 
     Args:
         content: the bytes of the sidecar; they may come from a stranger.
-        action: what to do when it is damaged.
-        where: set and key.
+        action: the advice in the message when it is damaged.
+        where: the set and the key, for the message.
 
     Raises:
-        CorruptError: when it is missing, no JSON, or without a list of Unicode captions.
+        CorruptError: when it is missing, not JSON, or has no list of Unicode captions.
     """
     try:
         fields: Any = json.loads(content)

@@ -67,7 +67,7 @@ def read_fully(file: RandomAccess, buffer: memoryview, offset: int, where: str) 
     """Fill `buffer` from a file at `offset`, without a copy and without the GIL.
 
     Raises:
-        CorruptError: when the file ends before.
+        CorruptError: when the file ends too early.
         StorageError: when the operating system refuses.
     """
     with storage_errors(where):
@@ -91,12 +91,12 @@ def read_at(file: RandomAccess, num_bytes: int, offset: int, where: str) -> byte
 class TarStream:
     """A tar that is read once, from start to end, in large pieces that are hashed on the way.
 
-    What was read stays in memory until `forget`, so members may be looked at once more while it
-    is known what follows them.
+    Bytes stay in memory until `forget`, so that a member can be looked at after it is known which
+    one follows it.
 
     Args:
         file: the tar.
-        where: the tar's name in messages.
+        where: the tar's name, for messages.
     """
 
     def __init__(self, file: RandomAccess, where: str) -> None:
@@ -105,7 +105,7 @@ class TarStream:
         self._where = where
         self._sha256 = hashlib.sha256()
         self._buffer = memoryview(bytearray(min(_PIECE_BYTES, num_bytes)))
-        # Bytes _begin … _end - 1 of the tar are in the buffer, those before _kept for nothing.
+        # The buffer has bytes _begin … _end - 1 of the tar; those before _kept are not needed.
         self._begin = self._kept = self._end = 0
 
     def members(self) -> Iterator[TarMember]:
@@ -113,7 +113,7 @@ class TarStream:
         return _members(self.read, self._num_bytes, self._where)
 
     def read(self, offset: int, num_bytes: int) -> memoryview:
-        """Return bytes that were not forgotten; they stand there until the next call.
+        """Return bytes that were not forgotten; they are valid until the next call.
 
         Raises:
             CorruptError, StorageError: as `read_fully`.
@@ -138,12 +138,14 @@ class TarStream:
     def _load(self, end: int) -> None:
         """Read on, at least to `end` and as far as there is room."""
         num_kept = self._end - self._kept
+        # Make room: move what is still needed to the start, in a larger buffer if need be.
         if end - self._begin > len(self._buffer):
             kept = self._buffer[self._kept - self._begin : self._end - self._begin]
             if end - self._kept > len(self._buffer):
                 self._buffer = memoryview(bytearray(end - self._kept + _PIECE_BYTES))
             self._buffer[:num_kept] = kept
             self._begin = self._kept
+        # Fill the rest of the buffer.
         start = self._end - self._begin
         piece = self._buffer[start : start + self._num_bytes - self._end]
         read_fully(self._file, piece, self._end, self._where)
@@ -155,8 +157,8 @@ def read_members(file: RandomAccess, where: str) -> Iterator[TarMember]:
     """Yield the members of a tar, checking every byte that is not payload; payloads are not read.
 
     Raises:
-        CorruptError: at the first byte that is not as `webdataset.TarWriter` with our settings
-            writes it, or when the tar ends too early or too late.
+        CorruptError: at the first byte that differs from what `webdataset.TarWriter` writes with
+            our settings, or when the tar ends too early or too late.
     """
 
     def read(offset: int, num_bytes: int) -> bytearray:
@@ -184,7 +186,7 @@ def _members(
     if num_bytes != closed_bytes(position):
         raise _corrupt(f"{num_bytes} bytes, expected {closed_bytes(position)}", position, where)
     if bytes(read(position, num_bytes - position)) != _ZEROS[: num_bytes - position]:
-        raise _corrupt("something after the last member", position, where)
+        raise _corrupt("data after the last member", position, where)
 
 
 def _ends(offset: int, expected: int, where: str) -> CorruptError:
@@ -200,7 +202,7 @@ def _parse_header(header: bytes, position: int, where: str) -> TarMember:
     name = header[:_MAX_NAME_BYTES].rstrip(b"\0")
     size = header[_SIZE_FIELD]
     if not name.isascii() or not _OCTAL_SIZE.fullmatch(size):
-        raise _corrupt("no tar header", position, where)
+        raise _corrupt("not a tar header", position, where)
     member = TarMember(name.decode("ascii"), position + BLOCK_BYTES, int(size[:-1], 8))
     if header != member_header(member.name, member.num_bytes):
         raise _corrupt("a tar header with unexpected fields", position, where)

@@ -1,7 +1,7 @@
 """Makes the index of a shard: from its records while they are written, or from the tar itself.
 
-`index_of_tar` reads strictly and trusts nothing but the bytes: a process that finds a tar of
-another one publishes this index, never its own (docs/decisions/0002-create-only-publication.md).
+`index_of_tar` reads strictly and trusts nothing but the bytes: a process that finds another's
+tar publishes this index, never its own (docs/decisions/0002-create-only-publication.md).
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class IndexRows:
         """Append a record's row.
 
         Args:
-            image_id: 32 hex digits, greater than the last.
-            record: all its bytes; the caller has compared its header with the common one.
-            sidecar: empty where there is none.
+            image_id: the image's id, 32 hex digits, greater than the last.
+            record: all bytes of the record; the caller has compared its header with the common one.
+            sidecar: the bytes of its sidecar; empty where there is none.
             noise_digest: the digest of the noise, where the schema re-creates it; else None.
         """
         assert (noise_digest is not None) == self._header.recreates_noise
@@ -69,13 +69,15 @@ class IndexRows:
         """Return the index of the shard that holds exactly the records added.
 
         Raises:
-            CorruptError: when they are not sorted by id, or one came twice.
+            CorruptError: when they are not sorted by id, or one was added twice.
         """
         num_records, num_tensors = len(self), len(self._header.places)
         ids = np.reshape(np.frombuffer(bytes(self._ids), np.uint8), (num_records, 16))
         if not is_strictly_ascending(ids):
             raise CorruptError(
-                "keys unsorted or twice", expected="keys in ascending order", where=self._name.tar
+                "keys out of order or listed twice",
+                expected="keys in ascending order",
+                where=self._name.tar,
             )
         sidecar_sizes = np.array(self._sidecar_sizes, np.int64)
         offsets, tar_bytes = tar_layout(self._header.record_bytes, sidecar_sizes)
@@ -97,24 +99,24 @@ class IndexRows:
 
 
 Look = Callable[[str, memoryview, bytes], None]
-"""Called with image id, bytes and sidecar of a record; the bytes change after the call."""
+"""Called with a record's image id, bytes and sidecar; the bytes are valid during the call only."""
 
 
 def index_of_tar(
     file: RandomAccess, name: ShardName, header: RecordHeader, look: Look | None = None
 ) -> ShardIndex:
-    """Return the index of a tar: of its bytes alone, but for the header of an empty tar.
+    """Return the index of a tar: from its bytes alone, except for the header of an empty tar.
 
     Args:
         file: the tar.
         name: the name that the tar has or will have; its members are checked against it.
         header: the header that its records must have, byte for byte; `header_of_tar` returns the
-            one that they do have.
+            one that they have.
         look: a function that sees each record while it is in memory.
 
     Raises:
-        CorruptError: at the first byte that is not as our writer writes it, or when the records
-            belong to another set, bucket, draw or source shard.
+        CorruptError: at the first byte that differs from what our writer writes, or when the
+            records belong to another set, bucket, draw or source shard.
         StorageError: when the operating system refuses to read.
     """
     _require_legal_size(file, name)
@@ -122,7 +124,7 @@ def index_of_tar(
     tar = TarStream(file, name.tar)
     for image_id, member, sidecar in _records(tar.members(), name, header.record_bytes):
         content = b"" if sidecar is None else bytes(tar.read(sidecar.offset, sidecar.num_bytes))
-        # After its sidecar: what reads on may move what was read before.
+        # Read after its sidecar: reading on may move what was read before.
         record = tar.read(member.offset, member.num_bytes)
         if bytes(record[: len(header.content)]) != header.content:
             raise _corrupt(name, f"{member.name} has another header", _describe(header))
@@ -137,7 +139,7 @@ def header_of_tar(file: RandomAccess, name: ShardName) -> RecordHeader | None:
     """Return the header of a tar's first record; None when the tar holds no record.
 
     Raises:
-        CorruptError, StorageError: as `index_of_tar`, but only the first record is looked at.
+        CorruptError, StorageError: as `index_of_tar`, but only for the first record.
     """
     _require_legal_size(file, name)
     for _, member, _ in _records(read_members(file, name.tar), name, None):
@@ -153,7 +155,7 @@ def recreated_noise_digest(
     """Return the digest of the noise that a record's seed gives; None where noise is stored.
 
     Raises:
-        CorruptError: when the seed is none that `noise_seed` can give.
+        CorruptError: when the seed is not one that `noise_seed` can give.
     """
     if not header.recreates_noise:
         return None
@@ -162,7 +164,7 @@ def recreated_noise_digest(
         record[place.offset : place.offset + place.num_bytes], "little", signed=True
     )
     if not 0 <= seed < 1 << 32:
-        raise _corrupt(name, f"seed {seed}", "a number of 32 bits")
+        raise _corrupt(name, f"seed {seed}", "a whole number of 32 bits")
     num_channels = header.place("teacher_pred").shape[0]
     return tensor_digest(noise(seed, name.width, name.height, num_channels))
 
@@ -175,10 +177,10 @@ def _require_legal_size(file: RandomAccess, name: ShardName) -> None:
 def _records(
     members: Iterable[TarMember], name: ShardName, record_bytes: int | None
 ) -> Iterator[tuple[str, TarMember, TarMember | None]]:
-    """Yield image id, record and sidecar: a record's sidecar, if any, follows it at once.
+    """Yield image id, record and sidecar: a record's sidecar, if any, follows it directly.
 
-    Sizes are looked at before the member after them is, so that no more than a record, a sidecar
-    and a header has to be in memory.
+    A member's size is checked before the next member is read, so that no more than a record, a
+    sidecar and a header has to be in memory.
     """
     waiting: tuple[str, TarMember] | None = None
     num_records = 0
@@ -187,6 +189,7 @@ def _records(
         if parsed is None:
             raise _corrupt(name, "a member of another bucket, draw or kind", f"{name} records")
         image_id, extension = parsed
+        # A sidecar completes the record that waits for it.
         if extension == "json":
             if waiting is None or waiting[0] != image_id:
                 raise _corrupt(name, f"{member.name} without its record", "record, then sidecar")
@@ -195,6 +198,7 @@ def _records(
             yield (*waiting, member)
             waiting = None
             continue
+        # A record: the one before it has no sidecar.
         if record_bytes is not None and member.num_bytes != record_bytes:
             raise _wrong_size(name, member, f"{record_bytes}")
         if waiting is not None:
@@ -202,7 +206,7 @@ def _records(
         waiting = image_id, member
         num_records += 1
         if num_records > MAX_RECORDS:
-            raise _corrupt(name, "too many records", f"at most {MAX_RECORDS}")
+            raise _corrupt(name, f"more than {MAX_RECORDS} records", f"at most {MAX_RECORDS}")
     if waiting is not None:
         yield (*waiting, None)
 

@@ -33,10 +33,10 @@ class ShardWriter:
         index = writer.close()
         directory.publish(tar, name.tar)
     ```
-    Without `close` nothing of it counts: the staged file vanishes.
+    Without `close` there is no shard: the staged file vanishes.
 
     Args:
-        tar: the empty file to be filled; it is the caller's to close.
+        tar: the empty file to fill; the caller closes it.
         name: the shard's name.
         header: the header that all its records share, from `RecordHeader.build`.
     """
@@ -61,10 +61,11 @@ class ShardWriter:
         """Append a record.
 
         Args:
-            key: `{image_id}_{W}x{H}`, greater than the last.
-            record: what `RecordHeader.encode` returned for this shard's header.
-            sidecar: content of `{key}.json`, if the set has them; not empty.
-            noise_digest: `tensor_digest` of the noise, exactly where the schema re-creates it.
+            key: the record's key, `{image_id}_{W}x{H}`, greater than the last.
+            record: the bytes that `RecordHeader.encode` returned for this shard's header.
+            sidecar: the content of `{key}.json`, not empty; None where the set has no sidecars.
+            noise_digest: the `tensor_digest` of the noise where the schema re-creates it; else
+                None.
 
         Raises:
             StorageError: when the disk is full or refuses.
@@ -75,6 +76,7 @@ class ShardWriter:
         assert len(record) == self._header.record_bytes, len(record)
         assert record.startswith(self._header.content), key
         assert sidecar is None or 0 < len(sidecar) <= MAX_SIDECAR_BYTES, key
+        # Refuse what would make the shard too large.
         room = BLOCK_BYTES + padded(len(record))
         if sidecar is not None:
             room += BLOCK_BYTES + padded(len(sidecar))
@@ -86,6 +88,7 @@ class ShardWriter:
                 where=self._name.tar,
                 action="lower data.records_per_shard",
             )
+        # Write the members, then their row of the index.
         stem = self._name.member_stem(image_id)
         with storage_errors(self._name.tar):
             self._tar.write({"__key__": stem, "safetensors": record})
@@ -103,12 +106,13 @@ class ShardWriter:
         with storage_errors(self._name.tar):
             self._tar.close()
             self._file.flush()
+        # Read the headers back: the index must be that of the tar.
         index = self._rows.index(self._file.sha256())
         members = list(read_members(self._staged, self._name.tar))
         offsets = [member.offset for member in members if member.name.endswith(".safetensors")]
         if offsets != index.offsets.tolist() or self._file.num_bytes != index.tar_bytes:
             raise CorruptError(
-                "webdataset wrote another tar than it should",
+                "webdataset wrote a tar of another form",
                 expected="plain USTAR without PAX headers",
                 where=self._name.tar,
                 action="install the webdataset version of constraints.txt",
@@ -117,7 +121,7 @@ class ShardWriter:
 
 
 class _WholeMembersWriter(TarWriter):
-    """Hands members on as they come: cutting them into blocks of 10 KiB copies each byte thrice."""
+    """Passes members on whole: cutting them into blocks of 10 KiB copies each byte three times."""
 
     @staticmethod
     def tarmode(fileobj: Any, compress: bool | str | None = None) -> str:
@@ -128,8 +132,8 @@ class _WholeMembersWriter(TarWriter):
 class _HashingFile:
     """The few methods that a tar needs of a file, with a SHA-256 on the way.
 
-    Headers and padding are collected with the members to pieces, and a thread hashes one piece
-    while it is written.
+    Headers, members and padding are collected into pieces, and a thread hashes each piece while
+    it is written.
     """
 
     def __init__(self, file: BinaryIO) -> None:

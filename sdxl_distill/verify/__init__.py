@@ -1,1 +1,1 @@
-"""Is a set right: what is checked of a file, a shard, a set, a catalog and a loose folder."""
+"""Is a set right: the checks of a record, a shard, a set, a catalog and a loose folder."""

@@ -1,7 +1,7 @@
 """Verifies the catalog of a latents set: its segments, their rows, and that the shards follow it.
 
-Adding images and repairing a shard go by the catalog, so what is wrong in it shows in
-shards that are built later.
+Adding images and repairing a shard follow the catalog, so a fault in it shows only in shards
+that are built later.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_catalog(
         identity: the identity of the set.
         manifest: the set's manifest; None when it is not complete.
         names: the names of the committed shards.
-        quick: leave out what is computed again for each row.
+        quick: True to leave out what is computed again for each row.
     """
     findings = FindingList(identity.id)
     catalog_location = location / CATALOG_FOLDER
@@ -63,7 +63,7 @@ def check_catalog(
         if manifest is not None:
             for error in plan_faults(catalog, manifest):
                 findings.add(error)
-        # What the committed shards need of it, where no manifest says so.
+        # What the committed shards need from it, where there is no manifest to say so.
         plan = LatentsPlan(catalog)
         unknown = [name for name in names if name not in plan]
         if unknown and manifest is None:
@@ -78,7 +78,7 @@ def check_catalog(
 
 
 def is_without_catalog(location: Location, manifest: Manifest | None) -> bool:
-    """Whether a set has no catalog and need not: an earlier version packed it without one."""
+    """Whether a set has no catalog and needs none: an earlier version packed it without one."""
     return (
         manifest is not None
         and all(entry.source_sha256 is None for entry in manifest.shards)
@@ -128,7 +128,7 @@ def _stranger(name: str) -> ConfigError:
 
 
 def _repeated(ids: npt.NDArray[np.uint8]) -> list[str]:
-    """Return each of the ids, uint8 [n, 16], that comes more than once, as 32 hex digits."""
+    """Return each of the ids, uint8 [n, 16], that is there more than once, as 32 hex digits."""
     halves = np.frombuffer(ids.tobytes(), ">u8").astype(np.uint64)  # bytes sort far more slowly
     ordered = ids[np.lexsort((halves[1::2], halves[::2]))]
     twice = ordered[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]

@@ -37,7 +37,7 @@ class Finding:
     Attributes:
         error: what is wrong and what to do; its branch decides the exit code.
         set_id: the set's name; the folder's where there is none.
-        shard: file name of the shard, or of whatever file is wrong; None for the set itself.
+        shard: the file name of the shard, or of another faulty file; None for the set itself.
         key: the record's key; None for the whole shard.
     """
 
@@ -81,8 +81,8 @@ class FindingList:
 
     Args:
         set_id: the set's name.
-        shard: file name that the findings are about; None for the set itself.
-        limit: how many are kept.
+        shard: the file name that the findings are about; None for the set itself.
+        limit: the number of findings that are kept.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class FindingList:
         return len(self._shown) + len(self._untold)
 
     def add(self, error: DistillError, key: str | None = None) -> None:
-        """Write down one more."""
+        """Add one more."""
         if len(self._shown) < self._limit:
             self._shown.append(Finding(error, self._set_id, self._shard, key))
         else:
@@ -121,7 +121,7 @@ class FindingList:
 
 
 class Collecting:
-    """Ends its block at the first error of ours, and goes on after it.
+    """Ends its block at the first error of ours; what follows the block still runs.
 
     Args:
         findings: the list that the error is added to.
@@ -148,7 +148,7 @@ class Collecting:
 
 
 def worst_branch(errors: Iterable[DistillError]) -> type[DistillError]:
-    """Return the branch of the exception tree that counts most among at least one error."""
+    """Return the worst branch of the exception tree that at least one error belongs to."""
     found = {type(error) for error in errors}
     return next(
         branch for branch in _WORST_FIRST if any(issubclass(kind, branch) for kind in found)

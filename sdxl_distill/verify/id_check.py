@@ -1,4 +1,4 @@
-"""Verifies all ids of a set together: no image twice, none that was said not to decode."""
+"""Verifies all ids of a set together: no image twice, and none that is listed as undecodable."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sdxl_distill.verify.finding import Finding, FindingList
 class IdCheck:
     """Collects the ids of a set's shards one after the other, in 8 bytes a record.
 
-    Ids have 16 bytes; both halves folded into one tell all images of any set apart, but for one
-    pair in 2⁶⁴. Only when two are alike are the indices read once more.
+    Ids have 16 bytes; their halves folded into one tell any two images apart, except for one pair
+    in 2⁶⁴. The indices are read again only when two are alike.
 
     Args:
         identity: the identity of the set.
-        undecodable: keys that no shard may hold.
+        undecodable: the keys that no shard may hold.
     """
 
     def __init__(self, identity: SetIdentity, undecodable: Iterable[str]) -> None:
@@ -47,7 +47,7 @@ class IdCheck:
         """Return what is wrong with the ids of all shards together.
 
         Args:
-            read: the index of a shard again; None when it can no longer be read.
+            read: a function that returns a shard's index again; None when it cannot be read.
         """
         findings = FindingList(self._identity.id)
         for image_id in self._twice(read):

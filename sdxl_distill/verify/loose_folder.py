@@ -1,6 +1,6 @@
 """Verifies a loose folder: every file on its own, then all of them together.
 
-There is no index and no manifest: damage that keeps a record's form and values plausible cannot
+There is no index and no manifest: damage that leaves a record's form and values plausible cannot
 be seen. With `set.json` or a noise recipe, seeds and timesteps are computed again.
 """
 
@@ -44,7 +44,7 @@ _REQUIRED: Final[dict[Kind, tuple[str, ...]]] = {
 
 
 class _LooseCheck(NamedTuple):
-    """What became of one file."""
+    """The result of the check of one file."""
 
     record: LooseRecord
     header: RecordHeader | None
@@ -63,10 +63,9 @@ def verify_loose(
 
     Args:
         path: the folder.
-        recipe: what noise and timesteps follow from; None takes that of `set.json`, if it is
-            there.
-        num_threads: files that are read at once.
-        on_progress: called after each file.
+        recipe: the recipe of noise and timesteps; None takes that of `set.json`, if there is one.
+        num_threads: the number of files that are read at once.
+        on_progress: a function that is called after each file.
 
     Raises:
         ConfigError: when there is no such folder.
@@ -75,6 +74,7 @@ def verify_loose(
     location = Location(path)
     with location.open() as directory:
         names = directory.names()
+        # What the folder says about itself.
         folder = LooseFolder.of(names)
         result = Verification(location.real().name)
         identity: SetIdentity | None = None
@@ -145,7 +145,11 @@ def _require_form(
             identity.schema, loose.width, loose.height, identity.fingerprint, header.source_sha256
         )
         if header.content != expected.content:
-            raise CorruptError("other tensors than the schema in set.json says", action=_ACTION)
+            raise CorruptError(
+                "other tensors than the schema in set.json lists",
+                expected=f"those of set {identity.id}",
+                action=_ACTION,
+            )
     forms = {place.name: (place.dtype, place.shape) for place in header.places}
     sides = loose.height // 8, loose.width // 8
     is_good = (
@@ -184,7 +188,7 @@ def _not_together(sets: Counter[str], identity: SetIdentity | None) -> Iterable[
     if len(sets) > 1 or not expected.issuperset(sets):
         counts = ", ".join(f"{count} of set {key[:12]}…" for key, count in sets.most_common())
         yield IncompatibleError(
-            f"records of foreign sets: {counts}",
+            f"records of another set or of several: {counts}",
             expected="records of one set, that of set.json if there is one",
             action="unpack each set into a folder of its own",
         )

@@ -30,11 +30,11 @@ _ACTION: Final = "rebuild the set with cache.skip_existing: false"
 
 
 class Recomputation(NamedTuple):
-    """What came out.
+    """The result of the comparison.
 
     Attributes:
         num_records: the number of records that were computed again.
-        largest_difference: relative, of the worst of them.
+        largest_difference: the largest relative difference among them.
         findings: empty when all are within the bound.
     """
 
@@ -58,13 +58,13 @@ def recompute_records(
     Args:
         config: the configuration that the set was built with.
         predictions: the set.
-        num_records: how many, at most; drawn without repetition.
-        seed: the seed of the drawing.
-        on_progress: called with how many records are done and how many there are.
+        num_records: the largest number of records; they are drawn at random, none twice.
+        seed: the seed of that choice.
+        on_progress: a function that is called with the numbers of records done and of all.
 
     Raises:
-        ConfigError: when the set is none of predictions, or latents or text are missing.
-        IncompatibleError: when the configuration describes another teacher than the set's.
+        ConfigError: when the set is not a predictions set, or its latents or text are missing.
+        IncompatibleError: when the configuration describes a teacher that is not the set's.
         CorruptError, StorageError: when the checkpoint or a sibling cannot be read.
     """
     identity = predictions.manifest.identity
@@ -75,16 +75,16 @@ def recompute_records(
             where=str(predictions.location),
             action="leave out --recompute, or name a teacher's folder",
         )
+    # Open the teacher and its inputs; in layout `full` a set is its own text set.
     checkpoint = ModelFolder.resolve(config.teacher.checkpoint_path)
     _require_same_teacher(config, checkpoint, predictions)
     latents = predictions.open_referenced("latents", config.data.latent_cache.cache_dir)
-    # In layout `full` a set is its own text set.
     text = predictions if identity.text is None else predictions.open_referenced("text")
     assert identity.noise_schedule is not None
-    teacher = load_teacher(
-        config, checkpoint, identity.noise_schedule, resolve_device(config.device, 0)
-    )
+    device = resolve_device(config.device, 0)
+    teacher = load_teacher(config, checkpoint, identity.noise_schedule, device)
     asked = _Asked(predictions, latents, text, replace(teacher, dtype=torch.float32))
+    # Ask it again for each record that was drawn.
     bound = MAX_DIFFERENCE_BF16 if config.teacher.use_bf16 else MAX_DIFFERENCE_FP32
     chosen = choose_records(predictions.manifest, num_records, seed)
     findings: list[Finding] = []
@@ -96,7 +96,7 @@ def recompute_records(
             largest = max(largest, difference)
             if not difference <= bound:
                 raise CorruptError(
-                    f"teacher_pred differs by {difference:.2%} from what the teacher says",
+                    f"teacher_pred differs by {difference:.2%} from the teacher's answer",
                     expected=f"at most {bound:.1%}",
                     action=_ACTION,
                 )
@@ -106,7 +106,7 @@ def recompute_records(
 
 
 def choose_records(manifest: Manifest, num_records: int, seed: int) -> list[tuple[ShardName, int]]:
-    """Return shard and number of some records of a set, at random, sorted, none twice."""
+    """Return the shard and number of some records of a set: at random, sorted, none twice."""
     ends = np.cumsum([entry.num_records for entry in manifest.shards])
     total = manifest.num_records
     generator = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ def _require_same_teacher(
 
 
 class _Asked(NamedTuple):
-    """A predictions set with its siblings, and its teacher to be asked once more."""
+    """A predictions set with its siblings, and its teacher to be asked again."""
 
     predictions: ShardSet
     latents: ShardSet
@@ -158,7 +158,7 @@ class _Asked(NamedTuple):
         """Return ‖stored − fresh‖ / ‖fresh‖ of one prediction.
 
         Raises:
-            CorruptError: when the record is damaged, or was asked something else.
+            CorruptError: when the record is damaged, or its inputs are not what they should be.
             IncompatibleError: when the latents shard holds other keys.
             NumericalError: when the teacher answers NaN.
         """

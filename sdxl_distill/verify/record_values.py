@@ -1,4 +1,4 @@
-"""Whether a record says what it must: values, where digests only prove that bytes are unchanged.
+"""Checks the values in a record, where digests only prove that its bytes are unchanged.
 
 Noise, seed and timestep follow from the image's id and are computed again; the rest has to be
 finite and plausible. What a tensor is follows from its name (docs/format.md).
@@ -29,7 +29,7 @@ _INFINITY_BITS = {
 
 
 class RecordPlace(NamedTuple):
-    """Which image, bucket and draw a record is of."""
+    """The image, bucket and draw that a record belongs to."""
 
     image_id: str
     width: int
@@ -47,11 +47,12 @@ def wrong_values(
 
     Args:
         tensors: the record's tensors, of the dtypes and shapes that its schema wants.
-        place: the record's key, bucket and draw.
+        place: the record's image, bucket and draw.
         recipe: the recipe of noise and timesteps; None when it is not known: then the noise is only
             compared with the seed next to it.
-        action: what to do about it.
+        action: the advice in the errors.
     """
+    # What no tensor may hold, then what follows from the key and the recipe.
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             num_bad = int((~tensor.isfinite()).sum())
@@ -71,7 +72,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, ten times faster than `isfinite` on 16 bits.
 
     The bits of numbers of one sign grow with their magnitude, and infinity and NaN are the
-    largest. Read as signed integers positive numbers come last, read as unsigned ones negative.
+    largest. Read as signed integers, positive numbers come last; read as unsigned, negative ones.
     """
     integers, positive, negative = _INFINITY_BITS[tensor.dtype]
     content = byte_view(tensor.contiguous())
@@ -102,7 +103,7 @@ def _wrong_draw(
         yield from _unequal(tensors, "timestep", [step], action)
     seed = int(tensors["seed"])
     if not 0 <= seed < _MAX_SEED:
-        yield CorruptError(f"seed {seed}", expected="a number of 32 bits", action=action)
+        yield CorruptError(f"seed {seed}", expected="a whole number of 32 bits", action=action)
     elif "noise" in tensors:
         stored = tensors["noise"]
         expected = noise(seed, place.width, place.height, stored.shape[0])
@@ -127,7 +128,7 @@ def _unequal(
 def _implausible_time_ids(
     time_ids: list[int], place: RecordPlace, action: str
 ) -> Iterator[CorruptError]:
-    """A crop lies inside the image that was resized to cover the bucket."""
+    """Yield an error unless the crop lies inside the image, resized to cover the bucket."""
     original_height, original_width, top, left, *target = time_ids
     is_plausible = (
         target == [place.height, place.width] and min(original_height, original_width) > 0

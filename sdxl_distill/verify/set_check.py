@@ -1,6 +1,6 @@
-"""Verifies what no shard alone shows: the files of a set that are no shards, and all ids together.
+"""Verifies the files of a set that are not shards, and that they belong together.
 
-Each function returns findings and raises nothing of ours.
+Each function returns findings and raises no error of ours.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def incomplete(identity: SetIdentity, names: Collection[str]) -> tuple[list[Shar
 
 
 def check_identity(identity: SetIdentity, manifest: Manifest) -> list[Finding]:
-    """Check that manifest and set identity belong together, and what the manifest says itself."""
+    """Check that manifest and set identity belong together, and that all draws have one source."""
     findings = FindingList(identity.id, MANIFEST_NAME)
     if manifest.identity != identity:
         found = manifest.identity

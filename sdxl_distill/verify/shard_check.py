@@ -1,6 +1,6 @@
-"""Verifies one shard: its index against the manifest, its tar against both, every value.
+"""Verifies one shard: its index against the manifest, its tar against both, and every value.
 
-What is wrong is collected, not raised, and the check goes on as far as the damage lets it.
+Faults are collected, not raised, and the check goes on as far as the damage lets it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from sdxl_distill.verify.record_values import RecordPlace, wrong_values
 
 @dataclass(frozen=True)
 class CheckedShard:
-    """What became of one shard.
+    """The result of the check of one shard.
 
     Attributes:
         name: the shard's name.
-        index: stored, or where that is damaged the tar's; None when neither can be read.
-        findings: what is wrong; empty for a good shard.
+        index: the stored index, or the tar's where that is damaged; None when neither can be read.
+        findings: the faults of the shard; empty for a good one.
     """
 
     name: ShardName
@@ -56,8 +56,8 @@ def check_shard(
         folder: the set's folder.
         identity: the identity of the set.
         name: the shard's name.
-        entry: the manifest's entry of it; None where there is no manifest.
-        quick: look at the index and at the size of the tar only.
+        entry: the manifest's entry for it; None where there is no manifest.
+        quick: True to look only at the index and at the size of the tar.
     """
     findings = FindingList(identity.id, name.tar)
     stored: ShardIndex | None = None
@@ -98,7 +98,7 @@ def _stored_index(
         raise CorruptError("the index is missing", expected=name.idx, action=ACTION) from error
     if index.header.content != _header(identity, name, index.header.source_sha256).content:
         raise CorruptError(
-            f"the index is one of records of set {index.header.fingerprint[:12]}…",
+            f"the index lists records of set {index.header.fingerprint[:12]}…",
             expected=f"records of set {identity.fingerprint[:12]}… with its schema",
             action=ACTION,
         )
@@ -122,7 +122,7 @@ def _open_tar(folder: SetFolder[Folder], name: ShardName) -> RandomAccess:
 
 
 def _require_size(tar: RandomAccess, entry: ShardEntry | None, stored: ShardIndex | None) -> None:
-    """Compare sizes first: of a tar that was cut, nothing needs to be read."""
+    """Compare sizes, so that a tar that was cut need not be read."""
     known = entry or stored
     if known is not None and tar.num_bytes != known.tar_bytes:
         raise CorruptError(
@@ -138,11 +138,12 @@ def _check_content(
     stored: ShardIndex | None,
     findings: FindingList,
 ) -> ShardIndex | None:
-    """Read the tar strictly, and by index where it is not what it should be.
+    """Read the tar strictly, and record by record through the index where it is damaged.
 
     Returns:
         The index that counts; None when there is none.
     """
+    # Strictly, from start to end: this gives the tar's own index.
     computed: ShardIndex | None = None
     wrong: list[tuple[str, CorruptError]] = []
     with findings.collecting():
@@ -161,7 +162,7 @@ def _check_content(
         for key, error in wrong:
             findings.add(error, key)
         return index
-    # Something is damaged: the index tells which records are.
+    # Something is damaged: the index tells which records.
     num_before = len(findings)
     _check_records(tar, identity, index, findings)
     is_explained = len(findings) > num_before
@@ -195,7 +196,7 @@ def _wrong_content(
     tensors: Mapping[str, torch.Tensor],
     sidecar: bytes,
 ) -> Iterator[CorruptError]:
-    """Yield what is wrong with a record whose bytes are those of its digests."""
+    """Yield what is wrong with a record whose bytes match its digests."""
     place = RecordPlace(image_id, name.width, name.height, name.draw)
     yield from wrong_values(tensors, place, identity.noise, ACTION)
     if identity.kind == "latents":

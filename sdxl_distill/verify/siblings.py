@@ -21,16 +21,19 @@ from sdxl_distill.stream.joined_sets import (
 )
 from sdxl_distill.verify.finding import Finding, FindingList
 
-_REBUILD: Final = "verify each against the latents set; run the builder of the stale with --repair"
+_REBUILD: Final = (
+    "verify each against the latents set; run the builder of the stale one with --repair"
+)
 
 
 def compare_sets(shard_set: ShardSet, other: ShardSet) -> list[Finding]:
-    """Return in what a set does not fit another of any kind; shards are compared one by one.
+    """Return each way in which a set does not fit another, of any kind; compares shard by shard.
 
     Args:
         shard_set: the set that the findings are about.
         other: latents, text or predictions of the same images.
     """
+    # What the manifests say about the sets, then their shards.
     findings = FindingList(shard_set.id)
     for check in (
         require_distinct_ids,
@@ -114,7 +117,7 @@ def _places(shard_set: ShardSet) -> Mapping[tuple[int, int, int], ShardEntry]:
 
 
 def _pairs(shard_set: ShardSet, other: ShardSet) -> Iterator[tuple[ShardEntry, ShardEntry]]:
-    """Yield the shards that are joined; latents and text have one draw for all of the others'."""
+    """Yield the shards that are joined; latents and text have one draw for all draws of others."""
     by_draw = _are_predictions(shard_set, other)
     counterparts = {entry[:4]: entry for entry in other.manifest.shards}
     is_wider = not by_draw and other.manifest.identity.kind == "predictions"
@@ -131,6 +134,7 @@ def _compare_shards(
 ) -> list[Finding]:
     name, other_name = entry.name(shard_set.id), counterpart.name(other.id)
     findings = FindingList(shard_set.id, name.tar)
+    # Source and keys; draws can only be compared where the keys are the same.
     if _latents_sha256(shard_set, entry) != _latents_sha256(other, counterpart):
         findings.add(
             IncompatibleError(
@@ -164,7 +168,7 @@ def _recipe(shard_set: ShardSet) -> NoiseRecipe | None:
 
 
 def _compare_draws(index: ShardIndex, other: ShardIndex, findings: FindingList) -> None:
-    """Compare by digest what every teacher was asked alike."""
+    """Compare by digest what every teacher must be asked in the same way."""
     for tensor in ("seed", "timestep", "noise"):
         differs = index.tensor_digests(tensor) != other.tensor_digests(tensor)
         for record in differs.nonzero()[0]:

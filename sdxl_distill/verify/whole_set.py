@@ -1,6 +1,6 @@
-"""Verifies one shard set alone, without a GPU: complete, undamaged, and saying what it must.
+"""Verifies one shard set alone, without a GPU: complete, undamaged, with the values it must hold.
 
-Set record, manifest and every shard are checked as far as damage elsewhere allows, and findings
+Set identity, manifest and every shard are checked as far as damage elsewhere allows, and findings
 are collected. A set that is still being built is checked too, and reported as incomplete.
 """
 
@@ -45,8 +45,8 @@ class Verification:
         num_shards: the number of shards in all draws; 0 for loose files.
         num_draws: the number of draws of each image.
         num_bytes: the size of all tars, or of all loose files.
-        findings: empty for a set that is complete and valid.
-        notes: what else the user should know: what could not be checked, what was drawn.
+        findings: the faults; empty for a set that is complete and valid.
+        notes: other news for the user: checks that were not possible, records that were drawn.
     """
 
     set_id: str
@@ -65,7 +65,7 @@ class Verification:
 
 
 def show_nothing(num_done: int, num_all: int) -> None:
-    """Be the `Progress` of who wants none."""
+    """Do nothing: the `Progress` for callers that want none."""
     del num_done, num_all
 
 
@@ -79,11 +79,11 @@ def verify_set(
     """Verify a shard set.
 
     Args:
-        path: folder of the set.
-        quick: read set identity, manifest and indices, and compare the sizes of the tars, which
-            stay closed.
-        num_threads: shards that are read at once.
-        on_progress: called after each shard.
+        path: the folder of the set.
+        quick: True to read only set identity, manifest and indices, and to compare the sizes of
+            the tars, which stay closed.
+        num_threads: the number of shards that are read at once.
+        on_progress: a function that is called after each shard.
 
     Raises:
         ConfigError: when there is no such folder.
@@ -134,7 +134,7 @@ def _check_all(
     num_threads: int,
     on_progress: Progress,
 ) -> None:
-    """Check every shard and add it up; no more is kept of one than the end needs."""
+    """Check every shard and add it to the result; keep only what the check of all ids needs."""
 
     def check_one(pair: tuple[ShardName, ShardEntry | None]) -> CheckedShard:
         return check(*pair)

@@ -25,7 +25,7 @@ def test_at_most_eight_containers_are_nested(left: bytes, right: bytes) -> None:
         return left * num_containers + b"1" * (left != b"[") + right * num_containers
 
     assert parse_json(nested(8), "x", max_bytes=1000)
-    with pytest.raises(CorruptError, match="nested too deep"):
+    with pytest.raises(CorruptError, match="nested too deeply"):
         parse_json(nested(9), "x", max_bytes=1000)
 
 
@@ -50,5 +50,5 @@ def test_an_object_has_the_names_that_were_asked_for_and_no_others() -> None:
         require_names({"a": 1}, {"a", "b"}, "x")
     with pytest.raises(CorruptError, match="unknown names"):
         require_names({"a": 1, "b": 2, "c": 3}, {"a", "b"}, "x")
-    with pytest.raises(CorruptError, match="no JSON object"):
+    with pytest.raises(CorruptError, match="not a JSON object"):
         require_names([1], {"a"}, "x")

@@ -91,8 +91,8 @@ def test_an_index_with_something_behind_it_is_refused(index: ShardIndex) -> None
 
 
 LIES = {
-    "unsorted keys": (lambda index: {"ids": index.ids[::-1].copy()}, "unsorted"),
-    "key twice": (lambda index: {"ids": np.repeat(index.ids[:1], 3, axis=0)}, "unsorted"),
+    "unsorted keys": (lambda index: {"ids": index.ids[::-1].copy()}, "out of order"),
+    "key twice": (lambda index: {"ids": np.repeat(index.ids[:1], 3, axis=0)}, "out of order"),
     "offset": (lambda index: {"offsets": index.offsets + 512}, "offsets"),
     "size": (lambda index: {"sizes": index.sizes - 1}, "offsets"),
     "tar bytes": (lambda index: {"tar_bytes": index.tar_bytes + 10_240}, "offsets"),

@@ -178,6 +178,29 @@ def test_a_manifest_that_lies_with_a_right_digest_is_refused(
         Manifest.from_bytes(signed(manifest, change), "x")
 
 
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        ("width of a text", r"shards.width\[0\] has an illegal value; expected a multiple of 8 up"),
+        ("absurd draw", r"shards.draw\[1\] has an illegal value; expected a whole number from 0"),
+        ("no digest", r"shards.keys_digest\[0\] has an illegal value; expected 64 hex digits"),
+        ("column cut", "shards has columns of unequal length"),
+        ("catalog is negative", "catalog has an illegal value; expected a whole number from 0 to"),
+        ("draws is another", "draws has a wrong value; expected 2"),
+        ("undecodable is text", "undecodable is not a list; expected a list of keys"),
+        ("undecodable numbers", r"undecodable\[0\] is not text; expected a key"),
+        (
+            "undecodable in predictions",
+            "undecodable names 1 images; expected none in a predictions",
+        ),
+        ("empty record in predictions", "empty_sha256 has an illegal value; expected null in a"),
+    ],
+)
+def test_the_place_of_an_illegal_value_is_named(lie: str, message: str, manifest: Manifest) -> None:
+    with pytest.raises(CorruptError, match=f"^x: {message}"):
+        Manifest.from_bytes(signed(manifest, LIES[lie]), "x")
+
+
 LOW, HIGH = "1" * 32, "2" * 32
 
 

@@ -236,9 +236,47 @@ def test_a_set_too_far_away_gets_no_place(tmp_path: Path) -> None:
         ({"kind": "pictures"}, r"kind is 'pictures'; expected latents \| text \| predictions"),
         ({"generation": -1}, r"generation is -1; expected a whole number"),
         ({"content": ["x" * 200]}, r"content is \['x{70,80}; expected an object"),
-        ({"noise": {"base_seed": "7"}}, r"base_seed is '7'; expected a whole number"),
-        ({"noise": {"min_timestep": 900, "max_timestep": 3}}, r"min_timestep 900; expected less"),
-        ({"noise_schedule": {"beta_end": 1.5}}, r"beta_end is 1\.5; expected a number from 0 to 1"),
+        ({"noise": {"base_seed": "7"}}, r"noise.base_seed is '7'; expected a whole number"),
+        (
+            {"noise": {"min_timestep": 900, "max_timestep": 3}},
+            r"noise.min_timestep is 900; expected less than max_timestep, which is 3",
+        ),
+        (
+            {"noise_schedule": {"beta_end": 1.5}},
+            r"noise_schedule.beta_end is 1\.5; expected a number from 0 to less than 1",
+        ),
+        (
+            {"latents": {"place": "../../../../etc"}},
+            r"latents.place is '(\.\./){4}etc'; expected a relative path with at most three",
+        ),
+        (
+            {"latents": {"fingerprint": "1" * 63}},
+            r"latents.fingerprint is '1{63}'; expected 64 hex",
+        ),
+        ({"kind": "latents"}, r"layout is 'full'; expected null in a latents set"),
+        ({"noise": None}, r"noise is None; expected a value in a full predictions set"),
+        ({"layout": "compact"}, r"text is None; expected a value in a compact predictions set"),
+        (
+            {"text": {"fingerprint": "1" * 64, "place": None}},
+            r"text is \{.{70,80}; expected null in a full predictions set",
+        ),
+        (
+            {"schema": RecordSchema(SCHEMA.tensors[1:]).to_json()},
+            r"schema has no tensor teacher_pred; expected the tensors of a predictions set",
+        ),
+        (
+            {"schema": RecordSchema((SCHEMA.tensors[0], *SCHEMA.tensors[2:])).to_json()},
+            r"schema has no tensor timestep; expected I64 \[1\] in a predictions set",
+        ),
+        (
+            {"schema": [{"name": "a", "dtype": "F8" * 99, "shape": [1]}]},
+            r"schema has tensor a with dtype '(F8){39}F; expected F16",
+        ),
+        (
+            {"schema": [{"name": "a", "dtype": "F16", "shape": [1 << 60]}]},
+            r"schema has tensor a with shape \[1152921504606846976\]; expected 1 to 4 lengths",
+        ),
+        ({"fingerprint": "0" * 64}, r"fingerprint is '0{64}'; expected [0-9a-f]{64}, that of"),
     ],
 )
 def test_an_illegal_field_is_named_with_its_value(
@@ -247,7 +285,7 @@ def test_an_illegal_field_is_named_with_its_value(
     fields = predictions.to_json()
     for name, value in changes.items():
         inner = fields[name]
-        is_part = isinstance(value, dict) and name != "content"
+        is_part = isinstance(value, dict) and isinstance(inner, dict)
         fields[name] = {**inner, **value} if is_part else value
-    with pytest.raises(CorruptError, match=message):
+    with pytest.raises(CorruptError, match=f"^set.json: {message}"):
         SetIdentity.from_json(fields, "set.json")

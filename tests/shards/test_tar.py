@@ -98,7 +98,7 @@ def test_pax_headers_are_refused() -> None:
 def test_a_negative_size_does_not_loop() -> None:
     content = bytearray(written())
     content[124:136] = b"\xff" * 10 + b"\xfe\x00"  # base-256 for -512
-    with pytest.raises(CorruptError, match="no tar header"):
+    with pytest.raises(CorruptError, match="not a tar header"):
         members_of(content)
 
 

@@ -91,7 +91,7 @@ def test_a_sidecar_follows_its_record(sets, ids) -> None:
 def test_keys_out_of_order_give_no_index(order: list[int], sets, ids) -> None:
     small = sets.start()
     name = ShardName(small.identity.id, 64, 64, 0)
-    with pytest.raises(CorruptError, match="unsorted or twice"):
+    with pytest.raises(CorruptError, match="out of order or listed twice"):
         small.add_shard(name, [ids(2)[position] for position in order])
 
 

@@ -128,7 +128,7 @@ def test_a_shard_of_another_set_under_this_ones_name_is_found(valid_sets):
     for suffix in (".tar", ".idx"):
         swap(shard(path).with_suffix(suffix), shard(other).with_suffix(suffix))
     messages = " ".join(found(path))
-    assert "the index is one of records of set" in messages
+    assert "the index lists records of set" in messages
     assert "has another header" in messages
 
 
