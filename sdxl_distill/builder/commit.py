@@ -26,15 +26,15 @@ REPAIR = "run the builder once with --repair: it keeps the good shards and rebui
 
 
 def publish_set_identity(folder: SetFolder[Directory], identity: SetIdentity) -> SetIdentity:
-    """Write `set.json`, or check that the one there describes the same set; return that one.
+    """Write `set.json`, or check that the existing one describes the same set; return it.
 
     Call it before the first claim and before any model is loaded: a folder that belongs to
-    another configuration is refused here. The record returned may name other places of the
-    sets it was made from.
+    another configuration is refused here. The identity returned may name other locations of
+    the sets that it was made from.
 
     Raises:
         IncompatibleError: naming every field that differs.
-        CorruptError: when the one there is damaged.
+        CorruptError: when the existing one is damaged.
         StorageError: when the folder cannot be written.
     """
     where = folder.where(SET_IDENTITY_NAME)
@@ -52,7 +52,7 @@ def _existing_identity(
         with naming_repair(where):
             return folder.identity()
     except FileNotFoundError as error:
-        raise LostDirectoryError("a file that was there a moment ago is gone") from error
+        raise LostDirectoryError("a file that existed a moment ago is gone") from error
 
 
 def shard_header(identity: SetIdentity, shard: PlannedShard) -> RecordHeader:
@@ -69,16 +69,16 @@ def adopt_shard(
     header: RecordHeader,
     accepts: Callable[[ShardIndex], bool],
 ) -> ShardIndex | None:
-    """Commit the tar that is there, whichever worker wrote it; None when there is none.
+    """Commit the existing tar, whichever worker wrote it; None when there is none.
 
     Args:
         folder: the set's folder, opened before it was looked at.
         name: the shard's name.
         header: the header that its records must have: set fingerprint, schema, source.
-        accepts: tells whether the tar holds the keys of this shard.
+        accepts: the function that says whether the tar holds the keys of this shard.
 
     Raises:
-        CorruptError: when it is damaged or of another set; names `--repair`.
+        CorruptError: when it is damaged or belongs to another set; names `--repair`.
         StorageError: when the operating system refuses.
     """
     directory, where = folder.folder, folder.where(name.tar)
@@ -88,7 +88,7 @@ def adopt_shard(
         return None
     if not accepts(index):
         raise CorruptError(
-            f"the tar holds {index.num_records} records with other keys than this shard's",
+            f"the keys of its {index.num_records} records are not those of this shard",
             where=where,
             action=REPAIR,
         )
@@ -102,20 +102,20 @@ def commit_shard(
     index: ShardIndex,
     accepts: Callable[[ShardIndex], bool],
 ) -> ShardIndex:
-    """Publish a staged tar and its index; when a tar is there already, publish that one's.
+    """Publish a staged tar and its index; if a tar exists already, publish the index of that.
 
     Args:
         folder: the set's folder, opened before it was looked at.
         tar: the tar, staged in that folder.
         index: the index of the staged tar.
-        accepts: tells whether a tar that is there already holds the keys of this shard.
+        accepts: the function that says whether an existing tar holds the keys of this shard.
 
     Returns:
-        The index that counts: of the tar under the shard's name.
+        The index that counts: that of the tar under the shard's name.
 
     Raises:
         LostDirectoryError: when another process removed what was staged, or the folder.
-        CorruptError: when a tar is there already and damaged or of another set.
+        CorruptError: when an existing tar is damaged or belongs to another set.
         StorageError: when the disk is full or refuses; nothing committed is touched.
     """
     directory, name = folder.folder, index.name
@@ -130,7 +130,7 @@ def commit_shard(
     adopted = adopt_shard(folder, name, index.header, accepts)
     if adopted is None:
         raise LostDirectoryError(
-            "a tar that was there a moment ago is gone",
+            "a tar that existed a moment ago is gone",
             where=folder.where(name.tar),
             action="run again; committed work is kept",
         )
@@ -139,7 +139,7 @@ def commit_shard(
 
 @contextmanager
 def naming_repair(where: str) -> Iterator[None]:
-    """Let a CorruptError of the block say which file of the set it is, and name `--repair`."""
+    """Make a CorruptError of the block name the damaged file of the set, and `--repair`."""
     try:
         yield
     except CorruptError as error:

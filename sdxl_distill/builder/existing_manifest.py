@@ -1,7 +1,7 @@
-"""The manifest that is in a set's folder, and whether the files that it names are there.
+"""The manifest in a set's folder, and whether the files that it names exist.
 
 Workers that wait for the finisher ask every second, and a manifest of 10⁵ shards takes a second
-to parse: it is parsed again only when it is another file.
+to parse: it is parsed again only when the file has changed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExistingManifest:
     def read(self) -> Manifest | None:
         """Return the manifest; None when there is none, or a damaged one.
 
-        A damaged one counts as none, since the indices tell all that it should say.
+        A damaged one counts as none, since all that it should say follows from the indices.
 
         Raises:
             CorruptError: when it is not a regular file, or absurdly large; names `--repair`.
@@ -53,7 +53,7 @@ class ExistingManifest:
         self._version = self._manifest = None
         with suppress(FileNotFoundError), naming_repair(where):
             self._manifest = parse_manifest(self._folder.manifest_bytes(), where)
-            # Taken before the content was: a newer file is read once more, never an older one.
+            # Taken before the content: a newer file may be read twice, but none is missed.
             self._version = version
         return self._manifest
 
@@ -66,21 +66,23 @@ def parse_manifest(content: bytes, where: str) -> Manifest | None:
 
 
 def require_files(directory: Directory, manifest: Manifest) -> None:
-    """Check by names and sizes that the committed shards of a complete set are still there.
+    """Check by names and sizes that the committed shards of a complete set still exist.
 
-    What costs no reading; `verify-shards` and readers find the rest. A shard without an index is
-    none of those: it is built, or its tar adopted.
+    This reads no content; `verify-shards` and readers find the rest. A shard without an index is
+    not committed: it is built, or its tar adopted.
 
     Raises:
-        CorruptError: naming the first shard that is not there or was cut, how many there are, and
-            `--repair`.
+        CorruptError: naming the first file that is missing or has another size, the number of
+            others, and `--repair`.
         StorageError: when the operating system refuses, or the set was withdrawn meanwhile.
     """
+    # Names first: a listing tells most, and which shards are committed.
     identity, names = manifest.identity, directory.names()
     wrong: list[tuple[str, str]] = []
     if identity.kind == "text" and EMPTY_RECORD_NAME not in names:
         wrong.append((EMPTY_RECORD_NAME, "is missing"))
     committed = [each for each in manifest.shards if each.name(identity.id).idx in names]
+    # Sizes, in threads: over a network each takes a round trip.
     pieces = [
         committed[start : start + _ENTRIES_AT_ONCE]
         for start in range(0, len(committed), _ENTRIES_AT_ONCE)
@@ -96,7 +98,7 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
         name, what = wrong[0]
         others = f"; {len(wrong) - 1} other files are missing or changed" if len(wrong) > 1 else ""
         raise CorruptError(
-            f"the set was complete, but a file of it {what}{others}",
+            f"the set was complete, but one of its files {what}{others}",
             expected="the files that the manifest names",
             where=directory.where(name),
             action=REPAIR,
@@ -106,7 +108,7 @@ def require_files(directory: Directory, manifest: Manifest) -> None:
 def _wrong_files(
     directory: Directory, identity: SetIdentity, entries: Sequence[ShardEntry]
 ) -> Iterator[tuple[str, str]]:
-    headers: dict[tuple[int, int], RecordHeader] = {}  # of one size, whatever the source
+    headers: dict[tuple[int, int], RecordHeader] = {}  # one for each bucket, whatever the source
     for entry in entries:
         name, bucket = entry.name(identity.id), entry[:2]
         if bucket not in headers:

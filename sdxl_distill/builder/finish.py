@@ -1,8 +1,8 @@
 """Finishing a set: when all shards are committed, one worker writes the manifest.
 
 The manifest is a function of set identity, catalog and indices, so two finishers of a catalog
-write the same bytes; the claim on it only saves reading every index twice. It is replaced only
-by that of a later catalog.
+write the same bytes; the claim on it only saves reading every index twice. Only the manifest of a
+later catalog replaces it.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ FINISH = "finish"
 _NUM_THREADS = 8
 
 Describe = Callable[[Directory, SetIdentity, Iterable[ShardIndex]], Manifest]
-"""Makes the manifest from the folder, the set identity there and all indices in order."""
+"""Makes the manifest from the folder, its set identity and all indices in order."""
 
 Sources = dict[ShardName, str | None]
-"""Of each shard its source, as `PlannedShard.source_sha256`."""
+"""The source of each shard, as `PlannedShard.source_sha256`."""
 
 
 def finish_set(
     build: SetBuild, existing: ExistingManifest, catalog: int, describe: Describe
 ) -> Manifest:
-    """Return the manifest of a set whose shards are all committed; write it if need be.
+    """Return the manifest of a set whose shards are all committed; write it if necessary.
 
-    While another worker writes it, wait for that one, or for its death.
+    While another worker writes it, wait until that worker is done or dead.
 
     Args:
         build: this worker's part; its shards are all those of catalog `catalog`.
         existing: the manifest in the set's folder.
         catalog: the number of the catalog; a manifest of a greater one is left alone.
-        describe: makes the manifest.
+        describe: the function that makes the manifest.
 
     Raises:
-        CorruptError: when an index or tar is missing, damaged, or of another set.
-        IncompatibleError: when a shard was made from another latents shard than today's.
+        CorruptError: when an index or tar is missing, damaged, or belongs to another set.
+        IncompatibleError: when a shard was made from a latents shard other than today's.
         StorageError, Preempted: as `build_shards`.
     """
     directory, identity, queue = build.directory, build.identity, build.queue
@@ -81,7 +81,7 @@ def finish_set(
 def _put(directory: Directory, manifest: Manifest) -> None:
     """Write the manifest; what it replaced is put back when it is that of a later catalog.
 
-    A finisher that slept before this moment may find the set grown and finished by another.
+    A finisher that slept until now may find the set grown and finished by another worker.
     """
     newest = manifest
     while True:
@@ -116,7 +116,7 @@ def _sources(manifest: Manifest) -> Sources:
 
 
 def _indices(build: SetBuild) -> Iterator[ShardIndex]:
-    """Yield the index of each shard; threads read ahead, since most of it is waiting for a disk."""
+    """Yield the index of each shard; threads read ahead, since most of the time is disk latency."""
     check = partial(_index, build.folder, build.identity)
     for index in ordered_map(check, build.shards, _NUM_THREADS, "finish"):
         yield index
@@ -135,18 +135,18 @@ def _checked_index(
     try:
         index, num_bytes = folder.index(name), folder.tar(name).num_bytes
     except FileNotFoundError as error:
-        raise CorruptError("the index or its tar, once committed, is missing") from error
+        raise CorruptError("the index or the tar of a committed shard is missing") from error
     if index.header.source_sha256 != expected.source_sha256:
         raise IncompatibleError(
-            "the shard was planned for other images than those of the catalog today"
+            "the shard was planned for other images than those in today's catalog"
             if identity.kind == "latents"
-            else "the shard was made from another latents shard than the one there today",
+            else "the shard was made from another latents shard than today's",
             where=folder.where(name.idx),
             action=REPAIR,
         )
     if index.header.content != expected.content or num_bytes != index.tar_bytes:
         raise CorruptError(
-            f"an index of another set, or of a tar of {index.tar_bytes} bytes",
+            f"the index belongs to another set, or to a tar of {index.tar_bytes} bytes",
             expected=f"an index of set {identity.id} and its tar of {num_bytes} bytes",
         )
     return index

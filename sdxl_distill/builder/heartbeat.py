@@ -1,4 +1,4 @@
-"""Signs of life: every worker keeps one file, by which any other can tell the dead from the living.
+"""Signs of life: every worker keeps one file that shows all others whether it is alive.
 
 The file names the process and counts the records it finished; a worker that hangs stops
 counting. No clock is compared between machines: an observer measures, on its own monotonic
@@ -31,13 +31,13 @@ class Timing:
     """How often workers show life, and how long others wait before they act."""
 
     heartbeat_seconds: float = BEAT_SECONDS
-    """Between two heartbeats of one worker."""
+    """The interval between two heartbeats of one worker."""
     expiry_seconds: float = EXPIRY_SECONDS
-    """A heartbeat that did not change for so long belongs to a dead or hung worker."""
+    """A heartbeat that did not change for this long belongs to a dead or hung worker."""
     straggler_factor: float = 3.0
     """An idle worker takes over what is held longer than this many median shards."""
     poll_seconds: float = 1.0
-    """Between two looks of an idle worker at what the others still hold."""
+    """The interval at which an idle worker looks at what the others still hold."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Beat:
 
     identity: ProcessIdentity
     num_records: int = 0
-    """Records finished since the worker started: what must move."""
+    """Records finished since the worker started: the number that must grow."""
     num_pending: int = 0
     """Those of them in shards that are not committed yet."""
 
@@ -72,7 +72,7 @@ class Heartbeat:
 
     Args:
         workers: the directory of heartbeats; its token is the worker's name.
-        timing: how often to write.
+        timing: the interval between two writes.
     """
 
     def __init__(self, workers: Directory, timing: Timing) -> None:
@@ -132,7 +132,7 @@ class Heartbeat:
     def _write(self) -> None:
         """Rewrite the file in place: over NFS others see it at their next open.
 
-        It is published whole at first, and again when one who took this worker for dead, while
+        It is published whole at first, and again if a worker that took this one for dead, while
         it slept, removed it: an empty heartbeat would name no process.
         """
         token, content = self._workers.token, self.beat.to_bytes()
@@ -145,8 +145,8 @@ class Observer:
 
     Args:
         workers: the directory of heartbeats.
-        timing: the intervals, and how long an unchanged heartbeat means life.
-        clock: seconds, never going back; replaced in tests.
+        timing: the intervals, and the time for which an unchanged heartbeat counts as alive.
+        clock: the time in seconds, which never goes back; replaced in tests.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class Observer:
     def is_dead(self, token: str) -> bool:
         """Look at one worker. True: it left, was killed, or finished nothing for too long.
 
-        A worker has a heartbeat before it has anything else, and gives that up last. One look
-        counts for at most two intervals: an observer that slept itself must not take the
-        others' silence, which it did not watch, for their death.
+        A worker has a heartbeat before it has anything else, and removes it last. One look
+        counts for at most two intervals: an observer that slept must not take a silence that it
+        did not watch for the others' death.
         """
         try:
             content = self._workers.read(token, HEARTBEAT_BYTES)

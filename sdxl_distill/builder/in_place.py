@@ -25,7 +25,7 @@ def require_in_place(directory: Directory) -> None:
         raise StorageError(
             "the set was withdrawn or moved while it was being built",
             where=directory.where(),
-            action="run again to go on with the set that is there now",
+            action="run again to continue with the set that is in its place now",
         )
 
 
@@ -39,14 +39,14 @@ def until_not_swept(directory: Directory, work: Callable[[], T]) -> T:
         work: the function to call.
 
     Raises:
-        StorageError: when the set itself is gone, whatever else `work` raises, and the last loss
-            of very many.
+        StorageError: when the set itself is gone, or the staged file was swept at every attempt;
+            also whatever `work` raises.
     """
     for _ in range(_NUM_ATTEMPTS):
         with suppress(LostDirectoryError):
             return work()
         require_in_place(_outermost(directory))
-        with suppress(LostDirectoryError):  # removed once more meanwhile: the next attempt sees it
+        with suppress(LostDirectoryError):  # removed again meanwhile: the next attempt sees it
             directory.make_again()
     return work()
 

@@ -1,7 +1,7 @@
-"""What one launch has to agree on: rank 0 decides, the others are told.
+"""What one launch has to agree on: rank 0 decides and tells the others.
 
-Decisions go through the launcher's key-value store. No process group is made: an idle one dies
-of its time-out while a rank caches for hours. A plain `python` decides for itself.
+Decisions go through the launcher's key-value store. No process group is made: an idle one
+would time out while a rank caches for hours. A single process decides for itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Launch:
     Args:
         world: this process among them.
         environment: the variables of the process; replaced in tests.
-        timeout: how long to wait for rank 0, which may scan millions of images.
+        timeout: the longest wait for rank 0, which may scan millions of images.
         poll_seconds: the pause between two looks; a signal is noticed in between.
     """
 
@@ -78,9 +78,9 @@ class Launch:
 
         Args:
             name: the decision's name; each is taken once per launch.
-            decision: takes it, on rank 0.
-            encode: turns it into a JSON value, which the other ranks are told.
-            decode: turns that value into the decision again, on the other ranks.
+            decision: the function that takes it, on rank 0.
+            encode: the function that turns it into a JSON value, which the other ranks are sent.
+            decode: the function that turns that value back into the decision, on the other ranks.
 
         Raises:
             DistillError: on every rank, when rank 0's decision raised it.
@@ -121,7 +121,7 @@ class Launch:
             while not self._store.check([key]):
                 if time.monotonic() > deadline:
                     raise StorageError(
-                        f"no decision of rank 0 within {self._timeout}",
+                        f"no decision from rank 0 within {self._timeout}",
                         where=f"launch, {key}",
                         action="look at the log of rank 0, then launch again",
                     )
@@ -137,18 +137,18 @@ class Launch:
 
 
 def refuse_in_job_array(launch: Launch, where: str) -> None:
-    """Refuse to replace or repair a set in a job array: its tasks would set each other's aside.
+    """Refuse to replace or repair a set in a job array: its tasks would undo each other's work.
 
     Raises:
         ConfigError: in a job array.
     """
     if launch.is_one_of_many:
         raise ConfigError(
-            "a job array is to replace or repair a set, but its tasks cannot agree who does it",
+            "the tasks of a job array cannot agree which of them replaces or repairs a set",
             expected="one launch that does so before the array starts",
             where=where,
             action="run the builder once with --withdraw-only (build_latents: --rebuild) or "
-            "--repair, then submit the array without",
+            "--repair, then submit the array without that option",
         )
 
 
@@ -163,7 +163,7 @@ def require_one_worker(world: World, exclusive: bool, where: str) -> None:
             f"cache.exclusive promises a single worker, and this launch has {world.size}",
             expected="one process",
             where=where,
-            action="start one, or remove the key where the file system has hard links",
+            action="start one process, or remove the key if the file system has hard links",
         )
 
 

@@ -99,11 +99,11 @@ def run_pipeline(
     """Run `write(map(compute, read()))` with `compute` here and the others in threads.
 
     Args:
-        read: yields what to compute; runs in the reading thread.
-        compute: runs in the calling thread, in the order of reading.
-        write: takes the results in the same order; runs in the writing thread.
+        read: the first stage, which yields what to compute; runs in the reading thread.
+        compute: the second stage; runs in the calling thread, in the order of reading.
+        write: the last stage, which takes the results in order; runs in the writing thread.
         on_failure: called once when a stage fails, to end what `read` may be waiting for.
-        depth: how many values may wait in front of `compute`, and in front of `write`.
+        depth: the number of values that may wait for `compute`, and for `write`.
 
     Raises:
         BaseException: the first error of any stage, after all stages have ended.

@@ -19,7 +19,7 @@ class PlannedShard:
 
     Attributes:
         name: the shard's name.
-        num_records: the number of records that it will hold, at most; for progress.
+        num_records: the number of records that it will hold at most; for the progress bar.
         source_sha256: the digest of the latents shard that it is made from; in a latents set the
             digest of the ids that the catalog planned for it, None where an earlier version
             built it.

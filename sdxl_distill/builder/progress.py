@@ -1,4 +1,4 @@
-"""How far a set is, over the workers of all launches: committed shards plus heartbeats."""
+"""The progress of a set, over the workers of all launches: committed shards plus heartbeats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shown_progress(
 
     Args:
         directory: the set's folder.
-        queue: its heartbeats tell of records in shards that are not committed yet.
+        queue: the claims on the set; its heartbeats count records of uncommitted shards.
         num_records: the records of each shard, by name without suffix; their sum is the total.
     """
     interval = _TERMINAL_SECONDS if sys.stderr.isatty() else _LOG_SECONDS

@@ -1,8 +1,8 @@
-"""Repairing a set: every good shard goes into a folder next to it, then that one takes its place.
+"""Repairing a set: every good shard goes into a folder next to it, which then takes its place.
 
-By link, or as a copy where a link is refused: by the file system, or because another user built
-the shard. Only when all of them are there is the set renamed aside: what fails before costs
-nothing. A set in which nothing is damaged stays where it is.
+Shards are linked; they are copied where the file system refuses a link or another user built the
+shard. The set is renamed aside only when all of them are in the new folder, so a failure before
+that costs nothing. A set without damage stays where it is.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class RepairSummary:
     """What a repair found.
 
     Attributes:
-        num_kept: shards that are good and committed.
-        num_missing: shards that the next build makes.
-        damage: what was in the way, each with the reason; empty when the set stayed as it was.
+        num_kept: the number of shards that are good and committed.
+        num_missing: the number of shards that the next build makes.
+        damage: what was damaged or missing, with reasons; empty when the set stayed as it was.
         folders: the folders that keep the set as it was; for the user to look at and remove.
     """
 
@@ -81,16 +81,16 @@ def repair_set(
 
     Args:
         location: the folder of the set; need not exist.
-        identity: what the set is to be; a damaged `set.json` is replaced by it.
+        identity: the identity that the set should have; it replaces a damaged `set.json`.
         shards: all shards of the set.
-        accepts: whether a tar holds the keys of its shard.
-        exclusive: `cache.exclusive`.
+        accepts: the function that says whether a tar holds the keys of its shard.
+        exclusive: the value of `cache.exclusive`.
 
     Raises:
-        ConfigError: when folders lie in it that are not the set's; nothing was touched.
-        IncompatibleError: when the set there is another one; nothing was touched.
-        StorageError: when the good shards cannot be brought back, for which the set stays where
-            it is, or the folder cannot be renamed.
+        ConfigError: when it contains folders that are not the set's; nothing was touched.
+        IncompatibleError: when the folder holds another set; nothing was touched.
+        StorageError: when the good shards cannot be brought back (then the set stays where it
+            is), or the folder cannot be renamed.
     """
     location = location.real()
     for left in location.siblings(_prefix(location)):  # by a repair that was killed
@@ -98,7 +98,7 @@ def repair_set(
     with suppress(FileNotFoundError, CorruptError):
         folder = SetFolder(location.look())
         identity.require_same(folder.identity(), folder.where(SET_IDENTITY_NAME))
-    # What an unfinished repair has aside, and what is there now, which comes first.
+    # Examine what an unfinished repair set aside, and the present set, which comes first.
     examinations = [
         examine(each, identity, shards, accepts) for each in folders_to_repair_from(location)
     ]
@@ -127,7 +127,7 @@ def repair_set(
 
 
 def num_existing_draws(location: Location, set_id: str) -> int:
-    """Return how many draws the files of a set are of: all are to be kept, wanted now or not."""
+    """Return the number of draws that a set has files of: all are kept, wanted now or not."""
     names: set[ShardName] = set()
     for folder in (location.real(), *folders_to_repair_from(location)):
         if folder.is_folder():
@@ -137,9 +137,9 @@ def num_existing_draws(location: Location, set_id: str) -> int:
 
 
 def restore_catalog(location: Location, *, exclusive: bool = False) -> None:
-    """Bring the catalog of a latents set back, when a repair was interrupted before it did so.
+    """Bring the catalog of a latents set back if a repair was interrupted before doing so.
 
-    The catalog says which image is in which shard: a scan must go on with that one.
+    The catalog says which image is in which shard: a scan must continue that one.
     """
     location = location.real()
     for folder in folders_to_repair_from(location):
@@ -149,7 +149,7 @@ def restore_catalog(location: Location, *, exclusive: bool = False) -> None:
 
 @contextmanager
 def _folder_next_to(location: Location) -> Iterator[Location]:
-    """Give a new folder next to a set; it goes in the end, unless it was renamed."""
+    """Yield a new folder next to a set; it is removed at the end, unless it was renamed."""
     restored = location.renamed(f"{_prefix(location)}{new_token()}")
     try:
         yield restored
@@ -196,7 +196,7 @@ def _commit(
 ) -> None:
     name, directory, header = shard.name, target.folder, shard_header(identity, shard)
     if not directory.link_from(source.folder, name.tar):
-        # A copy, or a tar built again since the repair began: the index of what is there counts.
+        # A copy, or a tar built again since the repair began: its own index counts.
         directory.copy_from(source.folder, name.tar)
         adopt_shard(target, name, header, accepts)
         return
@@ -220,14 +220,14 @@ def _bring_back_catalog(location: Location, directory: Directory) -> None:
 
 def _report(location: Location, summary: RepairSummary) -> None:
     if not summary.folders:
-        _log.info("%s: none of the %d shards there is damaged", location, summary.num_kept)
+        _log.info("%s: none of the %d existing shards is damaged", location, summary.num_kept)
         return
     for fault in summary.damage[:_NUM_NAMED]:
         _log.warning("%s: damaged: %s", location, fault)
     if len(summary.damage) > _NUM_NAMED:
         _log.warning("%s: … and %d more", location, len(summary.damage) - _NUM_NAMED)
     _log.info(
-        "%s: %d shards are good, %d will be built again; the set as it was stays in %s",
+        "%s: %d shards are good, %d will be built again; the set as it was is kept in %s",
         location,
         summary.num_kept,
         summary.num_missing,
@@ -242,8 +242,8 @@ class Examination:
     Attributes:
         location: the folder.
         good: the names of the good shards.
-        damage: the faults in the way of a build, each with the reason. A shard of which nothing
-            is there is none, unless the manifest says that the set was complete.
+        damage: the faults in the way of a build, each with the reason. A shard without any file
+            is not a fault, unless the manifest says that the set was complete.
     """
 
     location: Location
@@ -256,8 +256,8 @@ def examine(
 ) -> Examination:
     """Read every shard of a set, strictly and from start to end, and what describes them.
 
-    Good is a tar that belongs to this set and source, and whose index, if there is one, is that
-    of its bytes.
+    A shard is good if its tar belongs to this set and source, and its index, if there is one, is
+    that of the tar's bytes.
 
     Raises:
         IncompatibleError: when a newer version wrote the set.
@@ -287,9 +287,9 @@ def examine(
 def _index_digest(
     folder: SetFolder[Directory], identity: SetIdentity, shard: PlannedShard, accepts: Accepts
 ) -> str | None:
-    """Return the digest of a good shard's index; None when nothing of the shard is there."""
+    """Return the digest of a good shard's index; None when the shard has no file."""
     name = shard.name
-    has_index = folder.folder.exists(name.idx)  # before the tar, which is always there first
+    has_index = folder.folder.exists(name.idx)  # asked before the tar, which always comes first
     index = unless_absent(partial(folder.index_of_tar, name, shard_header(identity, shard)))
     if index is None:
         if has_index:
@@ -299,7 +299,7 @@ def _index_digest(
     if stored is not None and stored != index.to_bytes():
         raise CorruptError("tar and index do not agree")
     if not accepts(index):
-        raise CorruptError("has other keys")
+        raise CorruptError("its keys are not those of this shard")
     return index.digest
 
 
@@ -327,13 +327,13 @@ def _damage_next_to_shards(
     for entry in manifest.shards if manifest else ():
         name = entry.name(identity.id)
         if digests.get(name, entry.index_digest) != entry.index_digest:
-            yield f"{name}: is missing, or another one than the manifest names"
+            yield f"{name}: is missing, or is not the one that the manifest names"
     if identity.kind == "text" and not _is_empty_record_good(folder, manifest):
         yield f"{EMPTY_RECORD_NAME}: is not the one that the manifest names"
 
 
 def _is_empty_record_good(folder: SetFolder[Directory], manifest: Manifest | None) -> bool:
-    """Whether the manifest vouches for the empty caption's record, or neither is there."""
+    """Whether the manifest vouches for the empty caption's record, or neither exists."""
     try:
         content = unless_absent(folder.empty_record)
     except CorruptError:

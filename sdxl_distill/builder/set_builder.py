@@ -60,27 +60,26 @@ def build_set(
 ) -> BuiltSet:
     """Build what is missing of a set, next to any other workers, and return when it is complete.
 
-    Call it from the main thread: SIGTERM and SIGUSR1 are listened to.
+    Call it from the main thread: it listens for SIGTERM and SIGUSR1.
 
     Args:
         location: the folder of the set; made when it does not exist.
         identity: the identity of the set.
         shards: all shards of catalog `catalog`, the same list for every worker.
-        make_content: loads what builds them; called after the set identity was accepted, and
-            only when a shard is missing.
-        describe: makes the manifest.
+        make_content: the function that loads what builds them; called after the set identity was
+            accepted, and only if a shard is missing.
+        describe: the function that makes the manifest.
         world: this worker among those of its launch.
-        catalog: number n of the catalog.
-        exclusive: `cache.exclusive`.
-        timing: heartbeats, expiry and take-over.
+        catalog: the catalog's number n.
+        exclusive: the value of `cache.exclusive`.
+        timing: the times of heartbeats, expiry and take-over.
 
     Raises:
         ConfigError: when `exclusive` is promised to a launch of several workers.
         IncompatibleError: when another configuration owns the folder; nothing was loaded.
-        CorruptError: when something there is damaged, foreign, or missing though the set was
-            complete; names `--repair`.
+        CorruptError: when a file is damaged, foreign or lost; names `--repair`.
         StorageError: when the disk is full or refuses; committed work is kept.
-        Preempted: after a signal; own claims and temporary files are gone.
+        Preempted: after a signal; this worker's claims and temporary files are removed.
     """
     require_one_worker(world, exclusive, str(location))
     # Resolved once: where the folder is a symbolic link, a withdrawal renames what it points to.
@@ -92,12 +91,14 @@ def build_set(
         folder = SetFolder(directory)
         identity = publish_set_identity(folder, identity)
         build = SetBuild(folder, queue, identity, shards, stop)
+        # Rank 0 sweeps what dead workers left, and refuses a complete set that lost files.
         if world.is_main:
             queue.sweep_temporaries()
         existing = ExistingManifest(folder)
         found = existing.read() if world.is_main else None
         if found is not None and found.identity == identity:
             require_files(directory, found)
+        # The model is loaded only if a shard is missing.
         names = directory.names()
         summary = BuildSummary(len(shards), num_present=sum(s.name.idx in names for s in shards))
         if summary.num_present < len(shards):
@@ -149,44 +150,44 @@ class BuildSummary:
     """What one worker did for a set."""
 
     num_shards: int = 0
-    """That the set has."""
+    """Shards that the set has."""
     num_present: int = 0
-    """That were committed before this worker started."""
+    """Shards that were committed before this worker started."""
     num_built: int = 0
-    """That this worker built and committed."""
+    """Shards that this worker built and committed."""
     num_records: int = 0
-    """In the shards that this worker built, duplicates included."""
+    """Records in the shards that this worker built, duplicates included."""
     num_adopted: int = 0
-    """Tars that a dead worker left without index, committed as they were."""
+    """Tars that a dead worker left without an index, committed as they were."""
     num_taken_over: int = 0
     """Claims taken over from dead or slow workers."""
     num_duplicates: int = 0
     """Shards that another worker had committed first."""
     num_differing_duplicates: int = 0
-    """Those of them with other bytes: another kind of GPU, or other library versions."""
+    """Duplicates with other bytes: from another kind of GPU, or other library versions."""
     num_dropped: int = 0
     """Shards given up because what was staged had been removed."""
     seconds: float = 0.0
 
     @property
     def records_per_second(self) -> float:
-        """Rate of this worker."""
+        """The rate of this worker."""
         return self.num_records / self.seconds if self.seconds else 0.0
 
 
 def build_shards(
     build: SetBuild, content: ShardContent[Batch, Result], world: World
 ) -> BuildSummary:
-    """Build what is missing, together with all other workers; end when all is committed.
+    """Build what is missing, together with all other workers, until everything is committed.
 
     Args:
-        build: this worker's part; the set's `set.json` is there.
-        content: what is in the shards.
+        build: this worker's part; the set's `set.json` exists already.
+        content: the content of the shards.
         world: this worker among those of its launch; rank 0 shows the progress of all.
 
     Raises:
-        Preempted: when asked to stop; own claims and temporary files are gone.
-        CorruptError: when a tar without index is damaged or of another set.
+        Preempted: when asked to stop; this worker's claims and temporary files are removed.
+        CorruptError: when a tar without an index is damaged or belongs to another set.
         StorageError: when the disk is full or refuses, or the set was withdrawn.
         BaseException: whatever `content` raises; nothing of the shard is committed then.
     """
@@ -271,7 +272,7 @@ class _ShardWorker(Generic[Batch, Result]):
             committed = True
             self._count(num_records, index, published)
         except LostDirectoryError:
-            # Another worker took this one for dead while it slept, and cleaned up behind it. The
+            # Another worker took this one for dead while it slept, and cleaned up after it. The
             # queue offers the shard again, unless another worker has built it meanwhile.
             self._summary.num_dropped += 1
             for _ in results:
@@ -305,7 +306,7 @@ class _ShardWorker(Generic[Batch, Result]):
 def _until_end(
     first: Result | _End, steps: Iterator[tuple[_Claimed, Result | _End]]
 ) -> Iterator[Result]:
-    """Yield the results of one shard and take its end from the stream, but nothing more."""
+    """Yield the results of one shard; take its end from the stream too, but nothing more."""
     result = first
     while not isinstance(result, _End):
         yield result

@@ -1,6 +1,6 @@
 """Replacing a whole set: it is renamed aside, and what follows is an ordinary build.
 
-A worker that slept through this still holds the old folder by handle and writes there. The
+A worker that slept through this still holds the old folder by handle and writes into it. The
 folder aside marks an unfinished withdrawal while the new set has no manifest; the finisher
 removes it. Rejected: deleting shards in place, which frees names for workers that slept.
 """
@@ -33,8 +33,8 @@ def withdraw_for_rebuild(launch: Launch, location: Location) -> None:
     or restarted launch keeps what it built.
 
     Raises:
-        ConfigError: in a job array, unless the set was withdrawn before; when folders lie in it
-            that are not the set's.
+        ConfigError: in a job array, unless the set was withdrawn before; when it contains
+            folders that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
 
@@ -48,7 +48,7 @@ def withdraw_for_rebuild(launch: Launch, location: Location) -> None:
 
 
 def is_withdrawn(location: Location) -> bool:
-    """Whether the set was renamed aside to be rebuilt and its new manifest is not there yet."""
+    """Whether the set was renamed aside to be rebuilt and has no new manifest yet."""
     aside = any(not each.name.endswith((_REPAIRING, _REPAIRED)) for each in folders_aside(location))
     return aside and not (location / MANIFEST_NAME).exists()
 
@@ -56,10 +56,10 @@ def is_withdrawn(location: Location) -> bool:
 def withdraw_set(location: Location, *, for_repair: bool = False) -> Location:
     """Rename a set aside in one step and return where it is now.
 
-    Where there is no set, an empty folder aside marks that the set is being built again.
+    Without a set, an empty folder is put aside: it marks that the set is being built again.
 
     Raises:
-        ConfigError: when folders lie in it that are not the set's.
+        ConfigError: when it contains folders that are not the set's.
         StorageError: when the folder cannot be renamed.
     """
     location = location.real()
@@ -73,16 +73,16 @@ def withdraw_set(location: Location, *, for_repair: bool = False) -> Location:
 
 
 def require_own_folders(location: Location) -> None:
-    """Check that nothing else would go aside with a set: predictions, images, other work.
+    """Check that nothing else would be moved away with a set: predictions, images, other work.
 
     Raises:
-        ConfigError: naming a folder in it that no builder of sets makes there.
+        ConfigError: naming a folder in it that no builder of sets makes.
         StorageError: when it cannot be listed.
     """
     foreign = [name for name in location.folders() if name not in _OWN_FOLDERS]
     if foreign:
         raise ConfigError(
-            f"the folder {foreign[0]!r} lies in the set's folder and would go aside with it",
+            f"the folder {foreign[0]!r} lies in the set's folder and would be moved away with it",
             expected="nothing but the set in its folder",
             where=str(location),
             action="move it elsewhere, and change the configuration if it names it",
@@ -106,7 +106,7 @@ def kept_after_repair(aside: Location) -> Location:
 
 
 def discard_withdrawn(location: Location, set_id: str) -> None:
-    """Remove what was withdrawn, once the new set is complete; a repair's folder stays.
+    """Remove what was withdrawn, once the new set is complete; keep a repair's folder.
 
     Only files that a builder of set `set_id` writes are removed: others belong to the user.
     """

@@ -58,16 +58,16 @@ class Claim:
 class WorkQueue:
     """The claims on one shard set, seen by one worker.
 
-    A unit is committed when its index is there. Claims may also be taken on other work of the
+    A unit is committed when its index exists. Claims may also be taken on other work of the
     set, such as the scan or the finish, by `claim` and `release`.
 
     Args:
         directory: the set, opened before it was looked at; its token is the worker's name.
-        timing: heartbeats, expiry and take-over.
-        clock: seconds, never going back; replaced in tests.
+        timing: the times of heartbeats, expiry and take-over.
+        clock: the time in seconds, which never goes back; replaced in tests.
 
     Raises:
-        StorageError: when the folder cannot be written, or cannot make a name at most once.
+        StorageError: when the folder cannot be written, or cannot create a name at most once.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class WorkQueue:
             self._build = opened.enter_context(directory.folder(BUILD_FOLDER))
             self._claims = opened.enter_context(self._build.folder("claims"))
             self._workers = opened.enter_context(self._build.folder("workers"))
-            # First of all, so that no temporary file is ever without an owner to ask about.
+            # First of all, so that every temporary file has an owner that can be looked up.
             self.heartbeat = opened.enter_context(Heartbeat(self._workers, self.timing))
             self._opened = opened.pop_all()
         self.observer = Observer(self._workers, self.timing, clock)
@@ -95,7 +95,7 @@ class WorkQueue:
         self._changed = threading.Event()
 
     def is_committed(self, unit: str) -> bool:
-        """Look whether the index of a shard is there."""
+        """Whether the index of a shard exists."""
         return self._directory.exists(f"{unit}{INDEX_SUFFIX}")
 
     def claim_units(
@@ -107,13 +107,13 @@ class WorkQueue:
         """Yield a claim on one shard after the other until all are committed.
 
         The worker's own stride comes first, so that the workers of a launch seldom meet; then
-        whatever is left or was held by the dead; at last what is held for too long. Waits while
-        others hold the rest. Release each claim when its shard is committed.
+        whatever is left or was held by dead workers; last, what has been held for too long. Waits
+        while others hold the rest. Release each claim when its shard is committed.
 
         Args:
-            units: names of the shards without suffix, the same list for every worker.
-            world: says which stride is this worker's own.
-            stop_requested: ends the walk when it becomes true, also while it waits.
+            units: the shards' names without suffix, the same list for every worker.
+            world: this worker among those of its launch, which tells its own stride.
+            stop_requested: the function that ends the walk, even a waiting one, by returning True.
 
         Raises:
             StorageError: when the set was withdrawn, or its folder cannot be written.
@@ -128,11 +128,11 @@ class WorkQueue:
                 self._changed.clear()
 
     def claim(self, unit: str) -> Claim | None:
-        """Claim a unit that is free or whose holder is dead; None when a living one has it."""
+        """Claim a unit that is free or whose holder is dead; None when a living worker has it."""
         return self._claim(unit, self._holders().get(unit))
 
     def release(self, claim: Claim, *, committed: bool) -> None:
-        """Give a claim back; when its unit was committed, its duration is one to compare with."""
+        """Give a claim back; if its unit was committed, others are compared with its duration."""
         with self._lock:
             started = self._own.pop(claim)
             if committed:
@@ -151,7 +151,7 @@ class WorkQueue:
                         folder.remove(name)
 
     def sweep(self) -> None:
-        """Remove all that dead workers left, once every unit is committed.
+        """Remove everything that dead workers left, once every unit is committed.
 
         Not before: the highest attempt at a unit must not vanish while it counts, and a
         heartbeat tells others at once that the holder of a claim is dead.
@@ -166,7 +166,7 @@ class WorkQueue:
                 self._workers.remove(token)
 
     def close(self) -> None:
-        """Give back every claim, then the heartbeat: nothing of this worker is left."""
+        """Give back every claim, then remove the heartbeat: nothing of this worker is left."""
         with self._opened:
             for claim in list(self._own):
                 self.release(claim, committed=False)
@@ -204,7 +204,7 @@ class WorkQueue:
             claim = self._claim(unit, holders.get(unit))
             if claim is None:
                 continue
-            # Look again: its former holder may have committed it before it let go.
+            # Look again: its former holder may have committed it before letting go.
             if self.is_committed(unit):
                 self.release(claim, committed=False)
                 continue
@@ -223,7 +223,7 @@ class WorkQueue:
         return None
 
     def _claim_straggler(self, remaining: Sequence[str]) -> Claim | None:
-        """Take over the claim that is held longest, if too long: idle hands cost nothing."""
+        """Take over the claim held longest, if too long: an idle worker loses nothing by trying."""
         with self._lock:
             if not self._durations:
                 return None
@@ -257,7 +257,7 @@ class WorkQueue:
         return holders
 
     def _existing_claims(self) -> Iterator[Claim]:
-        """Yield every claim that is there."""
+        """Yield every existing claim."""
         for name in until_not_swept(self._claims, self._claims.names):
             if claim := Claim.parse(name):
                 yield claim

@@ -53,11 +53,11 @@ class LooseRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class LooseFolder:
-    """What lies in a loose folder, by name alone.
+    """The content of a loose folder, by names alone.
 
     Attributes:
-        records: sorted.
-        sidecars: names of the `.json` files that lie next to a record.
+        records: the records, sorted.
+        sidecars: the names of the `.json` files that belong to a record.
         strangers: every other name, sorted; those with a leading dot are left out.
     """
 
@@ -82,7 +82,7 @@ class LooseFolder:
 
     @property
     def num_draws(self) -> int:
-        """One more than the last draw that a record is of."""
+        """One more than the highest draw of any record."""
         return 1 + max((record.draw for record in self.records), default=0)
 
 
@@ -100,17 +100,17 @@ def open_new_folder(location: Location) -> Directory:
     """Make a folder to be filled, or open an empty one.
 
     Raises:
-        ConfigError: when something is in it: nothing is ever overwritten.
+        ConfigError: when it is not empty: nothing is ever overwritten.
         StorageError: when it cannot be made.
     """
-    # Nothing was in it, so one process fills it alone: this suits any file system.
+    # It must be empty, so one process fills it alone: any file system is good enough.
     directory = location.open(create=True, exclusive=True)
     num_names = len(directory.names())
     if num_names:
         directory.close()
         raise ConfigError(
             f"the folder holds {num_names} files",
-            expected="a new or an empty folder",
+            expected="a new or empty folder",
             where=str(location),
             action="choose another folder, or remove what an interrupted run left there",
         )

@@ -66,21 +66,21 @@ def pack_set(
     Args:
         path: a folder that `unpack_set` wrote; it is only read.
         output: a new or empty folder.
-        latents_path: the latents set that the records follow. For latents themselves None: the
-            catalog in the folder; without one, sorted keys are cut, and the set cannot grow.
-        records_per_shard: the number for latents that are cut again; None takes that of `set.json`.
-        on_progress: called with how many shards are done and how many there are.
+        latents_path: the latents set that the records follow. None for latents themselves, which
+            follow the folder's catalog; without one, sorted keys are cut and the set cannot grow.
+        records_per_shard: the size of shards cut without a catalog; None takes that of `set.json`.
+        on_progress: called with the number of shards that are done and the number of all.
 
     Raises:
-        ConfigError: when `set.json` or the latents set is missing, files lie there that are no
-            records, the output folder is not empty, or no reader would accept the shards.
-        IncompatibleError: when records are missing, too many, or of other sets or latents.
+        ConfigError: when `set.json` or the latents set is missing, some files are not records,
+            the output folder is not empty, or no reader would accept the shards.
+        IncompatibleError: when records are missing, too many, or from other sets or latents.
         CorruptError: when a file is damaged.
         StorageError: when the disk is full or refuses.
     """
     location, target_location = Location(path), Location(output)
     with location.open() as source:
-        # Whose files these are, and which record belongs in which shard.
+        # Find out which set this is, and which record belongs in which shard.
         identity = _read_identity(source)
         folder, before, origin = LooseFolder.of(source.names()), None, None
         _require_no_strangers(folder, identity, source)
@@ -93,7 +93,7 @@ def pack_set(
             loose, origin = read_loose_catalog(location, identity), location
             before, plans = loose.manifest, _plan_by_catalog(loose, identity)
         else:
-            plans = _plan_anew(identity, folder, records_per_shard, source)
+            plans = _plan_by_cutting(identity, folder, records_per_shard, source)
         # Everything that can be refused is refused before the first byte is written.
         if before is not None:
             _require_same_records(folder, plans, source)
@@ -158,7 +158,7 @@ def _require_no_strangers(folder: LooseFolder, identity: SetIdentity, source: Di
         strangers += sorted(folder.sidecars)
     if strangers:
         raise ConfigError(
-            f"{len(strangers)} files are no records, the first is {strangers[0]!r}",
+            f"{len(strangers)} files are not records, the first is {strangers[0]!r}",
             expected="{image_id}_{W}x{H}.safetensors, or …_d{k}.safetensors",
             where=source.where(),
             action="move them elsewhere",
@@ -166,7 +166,7 @@ def _require_no_strangers(folder: LooseFolder, identity: SetIdentity, source: Di
 
 
 def _follow(identity: SetIdentity, latents: ShardSet, output: Location) -> SetIdentity:
-    """Check that the set was made from these latents, and refer to where they lie now."""
+    """Check that the set was made from these latents, and refer to their present location."""
     found = latents.manifest.identity.fingerprint
     reference = identity.latents
     expected = identity.fingerprint if reference is None else reference.fingerprint
@@ -208,12 +208,12 @@ def _plan_by_catalog(loose: LooseCatalog, identity: SetIdentity) -> list[_Plan]:
     return plans
 
 
-def _plan_anew(
+def _plan_by_cutting(
     identity: SetIdentity, folder: LooseFolder, records_per_shard: int | None, source: Directory
 ) -> list[_Plan]:
     if identity.kind != "latents":
         raise ConfigError(
-            f"a {identity.kind} set is packed along its latents set, and none is named",
+            f"a {identity.kind} set is packed like its latents set, and none is named",
             expected="the folder of the latents set",
             where=source.where(),
             action="add --latents DIR",
@@ -256,7 +256,7 @@ def _require_same_records(folder: LooseFolder, plans: list[_Plan], source: Direc
 
 
 def _require_headers(source: Directory, plans: list[_Plan]) -> None:
-    """Look at every file's header and size before anything is written."""
+    """Check every file's header and size before anything is written."""
     foreign: Counter[str] = Counter()
     for plan in plans:
         for record in plan.records:
@@ -267,7 +267,7 @@ def _require_headers(source: Directory, plans: list[_Plan]) -> None:
         found = ", ".join(f"{count} records {fault}" for fault, count in sorted(foreign.items()))
         raise IncompatibleError(
             found,
-            expected="records of one set, made from the latents shards there today",
+            expected="records of one set, made from today's latents shards",
             where=source.where(),
             action=_UNPACK_AGAIN,
         )
@@ -290,33 +290,35 @@ def _size(source: Directory, name: str) -> int:
 
 
 def _foreign_header(source: Directory, record: LooseRecord, header: RecordHeader) -> str | None:
-    """Return whose a record is, when it is not this set's.
+    """Return what is wrong with a record that is not this set's; None when it is.
 
     Raises:
-        CorruptError: when its header is damaged, or the file is cut.
-        IncompatibleError: when it is of latents whose catalog is missing.
+        CorruptError: when its header is damaged, or the file is truncated.
+        IncompatibleError: when it belongs to latents whose catalog is missing.
     """
     where = source.where(record.file_name)
     with source.open(record.file_name) as file:
+        # Nearly always size and header are the expected ones, and nothing is parsed.
         num_bytes = file.num_bytes
         is_whole = num_bytes == header.record_bytes
         if is_whole and read_at(file, len(header.content), 0, where) == header.content:
             return None
         longest = min(num_bytes, len(header.content) + MAX_HEADER_BYTES)
         found = RecordHeader.parse(bytes(read_at(file, longest, 0, where)), where)
+    # Other bytes: the cause that the user can act on.
     if found.fingerprint != header.fingerprint:
-        return f"are of set {found.fingerprint[:12]}…"
-    if header.source_sha256 is None:  # latents that are cut again, of a set that has a catalog
+        return f"belong to set {found.fingerprint[:12]}…"
+    if header.source_sha256 is None:  # latents to be cut, from a set that had a catalog
         raise IncompatibleError(
-            "the records are of shards that a catalog planned, and the catalog is missing",
-            expected="the folder catalog next to them, as unpack-shards writes it",
+            "the records belong to shards that a catalog planned, and the catalog is missing",
+            expected="the folder `catalog` next to them, as unpack-shards writes it",
             where=source.where(),
             action="put it back, or unpack the set again",
         )
     if found.source_sha256 != header.source_sha256:
         return "were made from other latents"
     raise CorruptError(
-        f"{num_bytes} bytes, or other tensors than the set's schema says",
+        f"{num_bytes} bytes, or tensors that the set's schema does not have",
         expected=f"{header.record_bytes} bytes",
         where=where,
         action=_UNPACK_AGAIN,
@@ -363,6 +365,8 @@ def _copy_empty_record(source: Directory, target: Directory, identity: SetIdenti
     except FileNotFoundError:
         content = b""
     if not content.startswith(header.content) or len(content) != header.record_bytes:
-        raise CorruptError("is missing, cut or of another set", where=where, action=_UNPACK_AGAIN)
+        raise CorruptError(
+            "is missing, truncated or from another set", where=where, action=_UNPACK_AGAIN
+        )
     target.publish_bytes(EMPTY_RECORD_NAME, content)
     return hashlib.sha256(content).hexdigest()

@@ -1,7 +1,7 @@
 """The catalog of a latents set next to its loose files, so that packing gives the same set again.
 
-`catalog/` in a loose folder holds the segments, and in `manifest.json` what the set was: which
-shards, and which images did not decode. Without it nothing says in which shard an image was.
+`catalog/` in a loose folder holds the segments, and a `manifest.json` that says which shards the
+set had and which images did not decode. Without it nothing says which shard an image was in.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def copy_catalog(source: Location, target: Location, manifest: Manifest | None =
     """Copy the segments of a catalog, checked, and the manifest next to them if one is given.
 
     Raises:
-        CorruptError, IncompatibleError: when the catalog is damaged or not whole.
+        CorruptError, IncompatibleError: when the catalog is damaged or incomplete.
         StorageError: when the disk refuses.
     """
     with (
@@ -56,7 +56,7 @@ def read_loose_catalog(location: Location, identity: SetIdentity) -> LooseCatalo
         CorruptError: when it is damaged, or its manifest is missing.
         IncompatibleError: when catalog and manifest do not belong to this set, or together.
     """
-    action = "unpack the set again, or remove the folder catalog: images cannot be added then"
+    action = "unpack the set again, or remove the folder `catalog`; images cannot be added then"
     with (location / CATALOG_FOLDER).open() as folder:
         catalog, where = Catalog.load(folder), folder.where(MANIFEST_NAME)
         try:

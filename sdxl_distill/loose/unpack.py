@@ -38,16 +38,16 @@ def unpack_set(
 ) -> Unpacked:
     """Write every record of a complete set as a file of its own, and `set.json` last.
 
-    Next to latents lie the catalog and the manifest, in `catalog/`.
+    For latents, the catalog and the manifest go into `catalog/`.
 
     Args:
-        path: folder of the set; it is only read.
-        output: new or empty folder.
-        num_threads: shards that are unpacked at once.
-        on_progress: called with how many shards are done and how many there are.
+        path: the folder of the set; it is only read.
+        output: a new or empty folder.
+        num_threads: the number of shards that are unpacked at once.
+        on_progress: called with the number of shards that are done and the number of all.
 
     Raises:
-        ConfigError: when there is no complete set, or something is in the output folder.
+        ConfigError: when there is no complete set, or the output folder is not empty.
         CorruptError: when a record is damaged; files written before stay.
         StorageError: when the disk is full or refuses.
     """
@@ -87,7 +87,7 @@ def _unpack_shard(shard_set: ShardSet, directory: Directory, name: ShardName) ->
 def _write_new(directory: Directory, name: str, content: bytes) -> None:
     if not directory.publish_bytes(name, content):
         raise StorageError(
-            "another process writes into the folder",
+            "another process is writing to the folder",
             where=directory.where(name),
-            action="unpack into a folder of its own",
+            action="unpack into a folder that nothing else writes to",
         )

@@ -21,7 +21,7 @@ def latents_name(latents: ShardSet, name: ShardName) -> ShardName:
 def planned_after(latents: ShardSet, set_id: str, num_draws: int = 1) -> list[PlannedShard]:
     """Return the shards of a set that follows a latents set: one for each of its shards and draw.
 
-    Draws follow each other, so that the set grows evenly and its first draw is there first.
+    Draws come one after the other, so that the set grows evenly and its first draw comes first.
     """
     return [
         PlannedShard(

@@ -1,7 +1,7 @@
-"""The catalog of a latents set before any work: is it there, whole, and that of these shards?
+"""The catalog of a latents set, before any work: is it complete, and did it plan these shards?
 
-Without it a scan would plan the same images for other shards: those that are there would lose
-images, or get them twice.
+Without it a scan would plan the same images for other shards: the existing ones would lose images
+or get them twice.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def load_bound_catalog(
         location: the folder of the set; need not exist.
         identity: the identity of the set.
         repair: accept shards that were planned for other images, since they will be built again;
-            those that the catalog does not know are refused all the same.
+            those that the catalog does not know are still refused.
 
     Raises:
-        IncompatibleError: when it is missing, shorter than the set, or another one.
+        IncompatibleError: when it is missing, shorter than the set, or another set's.
         CorruptError: when a segment is missing or damaged.
         StorageError: when the disk refuses.
     """
-    # In this order: another launch may publish a segment and then shards in the meantime.
+    # The set first, then its catalog: another launch may publish a segment and then shards.
     manifest, names = _manifest_of(location, identity), sorted(_existing_shards(location, identity))
     catalog, catalog_location = Catalog(), location / CATALOG_FOLDER
     if catalog_location.is_folder():
@@ -53,7 +53,7 @@ def load_bound_catalog(
     if unknown:
         raise IncompatibleError(
             f"the catalog knows {catalog.num_images} images, but not those of {len(unknown)} "
-            f"shards that are there, the first of which is {unknown[0]}",
+            f"existing shards, the first of which is {unknown[0]}",
             expected="the catalog that the shards were planned by",
             where=where,
             action=RESTORE_CATALOG,
@@ -86,7 +86,7 @@ def _require_no_fault(faults: list[DistillError], location: Location) -> None:
 
 
 def _manifest_of(location: Location, identity: SetIdentity) -> Manifest | None:
-    """Return the manifest of a set, also while a repair has it aside; None: none can be read."""
+    """Return the manifest of a set, even one that a repair set aside; None: none can be read."""
     for folder in (location, *folders_to_repair_from(location)):
         with suppress(FileNotFoundError, CorruptError):
             manifest = SetFolder(folder.look()).manifest()
@@ -107,8 +107,8 @@ def _unbound_shards(
 ) -> Iterator[ShardName]:
     """Yield the committed shards that name no source, in a set that lost its manifest.
 
-    Only those that hold all images of their plan: of no other one can be told what is missing.
-    The first shard there tells the version; the indices of a set of this one need no reading.
+    Only those that hold all images of their plan: what any other one misses cannot be told. The
+    first existing shard tells the version; in a set of this version no other index is read.
     """
     folder, existing = SetFolder(location.look()), _existing_shards(location, identity)
     for name in (name for name in plan.names if name in existing):

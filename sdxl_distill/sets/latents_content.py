@@ -35,7 +35,7 @@ from sdxl_distill.shards.latents_plan import LatentsPlan
 from sdxl_distill.shards.record import RecordHeader
 
 IMAGE_PIPELINE: Final = "cover-lanczos-1"
-"""Names decoding, resize and crop in the set's fingerprint; another one gives other latents."""
+"""The name of decoding, resize and crop in the fingerprint; other ones give other latents."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class ImageReader:
 
     Attributes:
         folder: the image folder that was scanned.
-        max_pixels: larger images are bad.
-        on_bad_image: `skip` leaves a bad image out, `error` raises it.
+        max_pixels: the most pixels that an image may have; larger images are bad.
+        on_bad_image: the action on a bad image: `skip` leaves it out, `error` raises its error.
     """
 
     folder: ImageFolder
@@ -69,12 +69,12 @@ class ImageReader:
     on_bad_image: Literal["skip", "error"]
 
     def read(self, row: CatalogRow) -> npt.NDArray[np.uint8] | BadImageError:
-        """Return uint8 [H, W, 3] of the row's bucket; the error of a bad image that is skipped.
+        """Return pixels in the row's bucket, uint8 [H, W, 3]; the error of an image left out.
 
         Raises:
             BadImageError: with `on_bad_image: error`.
-            StorageError: when the disk refuses or the folder is gone; that is not a fault of the
-                image.
+            StorageError: when the disk refuses or the folder is gone, which is not the image's
+                fault.
         """
         try:
             content = read_image_file(self.folder.path / row.source, row.source)
@@ -104,13 +104,13 @@ def planned_shards(plan: LatentsPlan) -> list[PlannedShard]:
 
 
 class LatentsContent:
-    """Content of the latents set, for `shard_builder.build_shards`.
+    """Content of the latents set, for `set_builder.build_shards`.
 
     Args:
         plan: the images of each shard.
         images: the source of their pixels.
-        encode_images: uint8 [B, H, W, 3] → scaled latents float16 [B, C, H/8, W/8].
-        batch_size: images that are encoded at once.
+        encode_images: the VAE: uint8 [B, H, W, 3] → scaled latents float16 [B, C, H/8, W/8].
+        batch_size: the number of images that are encoded at once.
         num_threads: the number of threads that decode.
     """
 
@@ -136,7 +136,7 @@ class LatentsContent:
         """Yield the shard's images that decode, in the order of their keys.
 
         Raises:
-            StorageError: when not one of them is there: nothing of the shard is committed then.
+            StorageError: when none of them exists; nothing of the shard is committed then.
         """
         rows, num_gone = self._plan.rows(shard.name), 0
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="decode") as pool:

@@ -88,18 +88,18 @@ def build_latents_set(
     Args:
         config: the builder's configuration.
         launch: this process among those started with it.
-        rebuild: set the present set aside and build again.
+        rebuild: set the present set aside and build it again.
         repair: keep the good shards of a damaged set and build the others.
         rescan: read every image again, known or not.
-        scan_progress: shows the scan, on rank 0.
+        scan_progress: the function that shows the progress of the scan, on rank 0.
 
     Raises:
-        ConfigError: for a missing or empty image folder, or no VAE.
+        ConfigError: for a missing or empty image folder, or a missing VAE.
         IncompatibleError: for a VAE that is not SDXL's kind, a folder of another
             configuration, or changed captions.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
-    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
+    resolve_device(config.device, launch.world.local_rank)  # refuses a missing one before any work
     location = Location(config.data.latent_cache.cache_dir)
     require_one_worker(launch.world, config.cache.exclusive, str(location))
     source = ModelFolder.resolve(config.vae_source)
@@ -174,7 +174,7 @@ def _prepare(
     require_legal_config(config, identity.schema)
     require_complete(location, identity, [source.vae])
     if rebuild:
-        # Before the withdrawal: a wrong image folder must not cost the set that is there.
+        # Before the withdrawal: a wrong image folder must not cost the existing set.
         seen = _scan(config, Catalog(), rescan, progress)
         withdraw_for_rebuild(launch, location)
     if repair:
@@ -185,7 +185,7 @@ def _prepare(
 
 
 def _repair(location: Location, identity: SetIdentity, exclusive: bool) -> None:
-    """Keep the good ones of the shards that the catalog there knows."""
+    """Keep the good shards among those that the existing catalog knows."""
     restore_catalog(location, exclusive=exclusive)
     plan = latents_plan(location, identity, load_bound_catalog(location, identity, repair=True))
     repair_set(location, identity, planned_shards(plan), plan.accepts, exclusive=exclusive)
@@ -200,14 +200,14 @@ def _update_catalog(
     progress: Progress | None,
 ) -> tuple[Catalog, ScanReport]:
     """Add what is new in the image folder to the catalog, while no other launch does so."""
-    # Another configuration must be refused before it adds to this one's catalog, and a set
-    # begins only when there are images for it.
+    # Another configuration must be refused before it adds to this one's catalog.
     require_same_set(location, identity)
     with (
         location.real().open(create=True, exclusive=config.cache.exclusive) as directory,
         WorkQueue(directory) as queue,
         directory.folder(CATALOG_FOLDER) as folder,
     ):
+        # One launch scans at a time; the others wait for its claim.
         claim = _claim_scan(queue)
         _sweep_catalog(folder)
 
@@ -218,6 +218,7 @@ def _update_catalog(
 
         known = load_bound_catalog(location, identity)
         scan = seen or _scan(config, known, rescan, show)
+        # A set begins only when there are images for it.
         publish_set_identity(SetFolder(directory), identity)
         catalog, report = extend_catalog(
             folder,

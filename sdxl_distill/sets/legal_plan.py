@@ -1,7 +1,7 @@
 """Refuses a configuration whose sets no reader would accept, before anything is scanned or built.
 
 Shards follow the latents set, so the way it is cut decides how large the shards of all teachers
-become: what can be known of them is looked at when the latents are planned.
+become: what can be known of them is checked when the latents are planned.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdxl_distill.shards.record import (
     text_schema,
 )
 
-_COMPACT: Final = "; cache.layout: compact has records of a quarter of the size"
+_COMPACT: Final = "; cache.layout: compact makes records a quarter of the size"
 _DRAWS: Final = "; fewer cache.draws make fewer shards"
 _NOT_YET: Final = Remedy(if_large=_COMPACT, if_many=_DRAWS)
 _FOLLOWING: Final = _NOT_YET._replace(besides=" and build the latents again with --rebuild")
@@ -44,9 +44,9 @@ def most_images(config: BuilderConfig) -> int:
 
 
 def require_legal_config(config: BuilderConfig, schema: RecordSchema) -> None:
-    """Refuse shards that would be too large in some bucket, if it is filled.
+    """Refuse shards that would be too large in some bucket when they are full.
 
-    The teacher's own sets are looked at where its folder is on this machine.
+    The teacher's own sets are checked if its folder is on this machine.
 
     Args:
         config: the builder's configuration.
@@ -92,9 +92,11 @@ def require_legal_rows(
         sizes = tuple(len(sidecar_of(row)) for row in group)
         loads.append(ShardLoad(*bucket, len(sizes), sizes))
     require_legal_shards("latents", schema, loads, Remedy())
-    there = [ShardLoad(*bucket, 0) for bucket, count in num_shards.items() for _ in range(count)]
+    existing = [ShardLoad(*bucket, 0) for bucket, count in num_shards.items() for _ in range(count)]
     bare = [load._replace(sidecar_sizes=()) for load in loads]
-    require_legal_shards("predictions", schema, there + bare, Remedy(if_many=_DRAWS), draws=draws)
+    require_legal_shards(
+        "predictions", schema, existing + bare, Remedy(if_many=_DRAWS), draws=draws
+    )
 
 
 def require_legal_plan(set_id: str, schema: RecordSchema, shards: Iterable[PlannedShard]) -> None:
@@ -110,9 +112,9 @@ def require_legal_plan(set_id: str, schema: RecordSchema, shards: Iterable[Plann
 
 
 def _following_schemas(config: BuilderConfig) -> dict[str, RecordSchema]:
-    """Return the schemas of the text and predictions sets, where it is worth looking.
+    """Return the schemas of the text and predictions sets, if their shards could be too large.
 
-    Their sizes are in the tokenizers, whose library takes seconds to import.
+    Their sizes come from the tokenizers, whose library takes seconds to import.
     """
     schemas: dict[str, RecordSchema] = {}
     largest = max(bucket.width * bucket.height for bucket in config.buckets) * _BYTES_PER_PIXEL

@@ -1,7 +1,7 @@
 """What a predictions set holds: one teacher's answer for every image and draw.
 
 Noise and timestep follow from the image's id, so every teacher is asked the same question.
-UNet batches are cut by the shard alone: who builds it does not show in its bytes.
+UNet batches depend on the shard alone: its bytes do not show which worker built it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from sdxl_distill.shards.shard_set import ShardSet
 
 
 class TeacherInput(NamedTuple):
-    """What a teacher is asked for B records, on the CPU.
+    """The input of a teacher for B records, on the CPU.
 
     Attributes:
         keys: the records' keys.
         seeds: the seeds of their noise, int64 [B].
-        timesteps: int64 [B].
-        noise: float16 [B, C, H/8, W/8].
-        latents: scaled, float16 [B, C, H/8, W/8].
-        time_ids: int32 [B, 6].
-        encoder_hidden_states: float16 [B, T, D].
-        pooled_embeds: float16 [B, P].
+        timesteps: the timesteps, int64 [B].
+        noise: the noise, float16 [B, C, H/8, W/8].
+        latents: the scaled latents, float16 [B, C, H/8, W/8].
+        time_ids: the sizes and crops, int32 [B, 6].
+        encoder_hidden_states: the captions' token embeddings, float16 [B, T, D].
+        pooled_embeds: the captions' pooled embeddings, float16 [B, P].
     """
 
     keys: list[str]
@@ -61,7 +61,7 @@ class TeacherAnswer:
     """A prediction that may still be computed or copied.
 
     Attributes:
-        teacher_input: what was asked.
+        teacher_input: the input that it answers.
         copy: the predictions, [B, C, H/8, W/8] in the stored dtype, on their way to the CPU.
     """
 
@@ -88,23 +88,24 @@ class TeacherAnswer:
                 f"the prediction of {', '.join(keys)} is NaN, infinite or beyond {stored.dtype}",
                 expected="finite predictions",
                 where="teacher",
-                action="try teacher.use_bf16: false and cache.dtype: fp32; if it stays, the "
-                "checkpoint is broken",
+                action="try teacher.use_bf16: false and cache.dtype: fp32; if that does not help, "
+                "the checkpoint is broken",
             )
         return stored
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen UNet and how it is asked.
+    """A frozen UNet and how it is run.
 
     Attributes:
         unet: loaded on `device`, possibly compiled.
         noise_schedule: the noise schedule of its checkpoint.
         device: the device that it runs on.
-        dtype: what predictions are stored in.
-        full_batch: records that the UNet is always given: a shorter batch repeats its last one.
-            None: as many as there are. A compiled UNet has one shape per bucket then.
+        dtype: the dtype that predictions are stored in.
+        full_batch: the number of records that the UNet is always given, so that a compiled one
+            has one shape per bucket: a shorter batch repeats its last one. None: as many as
+            there are.
     """
 
     unet: nn.Module
@@ -115,7 +116,7 @@ class Teacher:
 
     @torch.no_grad()
     def ask(self, teacher_input: TeacherInput) -> TeacherAnswer:
-        """Start to predict. A GPU is not waited for."""
+        """Start a prediction without waiting for the GPU."""
         with self._copies.copying() as copy:
             latents, noise, timesteps, hidden_states, pooled_embeds, time_ids = (
                 copy(self._filled_up(tensor))
@@ -163,14 +164,14 @@ def read_teacher_input(
     *,
     pin_memory: bool = False,
 ) -> TeacherInput:
-    """Return what any teacher is asked for some records of a shard.
+    """Return the input of any teacher for some records of a shard.
 
     Args:
         latents: the latents set.
         text: the text set of the same latents.
-        recipe: base seed and range of timesteps.
+        recipe: the base seed and the range of timesteps.
         name: the name of the predictions shard: bucket, number and draw.
-        records: their numbers in the shard.
+        records: the numbers of the records in the shard.
         pin_memory: allocate the large tensors in page-locked memory, from which a GPU copies by
             itself.
 
@@ -213,14 +214,14 @@ def read_teacher_input(
 
 
 class PredictionsContent:
-    """Content of a predictions set, for `shard_builder.build_shards`.
+    """Content of a predictions set, for `set_builder.build_shards`.
 
     Args:
-        teacher: the model.
+        teacher: the teacher that predicts.
         latents: the set that the teacher follows.
         text: the text set of the same latents.
-        recipe: base seed and range of timesteps.
-        batch_size: records that the UNet predicts at once.
+        recipe: the base seed and the range of timesteps.
+        batch_size: the number of records that the UNet predicts at once.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class PredictionsContent:
         return holds_same_keys(index, self._latents)
 
     def read(self, shard: PlannedShard) -> Iterator[TeacherInput]:
-        """Yield what the teacher is asked for the records of a shard."""
+        """Yield the teacher's input for the records of a shard."""
         for start in range(0, shard.num_records, self._batch_size):
             records = range(start, min(start + self._batch_size, shard.num_records))
             yield read_teacher_input(

@@ -60,12 +60,12 @@ def build_predictions_set(
         repair: keep the good shards of a damaged set and build the others.
 
     Raises:
-        ConfigError: when there is no latents set, or a timestep the teacher does not have.
+        ConfigError: when there is no latents set, or the teacher lacks a timestep.
         IncompatibleError: when teacher, text encoders and latents do not fit, or the folder
             belongs to another configuration.
         CorruptError, StorageError, NumericalError, Preempted: as `build_set`.
     """
-    resolve_device(config.device, launch.world.local_rank)  # refuses one that is not there now
+    resolve_device(config.device, launch.world.local_rank)  # refuses a missing one before any work
     output_dir = Location(config.cache.output_dir)
     location = output_dir / config.teacher.teacher_id
     require_one_worker(launch.world, config.cache.exclusive, str(location))
@@ -74,13 +74,14 @@ def build_predictions_set(
     latents = _open_latents(config, launch)
     shards = planned_after(latents, config.teacher.teacher_id, config.cache.draws)
 
+    # Rank 0 decides which set it is, and sets it aside or repairs it; the others are told.
     def decide() -> SetIdentity:
         text = text_identity(sources.text, latents, output_dir)
         identity = predictions_identity(config, sources.teacher, latents, text, output_dir)
         require_legal_plan(identity.id, identity.schema, shards)
         require_complete(location, identity, [sources.teacher.unet])
         if not config.cache.skip_existing:
-            # After the checkpoints were looked at: a broken one must not cost the set there.
+            # After the checkpoints were checked: a broken one must not cost the existing set.
             withdraw_for_rebuild(launch, location)
         # Before the captions are encoded: that may take an hour.
         require_same_set(location, identity, repair=repair)
@@ -160,7 +161,7 @@ def predictions_identity(
             f"latents of {num_channels} channels",
             expected=f"{geometry.channels}, as the UNet takes them",
             where=str(latents.location),
-            action="use the teacher with latents of its own family's VAE",
+            action="use the teacher with latents from its own family's VAE",
         )
     # Text: copied into every record in layout `full`, a reference to its set in `compact`.
     num_tokens, hidden_size = cast("tuple[int, int]", text.schema.tensors[0].shape)
@@ -224,7 +225,7 @@ def open_latents(config: BuilderConfig) -> ShardSet:
     """Open the latents set that the configuration names.
 
     Raises:
-        ConfigError: when there is none or it is not complete; names the command.
+        ConfigError: when there is none or it is not complete; names the command that builds it.
     """
     try:
         return open_shard_set(config.data.latent_cache.cache_dir)
@@ -238,12 +239,12 @@ def open_latents(config: BuilderConfig) -> ShardSet:
 
 
 def _open_latents(config: BuilderConfig, launch: Launch) -> ShardSet:
-    """Open the latents set, the same state of it on every rank."""
+    """Open the latents set, in the same state on every rank."""
     latents = open_latents(config)
     digest = launch.decide("latents", lambda: latents.manifest.digest)
     if latents.manifest.digest != digest:
         raise StorageError(
-            "the latents set grew while this launch started",
+            "the latents set grew while this launch was starting",
             where=str(latents.location),
             action="run again",
         )

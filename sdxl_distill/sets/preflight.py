@@ -1,6 +1,6 @@
-"""Refuses what no set may be begun with, before anything is scanned, loaded or computed.
+"""Pre-flight checks, before anything is scanned, loaded or computed.
 
-A folder of another configuration, or a checkpoint whose networks are not complete.
+They refuse a folder of another configuration, and a checkpoint whose networks are not complete.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sdxl_distill.storage.location import Location
 def require_same_set(location: Location, identity: SetIdentity, *, repair: bool = False) -> None:
     """Check that a folder is free, or holds the set that is to be built; writes nothing.
 
-    `commit.publish_set_identity` decides; this saves the work until then.
+    `commit.publish_set_identity` decides; this check saves the work before it.
 
     Args:
         location: the folder of the set; need not exist.
         identity: the identity of the set that is to be built there.
-        repair: a damaged `set.json` is accepted, since it will be replaced.
+        repair: accept a damaged `set.json`, since it will be replaced.
 
     Raises:
         IncompatibleError: naming every field that differs.
-        CorruptError: when the set identity there is damaged.
+        CorruptError: when the existing set identity is damaged.
         StorageError: when it cannot be read.
     """
     folder = SetFolder(location.look())
@@ -41,11 +41,11 @@ def require_same_set(location: Location, identity: SetIdentity, *, repair: bool 
 def require_complete(
     location: Location, identity: SetIdentity, networks: Iterable[Component]
 ) -> None:
-    """Check that networks have all the weights that they need, if a set is to be begun with them.
+    """Check that networks have all the weights they need, if a new set is to be built with them.
 
-    A set that was begun with networks of this fingerprint shows that they were checked before.
-    To check them again would cost the seconds in which the library that knows their names is
-    imported, each time that a builder finds everything done.
+    An existing set with networks of these fingerprints shows that they were checked before. To
+    check them again would cost seconds each time that a builder finds everything done, to import
+    the library that knows the weights' names.
 
     Args:
         location: the folder of the set; need not exist.
@@ -54,7 +54,7 @@ def require_complete(
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `Component.require_complete`.
-        StorageError: when the set identity there cannot be read.
+        StorageError: when the existing set identity cannot be read.
     """
     with suppress(FileNotFoundError, CorruptError):
         if SetFolder(location.look()).identity().fingerprint == identity.fingerprint:

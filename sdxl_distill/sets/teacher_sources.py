@@ -25,7 +25,7 @@ class TeacherSources(NamedTuple):
 
     @classmethod
     def of(cls, config: BuilderConfig) -> TeacherSources:
-        """Find both.
+        """Find both folders.
 
         Raises:
             ConfigError, IncompatibleError: as `ModelFolder.resolve`.

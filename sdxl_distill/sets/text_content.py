@@ -38,17 +38,17 @@ class EmbeddingBatch(NamedTuple):
 class CaptionEncoder:
     """Encodes captions, and counts those that are too long.
 
-    No part of `TextContent`, whose cache would refer to itself: the encoders must be gone
-    with the last reference, before the UNet needs their memory.
+    It is not a part of `TextContent`, whose cache would then refer to itself: the encoders must
+    be freed with the last reference, before the UNet needs their memory.
 
     Args:
-        encoders: loaded.
+        encoders: the loaded text encoders.
     """
 
     def __init__(self, encoders: TextEncoders) -> None:
         self._encoders = encoders
         self.num_truncated = 0
-        """Captions whose end the encoders did not see."""
+        """The number of captions whose ends the encoders did not see."""
 
     def __call__(self, caption: str) -> TextEmbeddings:
         """Return the embeddings of one caption, [1, …]."""
@@ -57,7 +57,7 @@ class CaptionEncoder:
 
 
 class TextContent:
-    """Content of a text set, for `shard_builder.build_shards`.
+    """Content of a text set, for `set_builder.build_shards`.
 
     A caption that many images share is encoded once by each worker that meets it.
 

@@ -46,7 +46,7 @@ def build_text_set(
     """Build what is missing of the text set, next to any other workers.
 
     Args:
-        config: its `text_source` names the encoders, `cache.output_dir` the parent folder.
+        config: the configuration; `text_source` names the encoders, `cache.output_dir` the parent.
         latents: the set whose captions are encoded.
         launch: this process among those started with it.
         repair: keep the good shards of a damaged set and build the others.
@@ -113,14 +113,14 @@ def _prepare(
 def _report_cut_captions(num_truncated: int, identity: SetIdentity) -> None:
     if num_truncated:
         _log.warning(
-            "%d distinct captions are longer than %d tokens: their ends are not seen",
+            "%d distinct captions are longer than %d tokens: the encoders do not see their ends",
             num_truncated,
             cast("int", identity.schema.tensors[0].shape[0]),
         )
 
 
 def text_identity(encoders: ModelFolder, latents: ShardSet, output_dir: Location) -> SetIdentity:
-    """Return the identity of the text set; its id is made of its fingerprint.
+    """Return the identity of the text set; its id is made from its fingerprint.
 
     Args:
         encoders: the checkpoint whose text encoders encode the captions.

@@ -13,10 +13,10 @@ from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, new_token
 
 
 def follow_umask(folder: Path) -> None:
-    """Give all that lies in a folder the modes that new files and folders get there.
+    """Give everything in a folder the modes that new files and folders get there.
 
-    A file and a folder made for the purpose show them: this asks no process-wide umask, is safe
-    while other threads run, and counts a default access control list too.
+    A file and a folder made for this purpose show the modes: no process-wide umask is touched, so
+    other threads may run, and a default access control list counts too.
 
     Args:
         folder: a folder that no other process writes to; best before it gets its name.
@@ -38,7 +38,7 @@ def follow_umask(folder: Path) -> None:
         if path.is_symlink():
             continue
         mode = folder_mode if path.is_dir() else file_mode
-        # File systems that know no modes refuse to set one; there they are all the same.
+        # File systems without modes refuse to set one; on these all modes are the same anyway.
         if _mode(path) != mode:
             path.chmod(mode)
 

@@ -1,7 +1,7 @@
-"""What readers need of the folder that a set lies in, and how they read one on a local disk.
+"""What readers need from a set's folder, and how they read one on a local disk.
 
-Builders hold a folder by handle (`fsio.Directory`). Readers go by its name each time, so that they
-notice when another set has taken the place of the one they opened.
+Builders hold a folder by handle (`fsio.Directory`). Readers look it up by name each time, so
+that they notice when another set has taken the place of the one they opened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Folder(Protocol):
         """Return the content of a file of at most `max_bytes`, checked before memory is taken.
 
         Raises:
-            FileNotFoundError: when it is not there.
+            FileNotFoundError: when it does not exist.
             CorruptError: when it is larger, or not a regular file.
             StorageError: when the storage refuses.
         """
@@ -41,7 +41,7 @@ class Folder(Protocol):
 
         Args:
             name: the name of the file.
-            where: the name of the file in later messages; None is `where(name)`.
+            where: the name of the file in later messages; None means `where(name)`.
         """
         ...
 
@@ -50,7 +50,7 @@ class FolderByPath:
     """A local folder, found by its path each time that it is read.
 
     Args:
-        path: the folder; a string, since putting paths together takes longer than opening files.
+        path: the folder's path; a string, since joining `Path`s takes longer than opening files.
     """
 
     def __init__(self, path: str) -> None:
@@ -71,7 +71,7 @@ class FolderByPath:
         return OpenFile(partial(self._again_after_listing, open_path), where or path)
 
     def _again_after_listing(self, read: Callable[[], T]) -> T:
-        """Return `read()`; once more after a listing, where NFS remembers an absence."""
+        """Return `read()`; retry after a listing, since NFS may remember that a file was absent."""
         with suppress(FileNotFoundError):
             return OPEN_FILES.with_room(read)
         with suppress(OSError):

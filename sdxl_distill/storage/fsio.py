@@ -1,7 +1,7 @@
 """The only writer of durable bytes: a directory held by handle, files that appear whole.
 
 A name is published create-only: temporary file → fsync → link, or what else the volume offers →
-fsync directory. Who comes second changes nothing (docs/decisions/0002-create-only-publication.md).
+fsync directory. A second writer changes nothing (docs/decisions/0002-create-only-publication.md).
 The handle is opened before the directory is looked at, so a writer that slept through the
 directory's withdrawal writes into the withdrawn one, never into its successor.
 """
@@ -51,8 +51,8 @@ class Directory:
         path: the directory; must exist unless `create`.
         create: make it and its parents first.
         token: owner of the temporary files staged here; 32 hex digits.
-        exclusive: the promise of a single worker that `Volume` takes.
-        parent: the directory that it lies in, by whose handle it is opened.
+        exclusive: the promise of a single worker, as `Volume` takes it.
+        parent: the directory that contains it, through whose handle it is opened.
 
     Raises:
         ConfigError: when it does not exist, or cannot be a path.
@@ -82,7 +82,7 @@ class Directory:
         return self.path.name
 
     def folder(self, name: str) -> Directory:
-        """Open a folder in this one, by its handle; make it when it is missing.
+        """Open a folder in this one, through its handle; make it if it is missing.
 
         It has the same owner and, on the same file system, the same volume.
 
@@ -96,13 +96,13 @@ class Directory:
         )
 
     def make_again(self) -> None:
-        """Make a folder that `folder` opened again, where it was removed since.
+        """Make a folder again that `folder` opened and that was removed since.
 
-        In the folder that it was opened in, wherever that is now; never the outermost one, since
+        It is made in its parent, wherever that is now. The outermost folder is never made again:
         work on a set that was withdrawn must not go into its successor.
 
         Raises:
-            StorageError: when that one is gone too, or refuses.
+            StorageError: when the parent is gone too, or refuses.
         """
         if self.parent is not None:
             self.parent.make_again()
@@ -143,7 +143,7 @@ class Directory:
                 return False
 
     def sync(self) -> None:
-        """Have the disk hold the folder's names, as far as the file system can be asked to."""
+        """Flush the folder's names to the disk, as far as the file system can do so."""
         try:
             os.fsync(self.descriptor)
         except OSError as error:
@@ -155,7 +155,7 @@ class Directory:
             return os.fstat(self.descriptor).st_dev
 
     def close(self) -> None:
-        """Give the handle back; the object is of no use afterwards."""
+        """Close the handle; the object must not be used afterwards."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -208,11 +208,11 @@ class Directory:
             self.sync()
 
     def swap_bytes(self, name: str, content: bytes, max_bytes: int) -> bytes | None:
-        """Give `name` new content in one step and return what it had; None: it was not there.
+        """Give `name` new content in one step and return what it had; None: it did not exist.
 
-        What many writers swap is lost by none of them: each content is returned to one of them
-        or stays. Where the file system cannot exchange names, as NFS, this is a look and a
-        rename, and what comes between the two is lost.
+        Many writers may swap at once and lose nothing: each content is returned to one of them
+        or stays. Where the file system cannot exchange names, as on NFS, this is a read and a
+        rename, and what another writer puts there between the two is lost.
 
         Raises:
             CorruptError: when `name` is not a regular file, or larger than `max_bytes`.
@@ -237,7 +237,7 @@ class Directory:
 
         Returns:
             True: the name is that file's now, or was before. False: another file has it, or this
-            file cannot be linked: there are no links here, or another user owns it.
+            file cannot be linked: the file system has no links, or another user owns it.
 
         Raises:
             StorageError: when there is no such file.
@@ -263,13 +263,13 @@ class Directory:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            StorageError: when the disk is full or refuses, or gives back other bytes.
+            StorageError: when the disk is full or refuses, or returns other bytes.
         """
         with os.fdopen(source._open(name), "rb") as original:
             if not self.exists(name) and self._copy(original, name):
                 return True
-            with os.fdopen(self._open(name), "rb") as there, in_use(self.path):
-                return _same_content(original, there)
+            with os.fdopen(self._open(name), "rb") as existing, in_use(self.path):
+                return _same_content(original, existing)
 
     def _copy(self, original: BinaryIO, name: str) -> bool:
         with self.stage() as staged:
@@ -278,14 +278,14 @@ class Directory:
                 staged.seal()
                 if not _same_content(original, staged.file):
                     raise StorageError(
-                        "the disk gives back other bytes than were written",
+                        "the disk returns bytes other than those that were written",
                         where=str(self.path / name),
                         action="check the disk",
                     )
             return self.publish(staged, name)
 
     def exists(self, name: str) -> bool:
-        """Whether `name` is there, whatever it is."""
+        """Whether anything has this name."""
         with in_use(self.path):
             try:
                 self._status(name)
@@ -296,8 +296,8 @@ class Directory:
     def names(self) -> set[str]:
         """Return every name in the directory, temporary ones included."""
         with in_use(self.path):
-            # A descriptor of its own: one shares its place in the list with all its copies, and of
-            # two threads that list at once each would miss what the other saw.
+            # A new descriptor: duplicates share one position in the listing, so two threads that
+            # list at once would each miss what the other saw.
             descriptor = os.open(".", _FOLDER_FLAGS, dir_fd=self.descriptor)
             try:
                 return set(os.listdir(descriptor))
@@ -309,7 +309,7 @@ class Directory:
         return f"{self.path}/{name}" if name else str(self.path)
 
     def open(self, name: str, where: str | None = None) -> Descriptor:
-        """Open a regular file as `open_regular`; `FileNotFoundError` when it is not there.
+        """Open a regular file as `open_regular`; `FileNotFoundError` when it does not exist.
 
         It is closed as a context, or when the last reference to it is gone.
         """
@@ -317,7 +317,7 @@ class Directory:
         return Descriptor(self._open(name))
 
     def num_bytes(self, name: str) -> int | None:
-        """Return the size of a regular file, whatever is in it; None when it is not there.
+        """Return the size of a regular file, whatever is in it; None when it does not exist.
 
         Raises:
             CorruptError: when it is not a regular file.
@@ -338,7 +338,7 @@ class Directory:
         return status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Read a whole regular file as `read_bytes`; `FileNotFoundError` when not there."""
+        """Read a whole regular file as `read_bytes`; `FileNotFoundError` when it is missing."""
         _check_name(name)
         return read_bytes(name, max_bytes, self.descriptor)
 
@@ -361,7 +361,7 @@ class Directory:
         return False
 
     def remove(self, name: str) -> None:
-        """Remove `name`; nothing happens when another process already did, or took the folder."""
+        """Remove `name`; do nothing if another process already did, or took the folder."""
         _check_name(name)
         with suppress(LostDirectoryError), in_use(self.path):
             os.unlink(name, dir_fd=self.descriptor)

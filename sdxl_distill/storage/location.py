@@ -1,7 +1,7 @@
-"""Where a folder of a cache lies: all that is done to the folder itself, by its name.
+"""The location of a cache's folder: everything that is done to the folder itself, by its name.
 
-What lies in it is read through a `Folder` and written through a `Directory`. A location is a local
-path today; the URL of an object store fits behind the same methods.
+Its content is read through a `Folder` and written through a `Directory`. A location is a local path
+today; the URL of an object store fits behind the same methods.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Location:
     """A folder by its name; it need not exist.
 
     Args:
-        text: its path, or a location as it is.
+        text: its path, or another location of the same folder.
 
     Raises:
         ConfigError: when the text cannot be a path.
@@ -60,16 +60,16 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        """The folder that it lies in."""
+        """The folder that contains it."""
         return Location(self._path.parent)
 
     def real(self) -> Location:
-        """Return where links lead, as far as it exists: a withdrawal renames that folder."""
+        """Return the location that links lead to, as far as it exists: a withdrawal renames it."""
         return Location(real_path(self._path))
 
     def seen_from(self, other: Location) -> str:
         """Return the relative path, with `/`, that leads here from another location."""
-        # Not Path.resolve: what is there may be a link onto itself, which opening it will say.
+        # Not Path.resolve: this may be a link to itself, which is refused when it is opened.
         return Path(os.path.relpath(str(self.real()), str(other.real()))).as_posix()
 
     def exists(self) -> bool:
@@ -85,7 +85,7 @@ class Location:
         return FolderByPath(str(self))
 
     def open(self, *, create: bool = False, exclusive: bool = False) -> Directory:
-        """Open the folder by handle, to be written or listed; arguments and errors as there."""
+        """Open the folder by handle, to write or list it; arguments and errors as `Directory`."""
         return Directory(self._path, create=create, exclusive=exclusive)
 
     def folders(self) -> list[str]:
@@ -101,7 +101,7 @@ class Location:
             return sorted(entry.name for entry in entries if entry.is_dir())
 
     def siblings(self, prefix: str) -> list[Location]:
-        """Return what lies next to it and has a name with a prefix, sorted."""
+        """Return what lies next to it under a name with this prefix, sorted."""
         parent = self._path.parent
         if not parent.is_dir():
             return []
@@ -119,7 +119,7 @@ class Location:
             missing_ok: do nothing when another process removed or renamed the folder before.
 
         Raises:
-            StorageError: when it is not there, or the operating system refuses.
+            StorageError: when it does not exist, or the operating system refuses.
         """
         with Directory(target.parent._path, create=True) as parent, storage_errors(str(self)):
             try:
@@ -133,7 +133,7 @@ class Location:
         """Make an empty folder, on the disk when this returns; its parents too.
 
         Raises:
-            StorageError: when it is there already, or the operating system refuses.
+            StorageError: when it exists already, or the operating system refuses.
         """
         with Directory(self.parent._path, create=True) as parent, storage_errors(str(self)):
             self._path.mkdir()
@@ -148,7 +148,7 @@ class Location:
 
         Args:
             folders: the names of the folders that go with all that is in them.
-            is_own: whether the file of a name is to be removed.
+            is_own: the function that says whether a file of this name is to be removed.
 
         Raises:
             StorageError: when the operating system refuses.

@@ -1,8 +1,8 @@
 """Files read by position, and how many of them this process keeps open at once.
 
-A join of many teachers has thousands of shards in use, a process may have 1,024 descriptors. So a
-file is open while there is room; it is closed when others need its descriptor, and opened again
-when it is read next. All sets share one budget, which leaves descriptors to the rest.
+A join of many teachers has thousands of shards in use, but a process may have only 1,024
+descriptors. So a file is open while there is room; it is closed when others need its descriptor,
+and opened again when it is next read. All sets share one budget, which leaves some for the rest.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from sdxl_distill.storage.random_access import Descriptor
 T = TypeVar("T")
 
 MOST_OPEN: Final = 65_536
-"""Files kept open at most: each takes about a kilobyte of the kernel's memory."""
+"""The most files kept open: each takes about a kilobyte of the kernel's memory."""
 
 _RESERVE: Final = 512
-"""Descriptors left to sockets, logs, checkpoints and libraries; of a low limit, half."""
+"""Descriptors left for sockets, logs, checkpoints and libraries; half of a low limit."""
 
 _TOO_MANY: Final = {errno.EMFILE, errno.ENFILE}
 
@@ -34,17 +34,17 @@ class OpenFile:
     """A file that is read by position; safe to share between threads.
 
     Args:
-        open_it: opens it for reading and returns the descriptor; called again when the file had
-            to be closed meanwhile.
+        open_it: the function that opens it for reading and returns the descriptor; called again
+            if the file had to be closed meanwhile.
         where: the file's name in errors.
-        files: those it shares descriptors with; None are all of this process.
+        files: the files it shares descriptors with; None means all files of this process.
 
     Attributes:
         num_bytes: the size of the file when it was first opened.
 
     Raises:
         FileNotFoundError, CorruptError, StorageError: whatever `open_it` raises; StorageError
-            also when no descriptor can be had.
+            also when no descriptor is available.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class OpenFile:
 
         Raises:
             OSError: as `os.preadv`.
-            CorruptError, StorageError: when it had to be opened again, as the constructor; also
-                when another file has its place now.
+            CorruptError, StorageError: as the constructor, when it had to be opened again; also
+                when another file has taken its place.
         """
         descriptor = self._descriptor or self._open_again()
         self._is_recent = True
@@ -110,7 +110,7 @@ class OpenFiles:
     """Files that share descriptors: the least recently read ones are closed for others.
 
     Args:
-        most_open: kept open at once; None takes what the limit of this process allows.
+        most_open: the number kept open at once; None takes what this process's limit allows.
     """
 
     def __init__(self, most_open: int | None = None) -> None:
@@ -120,7 +120,7 @@ class OpenFiles:
 
     @property
     def most_open(self) -> int:
-        """Files kept open at once; the first call raises the limit of this process."""
+        """The number of files kept open at once; the first call raises this process's limit."""
         if self._most_open is None:
             limit = raise_limit(MOST_OPEN + _RESERVE)
             self._most_open = max(1, limit - min(_RESERVE, limit // 2))
@@ -164,14 +164,14 @@ class OpenFiles:
         """Close the first file that was not read since it was last looked at (CLOCK)."""
         while self._files:
             file = self._files.popleft()
-            there = file()
-            if there is None or there.let_go():
+            held = file()
+            if held is None or held.let_go():
                 return
             self._files.append(file)
 
 
 def raise_limit(num_wanted: int) -> int:
-    """Raise how many descriptors this process may have, as far as it may; return what it has."""
+    """Raise this process's limit of descriptors as far as it is allowed to; return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = num_wanted if hard == resource.RLIM_INFINITY else min(hard, num_wanted)
     if soft == resource.RLIM_INFINITY:
@@ -198,7 +198,7 @@ def _too_many_open(error: OSError) -> StorageError:
         )
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return StorageError(
-        f"no more files can be opened: this process may have {limit}, and all are in use",
+        f"no more files can be opened: this process may open {limit}, and all are in use",
         expected=f"at least {limit + _RESERVE}",
         where=str(error.filename),
         action=f"run `ulimit -n {max(4096, 2 * limit)}` in the shell before the command (in a "
@@ -207,4 +207,4 @@ def _too_many_open(error: OSError) -> StorageError:
 
 
 OPEN_FILES: Final = OpenFiles()
-"""Of this process."""
+"""The files of this process."""

@@ -12,21 +12,21 @@ from sdxl_distill.limits import MAX_NAME_BYTES, MAX_PATH_BYTES
 def fault_of_path(text: str) -> str | None:
     """Return what keeps a text from being a path; None when it can be one.
 
-    Asked here, since the operating system's own answers differ call by call.
+    Checked here, since the operating system's own answers differ from call to call.
 
-    Names that are no UTF-8 are paths, as Python spells them on a command line (PEP 383).
+    Names that are not UTF-8 are paths, as Python spells them on a command line (PEP 383).
     """
     if "\0" in text:
-        return "it has a NUL character"
+        return "it contains a NUL character"
     try:
         content = os.fsencode(text)
     except UnicodeEncodeError:
-        return "it has half of a surrogate pair"
+        return "it contains half of a surrogate pair"
     longest = max(map(len, content.split(b"/")))
     if longest > MAX_NAME_BYTES:
-        return f"it has a name of {longest} bytes, where {MAX_NAME_BYTES} are possible"
+        return f"one of its names has {longest} bytes, and at most {MAX_NAME_BYTES} are possible"
     if len(content) > MAX_PATH_BYTES:
-        return f"it has {len(content)} bytes, where {MAX_PATH_BYTES} are possible"
+        return f"it has {len(content)} bytes, and at most {MAX_PATH_BYTES} are possible"
     return None
 
 
@@ -45,8 +45,8 @@ def require_path(path: str | Path) -> None:
 def real_path(path: str | Path) -> Path:
     """Return a path without symbolic links, as far as it exists.
 
-    Of a link onto itself too, at which `Path.resolve` raises RuntimeError: it is refused, as an
-    OSError, where it is opened.
+    This also takes a link to itself, for which `Path.resolve` raises RuntimeError: opening it
+    raises an OSError.
 
     Raises:
         ValueError: when it cannot be a path.

@@ -1,8 +1,8 @@
 """How a volume lets a name appear at most once: found by trying it there, at the first publication.
 
 A volume is what one folder shows of a file system. Each publication asks its `Volume`, so no caller
-can forget to try; the folders opened in a folder share it. Object stores will come in
-behind the same door.
+can forget to try; the folders opened in a folder share it. An object store fits behind the
+same door.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sdxl_distill.errors import StorageError
 
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-# What file systems say that have no links, or no such rename: vfat and exFAT EPERM and EINVAL,
-# FUSE, SMB and NFS one of the others. EXDEV and EMLINK are limits that some set on links.
+# The answers of file systems that have no links, or no such rename: vfat and exFAT say EPERM and
+# EINVAL, FUSE, SMB and NFS one of the others. EXDEV and EMLINK are limits that some set on links.
 _REFUSALS = frozenset(
     {
         errno.EPERM,
@@ -50,9 +50,9 @@ class Staged(NamedTuple):
     directory: int
     """Descriptor of the folder."""
     name: str
-    """That it has now."""
+    """Its present name."""
     descriptor: int
-    """Of the open file: tells it from others after it was renamed."""
+    """Descriptor of the open file: tells it from others after it was renamed."""
 
 
 class Volume:
@@ -61,7 +61,7 @@ class Volume:
     Args:
         exclusive: the user promises that one worker alone publishes here, so that a file system
             without create-only names can be used too.
-        publication: how it publishes; None: to be found out.
+        publication: the way it publishes; None: to be found out.
     """
 
     def __init__(self, *, exclusive: bool = False, publication: Publication | None = None) -> None:
@@ -85,7 +85,7 @@ class Volume:
         if self.exclusive:
             return Publication.RENAME
         raise StorageError(
-            "this file system can neither link a file nor rename it without replacing",
+            "this file system can neither link a file nor rename it without replacing another",
             expected="hard links or renameat2(RENAME_NOREPLACE)",
             where=where,
             action="use another file system, or set cache.exclusive and run one process",
@@ -93,7 +93,7 @@ class Volume:
 
 
 def exchange(directory: int, left: str, right: str) -> bool:
-    """Exchange two names of a folder in one step; False when the volume knows no such step."""
+    """Exchange two names of a folder in one step; False when the volume has no such step."""
     try:
         _renameat2(directory, left, right, _RENAME_EXCHANGE)
     except OSError as error:
@@ -134,16 +134,16 @@ def _makes_names_once(publication: Publication, staged: Staged) -> bool:
 
 
 @contextmanager
-def _empty_file(beside: Staged, name: str) -> Iterator[Staged]:
-    path = f"{beside.name}-{name}"
+def _empty_file(staged: Staged, name: str) -> Iterator[Staged]:
+    path = f"{staged.name}-{name}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o600, dir_fd=beside.directory)
+    descriptor = os.open(path, flags, 0o600, dir_fd=staged.directory)
     try:
-        yield Staged(beside.directory, path, descriptor)
+        yield Staged(staged.directory, path, descriptor)
     finally:
         os.close(descriptor)
         with suppress(FileNotFoundError):
-            os.unlink(path, dir_fd=beside.directory)
+            os.unlink(path, dir_fd=staged.directory)
 
 
 def _publish(publication: Publication, staged: Staged, name: str) -> bool:
@@ -158,8 +158,8 @@ def _publish(publication: Publication, staged: Staged, name: str) -> bool:
         else:
             os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except (FileExistsError, FileNotFoundError) as error:
-        # Done again over a network after its answer was lost, a link says that the name exists,
-        # a rename that the temporary file does not: the file itself tells.
+        # When a network repeats a call whose answer was lost, a link says that the name exists
+        # and a rename that the temporary file does not: the file itself tells.
         if _has_name(staged, name):
             return True
         if isinstance(error, FileNotFoundError):
@@ -170,10 +170,10 @@ def _publish(publication: Publication, staged: Staged, name: str) -> bool:
 
 def _has_name(staged: Staged, name: str) -> bool:
     try:
-        there = os.stat(name, dir_fd=staged.directory, follow_symlinks=False)
+        existing = os.stat(name, dir_fd=staged.directory, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return os.path.samestat(os.fstat(staged.descriptor), there)
+    return os.path.samestat(os.fstat(staged.descriptor), existing)
 
 
 def _is_there(directory: int, name: str) -> bool:

@@ -26,7 +26,7 @@ class RandomAccess(Protocol):
         Args:
             buffers: writable bytes, filled one after the other; of any sizes.
             offset: the position of the first byte in the file.
-            wait: False returns only what is in memory already, possibly nothing.
+            wait: False returns only bytes that are in memory already, possibly none.
 
         Raises:
             OSError: when the request is refused.

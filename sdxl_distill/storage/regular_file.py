@@ -1,6 +1,6 @@
-"""Regular files, read whole or opened, and what the operating system refuses, as our errors.
+"""Regular files, read whole or opened, with the operating system's refusals as our errors.
 
-A file that another machine replaced over NFS is opened once more; one that is larger than its
+A file that another machine replaced over NFS is opened again; one that is larger than its
 reader allows takes no memory; a FIFO or a device in its place never hangs.
 """
 
@@ -22,7 +22,7 @@ _GONE = {errno.ENOENT, errno.ESTALE}
 
 
 class LostDirectoryError(StorageError):
-    """The temporary file or its directory was removed meanwhile: drop the unit, look again."""
+    """Another process removed the temporary file or its directory: drop the unit and look again."""
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def storage_errors(where: str | Path) -> Iterator[None]:
 
 @contextmanager
 def in_use(where: str | Path) -> Iterator[None]:
-    """As `storage_errors`; what vanishes in the block is a LostDirectoryError."""
+    """As `storage_errors`; a file that vanishes in the block raises LostDirectoryError."""
     try:
         yield
     except OSError as error:
@@ -57,8 +57,8 @@ def _storage_error(error: OSError, where: str) -> StorageError:
     actions = {
         errno.ENOSPC: "free some space on this disk and run again; committed work is kept",
         errno.EDQUOT: "free some of your quota and run again; committed work is kept",
-        errno.EROFS: "choose a folder on a disk that can be written",
-        errno.EACCES: "give this user the right to read and write there, or choose another folder",
+        errno.EROFS: "choose a folder on a writable disk",
+        errno.EACCES: "let this user read and write in that folder, or choose another one",
         errno.ENOENT: "check the path; something may have removed it while it was in use",
         errno.ENOTDIR: "check the path; a file stands where a folder should",
         errno.EEXIST: "check the path; a file or a broken link stands where a folder should",
@@ -85,7 +85,7 @@ def _open_regular(path: str | Path, dir_fd: int | None) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+        if error.errno == errno.ENXIO:  # a socket, or a device that does not exist
             raise not_regular(path) from error
         raise
     try:
@@ -104,7 +104,7 @@ def not_regular(path: str | Path) -> CorruptError:
         "is not a regular file",
         expected="a regular file",
         where=str(path),
-        action="remove it, or run the builder with its folder repaired",
+        action="remove it; if it belongs to a set, run the builder once with --repair",
     )
 
 
@@ -125,7 +125,7 @@ def read_bytes(path: str | Path, max_bytes: int, dir_fd: int | None = None) -> b
                 )
             content = file.read(size + 1)
             if len(content) > size:
-                raise CorruptError("grew while it was read", where=str(path))
+                raise CorruptError("grew while it was being read", where=str(path))
             return content
 
     with _reading_errors(path):
@@ -133,7 +133,7 @@ def read_bytes(path: str | Path, max_bytes: int, dir_fd: int | None = None) -> b
 
 
 def _unless_stale(read: Callable[[], T]) -> T:
-    """Return `read()`; once more where NFS meets a file that was replaced since it was found."""
+    """Return `read()`; retry where NFS finds that the file was replaced meanwhile."""
     try:
         return read()
     except OSError as error:

@@ -34,7 +34,7 @@ class StagedFile:
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes were flushed so far."""
+        """The number of bytes flushed so far."""
         return os.fstat(self.file.fileno()).st_size
 
     def read_into(self, buffers: Sequence[memoryview], offset: int, *, wait: bool = True) -> int:

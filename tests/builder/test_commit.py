@@ -212,7 +212,7 @@ def test_a_tar_made_from_another_latents_shard_is_refused(directory: Directory) 
 def test_a_tar_with_other_keys_is_refused(directory: Directory) -> None:
     commit(directory, ToyContent())
     directory.remove(NAME.idx)
-    with pytest.raises(CorruptError, match=r"other keys.*\n.*--repair"):
+    with pytest.raises(CorruptError, match=r"not those of this shard.*\n.*--repair"):
         adopt_shard(
             SetFolder(directory), NAME, HEADER, lambda index: index.keys() == keys_of(NAME, 3)
         )

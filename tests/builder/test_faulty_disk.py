@@ -135,7 +135,7 @@ def test_a_set_of_another_user_is_read_and_not_built_on(path: Path) -> None:
     build(path, 1)
     path.chmod(0o555)
     with another_user():
-        with pytest.raises(StorageError, match="give this user the right"):
+        with pytest.raises(StorageError, match="let this user read and write"):
             build(path, 2)
         with open_shard_set(path) as shard_set:
             assert len(shard_set.manifest.shards) == 1
@@ -150,7 +150,7 @@ def test_a_set_that_others_may_not_read_says_so(path: Path) -> None:
         os.umask(before)
     if os.geteuid():
         path.chmod(0)
-    with another_user(), pytest.raises(StorageError, match="give this user the right"):
+    with another_user(), pytest.raises(StorageError, match="let this user read and write"):
         open_shard_set(path)
     path.chmod(0o700)
     with open_shard_set(path) as shard_set:

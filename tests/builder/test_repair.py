@@ -127,7 +127,7 @@ def test_a_repair_that_cannot_bring_shards_back_leaves_the_set_as_it_was(
 def test_a_user_who_may_not_write_beside_the_set_leaves_it_as_it_was(path: Path) -> None:
     before = contents(path)
     path.parent.chmod(0o555)
-    with another_user(), pytest.raises(StorageError, match="give this user the right"):
+    with another_user(), pytest.raises(StorageError, match="let this user read and write"):
         repair(path)
     path.parent.chmod(0o755)
     assert contents(path) == before

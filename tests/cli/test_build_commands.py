@@ -134,7 +134,7 @@ def test_a_repair_says_what_was_damaged_and_where_it_is_kept(workshop, run):
     workshop.build_shards()
     code, output = run("build-shards", options=("--repair",))
     assert code == 0
-    assert f"{workshop.teacher}: none of the 4 shards there is damaged" in output
+    assert f"{workshop.teacher}: none of the 4 existing shards is damaged" in output
     damaged = min(workshop.teacher.glob("*.tar"))
     damage_pixels(damaged)
     code, output = run("build-shards", options=("--repair",))
@@ -191,7 +191,7 @@ def test_a_folder_that_may_not_be_written_exits_with_5(workshop, run):
     code, output = run("build-shards", limits=obey_permissions)
     assert code == 5
     assert f"{workshop.predictions}" in output
-    assert "give this user the right" in output
+    assert "let this user read and write" in output
     assert list(workshop.predictions.iterdir()) == []
 
 

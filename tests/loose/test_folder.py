@@ -116,7 +116,7 @@ def test_records_of_images_that_the_latents_lack_are_refused_with_their_number(l
 @pytest.mark.parametrize("name", ["notes.txt", f"{ID}_64x64.json", f"{ID}_065x64.safetensors"])
 def test_files_that_are_no_records_are_refused(loose, tmp_path, name):
     (loose / name).write_bytes(b"x")
-    with pytest.raises(ConfigError, match="1 files are no records"):
+    with pytest.raises(ConfigError, match="1 files are not records"):
         pack_set(loose, tmp_path / "packed", tmp_path / "latents")
 
 
@@ -125,7 +125,7 @@ def test_records_of_another_set_are_refused_with_their_number(valid_sets, loose,
     unpack_set(other, tmp_path / "other")
     for record in records(loose)[:3]:
         record.write_bytes((tmp_path / "other" / record.name).read_bytes())
-    with pytest.raises(IncompatibleError, match="3 records are of set"):
+    with pytest.raises(IncompatibleError, match="3 records belong to set"):
         pack_set(loose, tmp_path / "packed", tmp_path / "latents")
     assert not (tmp_path / "packed").exists()
 

@@ -66,7 +66,7 @@ def test_shards_that_the_catalog_does_not_know_are_refused_without_a_manifest_to
 ):
     (built_workshop.latents / "manifest.json").unlink()
     segments(built_workshop)[-1].unlink()
-    refused(built_workshop, "not those of 3 shards that are there", repair=repair)
+    refused(built_workshop, "not those of 3 existing shards", repair=repair)
 
 
 def test_a_catalog_that_was_made_again_with_other_images_is_refused(workshop, tiny_family):

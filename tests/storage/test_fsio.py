@@ -178,7 +178,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(
         return status
 
     monkeypatch.setattr(os, "fstat", slow_fstat)
-    with pytest.raises(CorruptError, match="grew while it was read"):
+    with pytest.raises(CorruptError, match="grew while it was being read"):
         read_bytes(path, 100)
 
 

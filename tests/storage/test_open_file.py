@@ -112,7 +112,7 @@ def test_a_process_without_a_descriptor_is_told_which_limit_to_raise(paths: list
     with pytest.raises(StorageError, match="ulimit -n") as caught:
         OpenFile(refuse, "x", OpenFiles(most_open=5))
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert f"may have {limit}" in caught.value.found
+    assert f"may open {limit}" in caught.value.found
     assert str(caught.value.expected) == f"at least {limit + 512}"
 
 

@@ -15,7 +15,9 @@ from sdxl_distill.storage.fsio import Directory
 @pytest.mark.parametrize("text", ["a\0b", "a\ud800b", "x" * 256])
 @pytest.mark.parametrize("open_place", [open_shard_set, Directory])
 def test_what_cannot_be_a_path_is_told_so(open_place: Callable[[str], Any], text: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be a path: it has") as caught:
+    with pytest.raises(
+        ConfigError, match="cannot be a path: (it contains|one of its names has)"
+    ) as caught:
         open_place(text)
     str(caught.value).encode()  # can be printed
     assert "\0" not in str(caught.value)

@@ -61,7 +61,7 @@ def test_what_vanishes_while_in_use_is_lost_and_to_be_looked_for_again(number: i
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "quota"),
         (errno.EROFS, "choose a folder"),
-        (errno.EACCES, "the right to read and write"),
+        (errno.EACCES, "let this user read and write"),
         (errno.ENOENT, "check the path"),
         (errno.ENOTDIR, "a file stands where a folder should"),
         (errno.ELOOP, "leads back to itself"),
