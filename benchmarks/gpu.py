@@ -154,7 +154,7 @@ def _training(checkpoint: ModelFolder, device: torch.device, seconds: float) -> 
     )
     student = _random_unet(checkpoint, device).requires_grad_(True).train()
     student.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    optimizer = make_optimizer(config, student, device.type)
+    optimizer = make_optimizer(config.training, student, device.type)
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     batch = batch_of_zeros(config, unet_geometry(checkpoint), SQUARE, NUM_TOKENS, TRAIN_BATCH)
     weights = list(student.parameters())

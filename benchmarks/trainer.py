@@ -177,7 +177,7 @@ def _trainer(config: DistillConfig) -> Iterator[Trainer]:
         checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
         yield Trainer(
             config,
-            load_student(config, checkpoint, accelerator.device),
+            load_student(config.student, checkpoint, accelerator.device),
             checkpoint.noise_schedule(),
             checkpoint.unet_fingerprint(),
             stream,
@@ -191,7 +191,7 @@ class _BareLoop:
     def __init__(self, job: TinyJob, batch_size: int, num_steps: int) -> None:
         config = job.distill(NUM_TEACHERS)
         checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
-        self._student = load_student(config, checkpoint, CPU)
+        self._student = load_student(config.student, checkpoint, CPU)
         self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-4)
         size = (job.side_px, job.side_px)
         asked = UnetInput.zeros(unet_geometry(checkpoint), batch_size, size, NUM_TOKENS)

@@ -87,10 +87,10 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     allow_tf32(config.tf32)
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     # The trainer's own student, optimizer and step.
-    student = load_student(config, checkpoint, device)
+    student = load_student(config.student, checkpoint, device)
     if config.training.compile:
         compile_unet(student, 1)
-    optimizer = make_optimizer(config, student, device.type)
+    optimizer = make_optimizer(config.training, student, device.type)
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     num_records = config.training.batch_size * config.training.gradient_accumulation_steps

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.config.distill import DistillConfig, TrainingSection
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.errors import ConfigError
@@ -78,10 +78,10 @@ def training_memory(
             student.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         student.requires_grad_(True).train()
         weights = count.live_bytes
-        optimizer = make_optimizer(_uncompiled(config), student, device_type)
+        optimizer = make_optimizer(_uncompiled(config.training), student, device_type)
         states = count.live_bytes - weights
         ema_on_device = device_type == "cpu" or config.student.ema_device == "auto"
-        ema = make_ema(config, student) if ema_on_device else None
+        ema = make_ema(config.student, student) if ema_on_device else None
         held = count.live_bytes
 
         step = step_of(config, student, noise_schedule, torch.device("cpu"))
@@ -197,10 +197,9 @@ def _weights_dtype(config: DistillConfig) -> torch.dtype:
     return torch.bfloat16 if config.student.use_bf16 else torch.float32
 
 
-def _uncompiled(config: DistillConfig) -> DistillConfig:
+def _uncompiled(settings: TrainingSection) -> TrainingSection:
     """Without storage there is nothing to compile for; compiled steps take less, if anything."""
-    training = config.training.model_copy(update={"compile_optimizer": False})
-    return config.model_copy(update={"training": training})
+    return settings.model_copy(update={"compile_optimizer": False})
 
 
 def step_of(

@@ -125,10 +125,8 @@ def _column(name: str, values: ArrayLike) -> Int64s:
 
 
 def _check_buckets(buckets: tuple[tuple[int, int], ...]) -> None:
-    if len(buckets) > MAX_BUCKETS:
-        raise ConfigError(
-            f"{len(buckets)} buckets", expected=f"at most {MAX_BUCKETS}", where=_WHERE
-        )
+    if not 0 < len(buckets) <= MAX_BUCKETS:
+        raise ConfigError(f"{len(buckets)} buckets", expected=f"1 to {MAX_BUCKETS}", where=_WHERE)
     ascending = all(left < right for left, right in pairwise(buckets))
     in_range = all(0 < side < 2**31 for bucket in buckets for side in bucket)
     if not (ascending and in_range):

@@ -20,7 +20,7 @@ from accelerate import (
     InitProcessGroupKwargs,
 )
 
-from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.config.distill import DistillConfig, StudentSection
 from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.core.prediction import MIN_SIGNAL
 from sdxl_distill.errors import ConfigError, DistillError, IncompatibleError
@@ -107,7 +107,7 @@ def _load_trainer(
     lock: RunLock | None,
 ) -> Trainer:
     """Load the student's weights, and make all that trains them."""
-    student = load_student(config, model_folder, accelerator.device)
+    student = load_student(config.student, model_folder, accelerator.device)
     if config.training.compile:
         # One extra for the warm-up pass of data parallelism.
         compile_unet(student, len(stream.order.table.buckets) + 1)
@@ -237,16 +237,16 @@ def usual_reader_threads(world: World) -> int:
 
 
 def load_student(
-    config: DistillConfig, model_folder: ModelFolder, device: torch.device
+    settings: StudentSection, model_folder: ModelFolder, device: torch.device
 ) -> torch.nn.Module:
     """Load the UNet that is trained, in training mode and with gradients.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: as `models.unet.load_unet`.
     """
-    dtype = torch.bfloat16 if config.student.use_bf16 else torch.float32
+    dtype = torch.bfloat16 if settings.use_bf16 else torch.float32
     student = load_unet(model_folder, dtype, device)
-    if config.student.use_gradient_checkpointing:
+    if settings.use_gradient_checkpointing:
         student.enable_gradient_checkpointing()
     return student.requires_grad_(True).train()
 

@@ -6,44 +6,34 @@ optimizer state and average are the whole state of a run; nothing else is rememb
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sdxl_distill.config.distill import DistillConfig
+from sdxl_distill.config.distill import DistillConfig, StudentSection, TrainingSection
 from sdxl_distill.core.noise_schedule import NoiseSchedule
-from sdxl_distill.errors import NumericalError, Preempted, StorageError
+from sdxl_distill.errors import NumericalError, Preempted
 from sdxl_distill.optimizer.adamw import AdamW, clip_factor, global_grad_norm
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.train.agreement import Agreement, sum_over_ranks
-from sdxl_distill.train.checkpoint import Checkpoint, Position, RunState, load_checkpoint
+from sdxl_distill.train.agreement import Agreement
 from sdxl_distill.train.ema import BackgroundAverage, Ema
 from sdxl_distill.train.learning_rate import learning_rate_at
-from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
-from sdxl_distill.train.run_folder import RunFolder, decisive_fields, require_equal
+from sdxl_distill.train.report import RunReport, loss_tags
+from sdxl_distill.train.run_folder import RunFolder, decisive_fields
 from sdxl_distill.train.run_lock import RunLock
+from sdxl_distill.train.run_state import Position
+from sdxl_distill.train.saved_run import SavedRun, TrainingState
 from sdxl_distill.train.step import DistillationStep
-from sdxl_distill.train.stop_signals import warn_of_short_shutdown
-from sdxl_distill.train.validation import averaged_weights, validation_losses
-
-_RESUME_WITH_THE_SAME_DATA: Final = (
-    "resume with the data, seed and global batch of the run; where only the data grew or changed, "
-    "--set data.on_change=next_epoch goes on with it at the next epoch"
-)
-
-
-_log = logging.getLogger(__name__)
+from sdxl_distill.train.validation import Validation, averaged_weights
 
 
 @dataclass(frozen=True)
@@ -79,24 +69,30 @@ class Trainer:
         lock: RunLock | None = None,
     ) -> None:
         self.config = config
-        self.student = student
-        # Walking through the modules takes a millisecond, and every step would do it twice.
-        self._weights = tuple(student.named_parameters())
         self.stream = stream
         self.accelerator = accelerator
-        self._lock = lock
         self.folder = RunFolder.of(config)
-        self.checkpoints = self.folder.checkpoints(config.training.keep_checkpoints)
+        # Walking through the modules takes a millisecond, and every step would do it twice.
+        self._weights = tuple(student.named_parameters())
         self.identity: dict[str, Any] = {
             "config": decisive_fields(config),
             "student": student_fingerprint,
             "noise_schedule": noise_schedule.to_json(),
             "sets": stream.fingerprints(),
         }
-        self.optimizer = make_optimizer(config, student, accelerator.device.type)
+        optimizer = make_optimizer(config.training, student, accelerator.device.type)
         # The average is the same on all ranks, so one keeps it.
-        self.ema = make_ema(config, student) if accelerator.is_main_process else None
-        self._average = self.ema and BackgroundAverage(self.ema, accelerator.device)
+        ema = make_ema(config.student, student) if accelerator.is_main_process else None
+        self._average = ema and BackgroundAverage(ema, accelerator.device)
+        self.state = TrainingState(student, optimizer, ema)
+        self.saved_run = SavedRun(
+            self.folder.checkpoints(config.training.keep_checkpoints),
+            self.identity,
+            stream.order.identity(),
+            config.data.on_change,
+            accelerator,
+            lock,
+        )
         self.step = DistillationStep(
             accelerator.prepare_model(student),
             noise_schedule,
@@ -106,32 +102,16 @@ class Trainer:
             config.training.huber_delta,
             accelerator.device,
         )
-        self.tags = loss_tags(stream.teacher_ids)
-        self.position = Position()
+        self._validation = Validation(self.step, stream, config.training.batch_size, accelerator)
+
+    @property
+    def position(self) -> Position:
+        """The steps that are done."""
+        return self.state.position
 
     def resume(self, reference: str) -> None:
-        """Load a checkpoint: `latest`, or the path of one, to which the run is rewound.
-
-        Raises:
-            ConfigError: when there is none.
-            CorruptError: when it, and for `latest` every older one, is damaged.
-            IncompatibleError: when it belongs to another configuration, student or stream.
-            StorageError: when the ranks do not see the same checkpoints.
-        """
-        if reference == "latest":
-            path, checkpoint = self.checkpoints.load_latest()
-        else:
-            path, checkpoint = Path(reference), load_checkpoint(Path(reference))
-        state = RunState.from_json(checkpoint.state, str(path))
-        require_equal(state.identity, self.identity, str(path))
-        self.position = self._position_in_stream(state, str(path))
-        self.student.load_state_dict(checkpoint.tensors["student"])
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], state.optimizer)
-        if self.ema is not None:
-            self.ema.load(checkpoint.tensors.get("ema", {}))
-        self._require_one_step(str(path))
-        if reference != "latest" and self.accelerator.is_main_process:
-            self._rewind(path)
+        """Load a checkpoint: `latest`, or the path of one. Raises as `SavedRun.resume`."""
+        self.saved_run.resume(reference, self.state)
 
     def run(self, stop: StopRequest) -> TrainSummary:
         """Train from the present position to `training.num_steps`.
@@ -161,7 +141,7 @@ class Trainer:
 
                 # Clip, step, average.
                 learning_rate = self._update(grad_norm)
-                self.position = self._after(batch)
+                self.state.position = self._after(batch)
 
                 # Agree with the other ranks before anything of this step is kept.
                 verdict = agreement.answer()
@@ -190,74 +170,13 @@ class Trainer:
             Whether any rank was asked to stop before this was done.
         """
         self._finish_average()
-        if self.accelerator.is_main_process:
-            started_seconds = time.perf_counter()
-            self._write_checkpoint()
-            warn_of_short_shutdown(time.perf_counter() - started_seconds)
-        num_stopped = torch.tensor(float(stop.requested), device=self.accelerator.device)
-        return bool(sum_over_ranks(self.accelerator, num_stopped) > 0)
-
-    def _write_checkpoint(self) -> None:
-        if self._lock is not None:
-            self._lock.require_held()
-        tensors = {
-            "student": self.student.state_dict(),
-            "optimizer": self.optimizer.state_tensors(),
-        }
-        if self.ema is not None:
-            tensors["ema"] = self.ema.averages
-        state = RunState(
-            self.position,
-            self.identity,
-            self.stream.order.identity(),
-            self.optimizer.state_scalars(),
-        )
-        self.checkpoints.save(self.position.global_step, Checkpoint(state.to_json(), tensors))
-
-    def _rewind(self, path: Path) -> None:
-        """Set later checkpoints of this run aside, so that none of them is its latest."""
-        step = self.position.global_step
-        is_own = path.resolve().parent == self.checkpoints.path.resolve()
-        aside = self.checkpoints.set_aside(step + is_own)
-        if aside is None:
-            return
-        _log.warning(
-            "the run goes on from step %d: its later checkpoints are set aside in %s, which you "
-            "may remove; TensorBoard hides the later points",
-            step,
-            aside,
-        )
-        if not is_own:
-            self._write_checkpoint()
-
-    def _position_in_stream(self, state: RunState, where: str) -> Position:
-        """Return where to go on: with changed data, if that is allowed, at the next epoch."""
-        now = self.stream.order.identity()
-        if self.config.data.on_change == "next_epoch":
-            changed = {name: now[name] for name in ("buckets", "num_draws")}
-            require_equal({**state.stream, **changed}, now, where)
-            if state.stream != now:
-                return Position(state.position.global_step, state.position.epoch + 1, 0)
-        require_equal(state.stream, now, where, _RESUME_WITH_THE_SAME_DATA)
-        return state.position
-
-    def _require_one_step(self, where: str) -> None:
-        """Refuse ranks that resumed different checkpoints, as from folders that are not shared."""
-        own = torch.tensor([self.position.global_step], device=self.accelerator.device)
-        steps = cast("torch.Tensor", self.accelerator.gather(own)).tolist()
-        if len(set(steps)) > 1:
-            raise StorageError(
-                f"the ranks resumed steps {steps}",
-                expected="the same checkpoint on every rank",
-                where=where,
-                action="keep the run folder on a file system that all nodes share",
-            )
+        return self.saved_run.save(self.state, stop)
 
     def _open_report(self) -> RunReport:
         return RunReport(
             self.config.run.name,
             self.folder.tensorboard(self.config.training.tensorboard.base_dir),
-            self.tags,
+            loss_tags(self.stream.teacher_ids),
             self.accelerator,
             num_steps=self.config.training.num_steps,
             num_done=self.position.global_step,
@@ -265,28 +184,14 @@ class Trainer:
 
     def _validate(self, report: RunReport, stop: StopRequest) -> bool:
         """Log the losses on held-out images; False when it was asked to stop before the end."""
-        if not self.stream.num_validation_records:
-            return True
         self._finish_average()
-        batch_size = self.config.training.batch_size
-
-        def write(name: str) -> bool:
-            batches = self.stream.validation_batches(batch_size)
-            # Its batches have sizes of their own, each of which would be compiled.
-            with torch.compiler.set_stance("force_eager"):
-                losses = validation_losses(self.step, batches, self.accelerator, stop)
-            if losses is None:
-                return False
-            tags = loss_tags(self.stream.teacher_ids, f"{PREFIX}/{name}")
-            report.write(self.position.global_step, dict(zip(tags, losses, strict=True)))
-            return True
-
-        if not write("validation"):
+        validation = self._validation
+        if not validation.run("validation", report, self.position.global_step, stop):
             return False
         if not self.config.student.use_ema:
             return True
-        with averaged_weights(self.student, self.ema, self.accelerator):
-            return write("validation_ema")
+        with averaged_weights(self.state.student, self.state.ema, self.accelerator):
+            return validation.run("validation_ema", report, self.position.global_step, stop)
 
     def _settled(self, batches: Iterator[JoinedBatch]) -> Iterator[JoinedBatch]:
         """Let data parallelism arrange its gradient buckets before the first step that counts.
@@ -299,7 +204,7 @@ class Trainer:
         first = next(batches)
         warm_up = next(first.micro_batches(1)).to(self.accelerator.device)
         self.step.losses(warm_up).loss.sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
         return chain([first], batches)
 
     def _update(self, grad_norm: torch.Tensor) -> float:
@@ -312,12 +217,12 @@ class Trainer:
             schedule=settings.lr_schedule,
             min_lr_ratio=settings.min_lr_ratio,
         )
-        for group in self.optimizer.param_groups:
+        for group in self.state.optimizer.param_groups:
             group["lr"] = learning_rate
         max_norm = settings.max_grad_norm
         self._finish_average()
-        self.optimizer.step(1.0 if max_norm is None else clip_factor(grad_norm, max_norm))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.step(1.0 if max_norm is None else clip_factor(grad_norm, max_norm))
+        self.state.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
             self._average.start(self._exact_weights(), self.position.global_step)
         return learning_rate
@@ -326,7 +231,7 @@ class Trainer:
         for name, weight in self._weights:
             # Weights with exact masters may not change for many steps while their masters do.
             exact = self.config.training.exact_masters
-            yield name, self.optimizer.exact_weight(weight) if exact else weight
+            yield name, self.state.optimizer.exact_weight(weight) if exact else weight
 
     def _finish_average(self) -> None:
         if self._average is not None:
@@ -343,7 +248,7 @@ class Trainer:
 
     def _not_finite(self, batch: JoinedBatch, loss_sums: torch.Tensor) -> NumericalError:
         what = "gradient" if bool(loss_sums.isfinite().all()) else "loss"
-        steps = self.checkpoints.steps()
+        steps = self.saved_run.checkpoints.steps()
         return NumericalError(
             f"the {what} is NaN or infinite (rank {self.accelerator.process_index}: records "
             f"{', '.join(batch.keys)})",
@@ -365,9 +270,8 @@ class Trainer:
         )
 
 
-def make_optimizer(config: DistillConfig, student: nn.Module, device_type: str) -> AdamW:
+def make_optimizer(settings: TrainingSection, student: nn.Module, device_type: str) -> AdamW:
     """Return the optimizer that a configuration asks for on a "cuda" or "cpu" device."""
-    settings = config.training
     use_8bit = settings.optimizer == "adamw_8bit" or (
         settings.optimizer == "auto" and device_type == "cuda"
     )
@@ -384,9 +288,9 @@ def make_optimizer(config: DistillConfig, student: nn.Module, device_type: str) 
     )
 
 
-def make_ema(config: DistillConfig, student: nn.Module) -> Ema | None:
+def make_ema(settings: StudentSection, student: nn.Module) -> Ema | None:
     """Return the average that starts at the student's weights; None when it is off."""
-    if not config.student.use_ema:
+    if not settings.use_ema:
         return None
-    device = torch.device("cpu") if config.student.ema_device == "cpu" else None
-    return Ema(student.named_parameters(), config.student.ema_decay, device)
+    device = torch.device("cpu") if settings.ema_device == "cpu" else None
+    return Ema(student.named_parameters(), settings.ema_decay, device)

@@ -12,9 +12,58 @@ from torch import nn
 
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
+from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import sum_over_ranks
 from sdxl_distill.train.ema import Ema
+from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
 from sdxl_distill.train.step import DistillationStep
+
+
+class Validation:
+    """Logs the losses on held-out images.
+
+    Args:
+        step: holds the student.
+        stream: has the held-out records.
+        batch_size: records in one forward pass.
+        accelerator: the ranks.
+    """
+
+    def __init__(
+        self,
+        step: DistillationStep,
+        stream: JoinedStream,
+        batch_size: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self._step = step
+        self._stream = stream
+        self._batch_size = batch_size
+        self._accelerator = accelerator
+
+    def run(self, name: str, report: RunReport, global_step: int, stop: StopRequest) -> bool:
+        """Log the losses of the student's present weights.
+
+        Args:
+            name: first part of the tags, such as "validation".
+            report: the logs.
+            global_step: the step that they are logged at.
+            stop: this rank's stop request.
+
+        Returns:
+            False, on every rank, when one was asked to stop before the end.
+        """
+        if not self._stream.num_validation_records:
+            return True
+        batches = self._stream.validation_batches(self._batch_size)
+        # Its batches have sizes of their own, each of which would be compiled.
+        with torch.compiler.set_stance("force_eager"):
+            losses = validation_losses(self._step, batches, self._accelerator, stop)
+        if losses is None:
+            return False
+        tags = loss_tags(self._stream.teacher_ids, f"{PREFIX}/{name}")
+        report.write(global_step, dict(zip(tags, losses, strict=True)))
+        return True
 
 
 @torch.no_grad()

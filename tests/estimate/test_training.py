@@ -52,8 +52,8 @@ def test_states_are_as_large_as_the_optimizers(config_of, use_bf16, optimizer, e
         training={"optimizer": optimizer, "exact_masters": exact_masters},
     )
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
-    student = load_student(config, checkpoint, torch.device("cpu"))
-    states = make_optimizer(config, student, "cpu").state_tensors()
+    student = load_student(config.student, checkpoint, torch.device("cpu"))
+    states = make_optimizer(config.training, student, "cpu").state_tensors()
     del states["steps"]
     counted = memory_of(config)
     assert counted.optimizer == sum(tensor.nbytes for tensor in states.values())
@@ -63,7 +63,9 @@ def test_states_are_as_large_as_the_optimizers(config_of, use_bf16, optimizer, e
 
 def test_the_average_is_as_large_as_it_is(config_of, tiny_family):
     config = config_of()
-    student = load_student(config, ModelFolder.resolve(str(tiny_family.base)), torch.device("cpu"))
+    student = load_student(
+        config.student, ModelFolder.resolve(str(tiny_family.base)), torch.device("cpu")
+    )
     averages = Ema(student.named_parameters(), 0.9).averages
     assert memory_of(config).ema == sum(tensor.nbytes for tensor in averages.values())
     assert memory_of(config_of(student={"use_ema": False})).ema == 0

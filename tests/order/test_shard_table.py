@@ -61,6 +61,7 @@ def test_a_bad_row_is_refused(rows: list[tuple[int, int, int, int, int]], messag
         (np.array([0, 2]), COLUMN, BUCKETS, "bucket index 2"),
         (np.array([-1, 0]), COLUMN, BUCKETS, "bucket holds -1"),
         (COLUMN, COLUMN, BUCKETS[::-1], "ascending"),
+        (COLUMN, COLUMN, (), "0 buckets"),
     ],
 )
 def test_a_bad_column_is_refused(

@@ -32,9 +32,9 @@ def config(tiny_family) -> DistillConfig:
 def test_a_step_waits_for_nothing(config):
     device = torch.device("cuda", 0)
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
-    student = load_student(config, checkpoint, device)
+    student = load_student(config.student, checkpoint, device)
     weights = list(student.parameters())
-    optimizer = make_optimizer(config, student, "cuda")
+    optimizer = make_optimizer(config.training, student, "cuda")
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     batch = batch_of_zeros(config, unet_geometry(checkpoint), Bucket(128, 128), 77, 2)
     pinned = batch._map(torch.Tensor.pin_memory)

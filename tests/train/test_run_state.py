@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdxl_distill.errors import CorruptError
-from sdxl_distill.train.checkpoint import Position, RunState
+from sdxl_distill.train.run_state import Position, RunState
 
 STATE = RunState(Position(7, 1, 2), {"config": {}}, {"seed": 1}, {"states": "fp32"})
 
