@@ -81,9 +81,9 @@ class WorkQueue:
         self.timing = timing or Timing()
         self._clock = clock
         with ExitStack() as opened:
-            self._build = opened.enter_context(directory.folder(BUILD_FOLDER))
-            self._claims = opened.enter_context(self._build.folder("claims"))
-            self._workers = opened.enter_context(self._build.folder("workers"))
+            self._build = opened.enter_context(_opened(directory, BUILD_FOLDER))
+            self._claims = opened.enter_context(_opened(self._build, "claims"))
+            self._workers = opened.enter_context(_opened(self._build, "workers"))
             # First of all, so that every temporary file has an owner that can be looked up.
             self.heartbeat = opened.enter_context(Heartbeat(self._workers, self.timing))
             self._opened = opened.pop_all()
@@ -272,3 +272,8 @@ class WorkQueue:
             return True
         token = content.decode("ascii", errors="replace")
         return not _TOKEN.fullmatch(token) or self.observer.is_dead(token)
+
+
+def _opened(parent: Directory, name: str) -> Directory:
+    """Open a folder of the queue, which somebody may remove between its making and its opening."""
+    return until_not_swept(parent, partial(parent.folder, name))

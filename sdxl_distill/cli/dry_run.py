@@ -136,8 +136,8 @@ def print_training_estimate(config: DistillConfig, arguments: argparse.Namespace
     )
     print(f"             {_BESIDES}")
     if memory.ema:
-        place = "on the first device, counted above" if memory.ema_on_device else "in main memory"
-        print(f"  average:   {format_bytes(memory.ema)} {place}")
+        place = "on the device, counted above" if memory.ema_on_device else "in main memory"
+        print(f"  average:   {format_bytes(memory.ema)} of each process {place}")
     print(
         f"  disk:      {estimate.num_checkpoints} checkpoints of "
         f"{format_bytes(estimate.checkpoint_bytes)} while the last is written; export "

@@ -56,6 +56,9 @@ class StudentSection(Section):
     """Decay per step once warm; step s uses min(ema_decay, (1 + s) / (10 + s))."""
     ema_device: Literal["auto", "cpu"] = "auto"
     """Where the float32 average is kept: auto next to the student, cpu in main memory."""
+    ema_every: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Steps after which each weight is averaged again, by the product of their decays; another part
+    of the weights at every step. While the decay warms up it is more often."""
 
 
 class TeacherCacheSection(Section):
@@ -103,6 +106,9 @@ class ValidationSection(Section):
     """Share of the images held out, chosen by their ids and so the same in every run."""
     every: Count = 500
     """Steps between two validations."""
+    max_records: Count | None = 256
+    """Most images in one validation: always the same ones, from every bucket its share. Null takes
+    all that are held out."""
 
 
 class TensorboardSection(Section):

@@ -26,7 +26,7 @@ from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.train.step import DistillationStep
-from sdxl_distill.train.trainer import make_ema, make_optimizer
+from sdxl_distill.train.trainer import followed_weights, make_ema, make_optimizer
 
 _DEFAULT_BUCKET: Final = Bucket(1024, 1024)
 _EXPORT_BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -41,7 +41,7 @@ class TrainingMemory:
         gradients: the gradients, in the weights' dtype.
         activations: the most that forward and backward add to weights, gradients and states.
         optimizer: the optimizer's states, and the remainders of exact masters.
-        ema: the float32 average; 0 when it is off.
+        ema: this process's share of the float32 average; 0 when it is off.
         ema_on_device: True if the average is next to the student.
         peak: the most that is live on the device at once, including while the optimizer works.
     """
@@ -56,7 +56,11 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: DistillConfig, checkpoint: ModelFolder, bucket: Bucket, num_tokens: int
+    config: DistillConfig,
+    checkpoint: ModelFolder,
+    bucket: Bucket,
+    num_tokens: int,
+    num_processes: int = 1,
 ) -> TrainingMemory:
     """Count a training step of one process, on CUDA unless the configuration says "cpu".
 
@@ -65,6 +69,7 @@ def training_memory(
         checkpoint: the student's checkpoint.
         bucket: the resolution; more pixels take more.
         num_tokens: the tokens of one caption.
+        num_processes: the number of processes, which share the average.
 
     Raises:
         ConfigError, CorruptError, IncompatibleError: when the student's configuration cannot
@@ -81,7 +86,7 @@ def training_memory(
         optimizer = make_optimizer(_uncompiled(config.training), student, device_type)
         states = count.live_bytes - weights
         ema_on_device = device_type == "cpu" or config.student.ema_device == "auto"
-        ema = make_ema(config.student, student) if ema_on_device else None
+        ema = make_ema(config.student, student, 0, num_processes) if ema_on_device else None
         held = count.live_bytes
 
         step = step_of(config, student, noise_schedule, torch.device("cpu"))
@@ -95,14 +100,14 @@ def training_memory(
         gradients = sum(w.grad.nbytes for w in student.parameters() if w.grad is not None)
         _update(config, optimizer, student, count)
         if ema is not None:
-            ema.update(student.named_parameters(), 0)
+            ema.update(followed_weights(student.named_parameters(), optimizer), 0)
     num_weights = sum(weight.numel() for weight in student.parameters())
     return TrainingMemory(
         weights=weights,
         gradients=gradients,
         activations=backward_peak - held - gradients,
         optimizer=states,
-        ema=4 * num_weights if config.student.use_ema else 0,
+        ema=4 * -(-num_weights // num_processes) if config.student.use_ema else 0,
         ema_on_device=ema_on_device,
         peak=max(backward_peak, count.peak_bytes),
     )
@@ -159,11 +164,12 @@ def estimate_training(config: DistillConfig, num_processes: int) -> TrainingEsti
     # The largest resolution of the sets that are built takes the most memory.
     there = [manifest for manifest in manifests if manifest is not None]
     bucket = largest_bucket(there)
-    memory = training_memory(config, checkpoint, bucket, num_tokens)
+    memory = training_memory(config, checkpoint, bucket, num_tokens, num_processes)
     # Everything else is counted from it and from the manifests.
     training = config.training
     per_step = training.batch_size * training.gradient_accumulation_steps * num_processes
     num_weights = memory.weights // _weights_dtype(config).itemsize
+    averages = 4 * num_weights if config.student.use_ema else 0
     is_complete = len(there) == len(manifests)
     return TrainingEstimate(
         memory=memory,
@@ -173,7 +179,7 @@ def estimate_training(config: DistillConfig, num_processes: int) -> TrainingEsti
         num_images=min(each.num_records // each.draws for each in there) if is_complete else None,
         num_shards=sum(len(each.shards) for each in there),
         read_bytes=sum(shard.tar_bytes for each in there for shard in each.shards),
-        checkpoint_bytes=memory.weights + memory.optimizer + memory.ema,
+        checkpoint_bytes=memory.weights + memory.optimizer + averages,
         num_checkpoints=training.keep_checkpoints + 1,
         export_bytes=num_weights * _EXPORT_BYTES[config.export.dtype],
     )

@@ -26,7 +26,6 @@ from sdxl_distill.optimizer.state_codec import block_elements
 from sdxl_distill.optimizer.stochastic_rounding import (
     RANDOM_BITS_ALGORITHM,
     int32_scalar,
-    join_master,
     rounding_key,
 )
 
@@ -133,12 +132,14 @@ class AdamW(torch.optim.Optimizer):
         for key, parameters in alike.items():
             self._update_together(parameters, terms[key])
 
-    def exact_weight(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return a float32 copy of a parameter, with its remainder where there is one."""
+    def remainder(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """Return the 16 bits that a bfloat16 parameter lacks, int16 of its shape, if it has them.
+
+        Together they are its exact value (`stochastic_rounding.join_master`). It is the
+        optimizer's own tensor: read it before the next step.
+        """
         remainder = self.state[parameter].get("remainder")
-        if remainder is None:
-            return parameter.detach().to(torch.float32, copy=True)
-        return join_master(parameter.detach(), remainder.view(parameter.shape))
+        return None if remainder is None else remainder.view(parameter.shape)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the whole state except `state_scalars` as flat names and tensors.

@@ -157,21 +157,24 @@ class JoinedStream:
         rest = (self._reads(later, 0) for later in count(epoch + 1))
         return self._ahead.batches(chain(self._reads(epoch, step), chain.from_iterable(rest)))
 
-    def validation_batches(self, max_records: int) -> Iterator[JoinedBatch]:
+    def validation_batches(
+        self, batch_size: int, max_records: int | None = None
+    ) -> Iterator[JoinedBatch]:
         """Return this rank's share of the held-out records, in draw 0.
 
         The order is fixed; all ranks' shares are every held-out record once. Ranks may have
         different numbers of batches, even none.
 
         Args:
-            max_records: largest number of records in one batch.
+            batch_size: largest number of records in one batch.
+            max_records: most records of all ranks together, the same at every call; None for all.
 
         Raises:
             CorruptError, IncompatibleError, StorageError: as `epoch`.
         """
-        table = self.order.table
+        table, world = self.order.table, self._world
         return self._ahead.batches(
-            validation_reads(table, max_records, rank=self._world.rank, world=self._world.size)
+            validation_reads(table, batch_size, max_records, rank=world.rank, world=world.size)
         )
 
     def close(self) -> None:

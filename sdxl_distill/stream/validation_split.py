@@ -36,30 +36,54 @@ def num_held_out(latents: ShardSet, shard: AlignedShard, fraction: float) -> int
 
 
 def validation_reads(
-    table: ShardTable, max_records: int, *, rank: int, world: int
+    table: ShardTable,
+    batch_size: int,
+    max_records: int | None = None,
+    *,
+    rank: int,
+    world: int,
 ) -> Iterator[PlannedBatch]:
     """Yield what one rank reads to validate: every `world`-th held-out record, in draw 0.
 
     Args:
         table: the shard table, whose `first` counts each shard's held-out records.
-        max_records: largest number of records in one batch.
+        batch_size: largest number of records in one batch.
+        max_records: most records of all ranks together: the first ones of each bucket, as many as
+            is its share of all held-out ones. None takes all.
         rank: the rank whose share is read.
-        world: number of ranks; all shares together are every held-out record once.
+        world: number of ranks; all shares together are every record once.
     """
     step = 0
-    for bucket in range(len(table.buckets)):
+    shares = _bucket_shares(table, max_records)
+    for bucket, num_records in enumerate(shares):
         rows = np.flatnonzero((table.bucket == bucket) & (table.first > 0))
         rows = rows[np.argsort(table.number[rows])]
-        if not rows.size:
-            continue
-        shards = np.repeat(rows, table.first[rows])[rank::world]
-        records = np.concatenate([np.arange(first) for first in table.first[rows].tolist()])[
-            rank::world
-        ]
-        for start in range(0, len(shards), max_records):
-            piece = slice(start, start + max_records)
+        firsts = table.first[rows]
+        mine = np.arange(num_records, dtype=np.int64)[rank::world]
+        ends = np.cumsum(firsts)
+        places = np.searchsorted(ends, mine, side="right")
+        shards, records = rows[places], mine - (ends - firsts)[places]
+        for start in range(0, len(mine), batch_size):
+            piece = slice(start, start + batch_size)
             yield _draw_0(step, bucket, shards[piece], records[piece])
             step += 1
+
+
+def _bucket_shares(table: ShardTable, max_records: int | None) -> list[int]:
+    """Return how many held-out records of each bucket are read: all, or in proportion.
+
+    Source: the method of largest remainders (Hamilton); ties go to the earlier bucket.
+    """
+    held_out = [int(table.first[table.bucket == each].sum()) for each in range(len(table.buckets))]
+    total = sum(held_out)
+    if max_records is None or total <= max_records:
+        return held_out
+    shares = [each * max_records // total for each in held_out]
+    remainders = [each * max_records % total for each in held_out]
+    by_remainder = sorted(range(len(held_out)), key=lambda bucket: -remainders[bucket])
+    for bucket in by_remainder[: max_records - sum(shares)]:
+        shares[bucket] += 1
+    return shares
 
 
 def _draw_0(step: int, bucket: int, shards: Int64s, records: Int64s) -> PlannedBatch:

@@ -20,6 +20,8 @@ _FREE_FIELDS = (
     "run",
     "student.checkpoint_path",
     "student.text_encoder_id",
+    "student.ema_device",
+    "student.ema_every",
     "data.latent_cache",
     "data.on_change",
     "data.on_missing",
@@ -33,6 +35,7 @@ _FREE_FIELDS = (
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.validation.every",
+    "training.validation.max_records",
     "training.tensorboard",
     "export",
 )

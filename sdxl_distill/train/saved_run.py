@@ -16,6 +16,7 @@ from sdxl_distill.errors import StorageError
 from sdxl_distill.optimizer.adamw import AdamW
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.train.agreement import sum_over_ranks
+from sdxl_distill.train.average_exchange import gathered_averages
 from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.run_folder import require_equal
@@ -38,7 +39,7 @@ class TrainingState:
     Attributes:
         student: the UNet, not wrapped for data parallelism.
         optimizer: the optimizer of its weights.
-        ema: the moving average; None where none is kept.
+        ema: this rank's share of the moving average; None where none is kept.
         position: the steps that are done.
     """
 
@@ -85,9 +86,10 @@ class SavedRun:
         Raises:
             StorageError: when the disk is full or refuses.
         """
+        started_seconds = time.perf_counter()
+        averages = self._averages(state)
         if self._accelerator.is_main_process:
-            started_seconds = time.perf_counter()
-            self._write(state)
+            self._write(state, averages)
             warn_of_short_shutdown(time.perf_counter() - started_seconds)
         num_stopped = torch.tensor(float(stop.requested), device=self._accelerator.device)
         return bool(sum_over_ranks(self._accelerator, num_stopped) > 0)
@@ -117,18 +119,24 @@ class SavedRun:
         if state.ema is not None:
             state.ema.load(checkpoint.tensors.get("ema", {}))
         self._require_one_step(state.position, str(path))
-        if reference != "latest" and self._accelerator.is_main_process:
+        if reference != "latest":
             self._rewind(path, state)
 
-    def _write(self, state: TrainingState) -> None:
+    def _averages(self, state: TrainingState) -> dict[str, torch.Tensor] | None:
+        """Bring the ranks' shares of the average together on the main rank."""
+        if state.ema is None:
+            return None
+        return gathered_averages(state.ema, state.student, self._accelerator)
+
+    def _write(self, state: TrainingState, averages: dict[str, torch.Tensor] | None) -> None:
         if self._lock is not None:
             self._lock.require_held()
         tensors = {
             "student": state.student.state_dict(),
             "optimizer": state.optimizer.state_tensors(),
         }
-        if state.ema is not None:
-            tensors["ema"] = state.ema.averages
+        if averages is not None:
+            tensors["ema"] = averages
         run_state = RunState(
             state.position, self.identity, self.stream, state.optimizer.state_scalars()
         )
@@ -139,6 +147,9 @@ class SavedRun:
         """Set later checkpoints of this run aside, so that none of them is its latest."""
         step = state.position.global_step
         is_own = path.resolve().parent == self.checkpoints.path.resolve()
+        averages = None if is_own else self._averages(state)
+        if not self._accelerator.is_main_process:
+            return
         aside = self.checkpoints.set_aside(step + is_own)
         if aside is None:
             return
@@ -149,7 +160,7 @@ class SavedRun:
             aside,
         )
         if not is_own:
-            self._write(state)
+            self._write(state, averages)
 
     def _position(self, found: RunState, where: str) -> Position:
         """Return where to go on: with changed data, if that is allowed, at the next epoch."""

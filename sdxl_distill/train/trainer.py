@@ -7,7 +7,7 @@ optimizer state and average are the whole state of a run; nothing else is rememb
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,10 +22,12 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.errors import NumericalError, Preempted
 from sdxl_distill.optimizer.adamw import AdamW, clip_factor, global_grad_norm
 from sdxl_distill.runtime.stop_request import StopRequest
+from sdxl_distill.runtime.world import World
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import Agreement
-from sdxl_distill.train.ema import BackgroundAverage, Ema
+from sdxl_distill.train.average_exchange import lent_averages
+from sdxl_distill.train.ema import BackgroundAverage, Ema, FollowedWeight
 from sdxl_distill.train.learning_rate import learning_rate_at
 from sdxl_distill.train.report import RunReport, loss_tags
 from sdxl_distill.train.run_folder import RunFolder, decisive_fields
@@ -33,7 +35,7 @@ from sdxl_distill.train.run_lock import RunLock
 from sdxl_distill.train.run_state import Position
 from sdxl_distill.train.saved_run import SavedRun, TrainingState
 from sdxl_distill.train.step import DistillationStep
-from sdxl_distill.train.validation import Validation, averaged_weights
+from sdxl_distill.train.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,12 @@ class Trainer:
             "sets": stream.fingerprints(),
         }
         optimizer = make_optimizer(config.training, student, accelerator.device.type)
-        # The average is the same on all ranks, so one keeps it.
-        ema = make_ema(config.student, student) if accelerator.is_main_process else None
-        self._average = ema and BackgroundAverage(ema, accelerator.device)
+        ema = make_ema(
+            config.student, student, accelerator.process_index, accelerator.num_processes
+        )
+        num_threads = World.from_environment().num_cores
+        self._average = ema and BackgroundAverage(ema, accelerator.device, num_threads)
+        self._followed = followed_weights(self._weights, optimizer)
         self.state = TrainingState(student, optimizer, ema)
         self.saved_run = SavedRun(
             self.folder.checkpoints(config.training.keep_checkpoints),
@@ -102,7 +107,13 @@ class Trainer:
             config.training.huber_delta,
             accelerator.device,
         )
-        self._validation = Validation(self.step, stream, config.training.batch_size, accelerator)
+        self._validation = Validation(
+            self.step,
+            stream,
+            config.training.batch_size,
+            config.training.validation.max_records,
+            accelerator,
+        )
 
     @property
     def position(self) -> Position:
@@ -188,9 +199,9 @@ class Trainer:
         validation = self._validation
         if not validation.run("validation", report, self.position.global_step, stop):
             return False
-        if not self.config.student.use_ema:
+        if self.state.ema is None:
             return True
-        with averaged_weights(self.state.student, self.state.ema, self.accelerator):
+        with lent_averages(self.state.student, self.state.ema, self.accelerator):
             return validation.run("validation_ema", report, self.position.global_step, stop)
 
     def _settled(self, batches: Iterator[JoinedBatch]) -> Iterator[JoinedBatch]:
@@ -224,14 +235,8 @@ class Trainer:
         self.state.optimizer.step(1.0 if max_norm is None else clip_factor(grad_norm, max_norm))
         self.state.optimizer.zero_grad(set_to_none=True)
         if self._average is not None:
-            self._average.start(self._exact_weights(), self.position.global_step)
+            self._average.start(self._followed, self.position.global_step)
         return learning_rate
-
-    def _exact_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self._weights:
-            # Weights with exact masters may not change for many steps while their masters do.
-            exact = self.config.training.exact_masters
-            yield name, self.state.optimizer.exact_weight(weight) if exact else weight
 
     def _finish_average(self) -> None:
         if self._average is not None:
@@ -288,9 +293,29 @@ def make_optimizer(settings: TrainingSection, student: nn.Module, device_type: s
     )
 
 
-def make_ema(settings: StudentSection, student: nn.Module) -> Ema | None:
-    """Return the average that starts at the student's weights; None when it is off."""
+def make_ema(
+    settings: StudentSection, student: nn.Module, rank: int = 0, num_ranks: int = 1
+) -> Ema | None:
+    """Return a rank's share of the average that starts at the student; None when it is off."""
     if not settings.use_ema:
         return None
-    device = torch.device("cpu") if settings.ema_device == "cpu" else None
-    return Ema(student.named_parameters(), settings.ema_decay, device)
+    return Ema(
+        student.named_parameters(),
+        settings.ema_decay,
+        torch.device("cpu") if settings.ema_device == "cpu" else None,
+        ema_every=settings.ema_every,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+
+
+def followed_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], optimizer: AdamW
+) -> tuple[FollowedWeight, ...]:
+    """Return named weights as an average follows them: with what bfloat16 lacks of their masters.
+
+    Weights with exact masters may not change for many steps while their masters do.
+    """
+    return tuple(
+        FollowedWeight(name, weight, optimizer.remainder(weight)) for name, weight in weights
+    )

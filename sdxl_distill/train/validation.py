@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
-from torch import nn
 
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import sum_over_ranks
-from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.report import PREFIX, RunReport, loss_tags
 from sdxl_distill.train.step import DistillationStep
 
@@ -26,6 +22,7 @@ class Validation:
         step: holds the student.
         stream: has the held-out records.
         batch_size: records in one forward pass.
+        max_records: most records of all ranks, always the same ones; None takes all held-out ones.
         accelerator: the ranks.
     """
 
@@ -34,11 +31,13 @@ class Validation:
         step: DistillationStep,
         stream: JoinedStream,
         batch_size: int,
+        max_records: int | None,
         accelerator: Accelerator,
     ) -> None:
         self._step = step
         self._stream = stream
         self._batch_size = batch_size
+        self._max_records = max_records
         self._accelerator = accelerator
 
     def run(self, name: str, report: RunReport, global_step: int, stop: StopRequest) -> bool:
@@ -55,7 +54,7 @@ class Validation:
         """
         if not self._stream.num_validation_records:
             return True
-        batches = self._stream.validation_batches(self._batch_size)
+        batches = self._stream.validation_batches(self._batch_size, self._max_records)
         # Its batches have sizes of their own, each of which would be compiled.
         with torch.compiler.set_stance("force_eager"):
             losses = validation_losses(self._step, batches, self._accelerator, stop)
@@ -93,31 +92,3 @@ def validation_losses(
     totals[-1] = float(stop.requested)
     *sums, num_records, num_stopped = sum_over_ranks(accelerator, totals).tolist()
     return None if num_stopped else [each / max(num_records, 1) for each in sums]
-
-
-@contextmanager
-def averaged_weights(
-    student: nn.Module, ema: Ema | None, accelerator: Accelerator
-) -> Iterator[None]:
-    """Give every rank's student the moving average's weights within the block.
-
-    Args:
-        student: this rank's student; its own weights wait in main memory meanwhile.
-        ema: the main rank's average; None on the other ranks.
-        accelerator: carries the average to the other ranks.
-    """
-    own = {
-        name: weight.detach().to("cpu", copy=True) for name, weight in student.named_parameters()
-    }
-    try:
-        with torch.no_grad():
-            for name, weight in student.named_parameters():
-                if ema is not None:
-                    weight.copy_(ema.averages[name])
-                if accelerator.num_processes > 1:
-                    broadcast(weight.detach())
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in student.named_parameters():
-                weight.copy_(own[name])

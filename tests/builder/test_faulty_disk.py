@@ -54,6 +54,24 @@ def test_claims_that_are_removed_again_and_again_hold_no_build_up(path: Path) ->
     assert leftovers(path) == []
 
 
+@pytest.mark.parametrize("opened", [".build", "claims", "workers"])
+def test_claims_that_are_removed_while_they_are_being_opened_hold_no_build_up(
+    path: Path, monkeypatch: pytest.MonkeyPatch, opened: str
+) -> None:
+    original, removed = os.open, list[str]()
+
+    def removing(name: Any, *arguments: Any, **options: Any) -> int:
+        if name == opened and not removed:
+            removed.append(opened)
+            shutil.rmtree(path / ".build")
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", removing)
+    assert build(path, 2).summary.num_built == 2
+    assert removed == [opened]
+    assert leftovers(path) == []
+
+
 def test_a_set_that_is_removed_ends_the_build(path: Path) -> None:
     with pytest.raises(StorageError, match="withdrawn or moved"):
         build(path, 1, Disturbed(lambda: shutil.rmtree(path, ignore_errors=True)))

@@ -15,6 +15,7 @@ from support.oracles.joined_by_webdataset import read_all
 from support.patience import PATIENCE_SECONDS
 from support.shard_sets import SHARD_SIZES, ShardSets, path_of
 
+from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
@@ -240,6 +241,32 @@ def test_the_shares_of_all_ranks_are_every_validation_record_once(
 
     shares = [key for rank in range(world) for key in held_out(rank, world)]
     assert sorted(shares) == sorted(held_out(0, 1))
+
+
+def test_a_bounded_validation_is_the_first_records_of_every_bucket_in_proportion(
+    pair: list[ShardSet],
+) -> None:
+    def held_out(max_records: int | None, world: World) -> dict[Bucket, list[str]]:
+        keys: dict[Bucket, list[str]] = {}
+        with JoinedStream(pair, global_batch=8, validation_fraction=0.5, world=world) as stream:
+            for batch in stream.validation_batches(2, max_records):
+                keys.setdefault(batch.bucket, []).extend(batch.keys)
+        return keys
+
+    whole = held_out(None, World())
+    num_records = {bucket: len(keys) for bucket, keys in whole.items()}
+    total = sum(num_records.values())
+    assert len(whole) > 1
+    for limit in range(1, total + 2):
+        bounded = held_out(limit, World())
+        assert sum(map(len, bounded.values())) == min(limit, total)
+        for bucket, keys in whole.items():
+            mine = bounded.get(bucket, [])
+            assert mine == keys[: len(mine)]
+            assert abs(len(mine) - num_records[bucket] * min(limit, total) / total) < 1
+        shares = [held_out(limit, World(rank, 2)) for rank in range(2)]
+        for bucket, keys in bounded.items():
+            assert sorted(keys) == sorted(k for share in shares for k in share.get(bucket, []))
 
 
 def test_validation_holds_what_webdataset_reads(pair: list[ShardSet]) -> None:

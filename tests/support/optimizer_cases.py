@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sdxl_distill.optimizer.adamw import AdamW
+from sdxl_distill.optimizer.stochastic_rounding import join_master
 
 # A matrix and a convolution with 8-bit states, and three tensors that keep float32 ones.
 SHAPES = [(16, 512), (12, 40, 3, 3), (10, 33), (5000,), ()]
@@ -32,6 +33,12 @@ def parameters(dtype: torch.dtype, shapes: list[tuple[int, ...]] = SHAPES) -> Na
         (f"layer.{n}", torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype) * 0.05))
         for n, shape in enumerate(shapes)
     ]
+
+
+def exact_weight(optimizer: AdamW, parameter: torch.Tensor) -> torch.Tensor:
+    """The float32 value of a parameter, with its remainder where there is one."""
+    remainder = optimizer.remainder(parameter)
+    return parameter.float() if remainder is None else join_master(parameter.detach(), remainder)
 
 
 def gradients(named: Named, num_steps: int, first: int = 0) -> Iterator[list[torch.Tensor]]:

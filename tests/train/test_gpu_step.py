@@ -11,7 +11,7 @@ from sdxl_distill.estimate.training import batch_of_zeros, step_of
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
-from sdxl_distill.train.ema import BackgroundAverage, Ema
+from sdxl_distill.train.ema import BackgroundAverage, Ema, FollowedWeight
 from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
 
@@ -64,8 +64,8 @@ def test_an_average_in_main_memory_follows_as_one_on_the_card():
         background.finish()
         with torch.no_grad():
             weight += 1
-        background.start([("w", weight)], step)
-        beside.update([("w", weight)], step)
+        background.start([FollowedWeight("w", weight)], step)
+        beside.update([FollowedWeight("w", weight)], step)
     background.finish()
     assert torch.allclose(apart.averages["w"], beside.averages["w"].cpu())
 
@@ -75,5 +75,5 @@ def test_on_a_cpu_the_average_is_there_at_once():
     ema = Ema([("w", weight)], 0.5)
     with torch.no_grad():
         weight += 1
-    BackgroundAverage(ema, torch.device("cpu")).start([("w", weight)], 100)
+    BackgroundAverage(ema, torch.device("cpu")).start([FollowedWeight("w", weight)], 100)
     assert torch.equal(ema.averages["w"], torch.full((3,), 1.5))

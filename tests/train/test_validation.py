@@ -15,9 +15,10 @@ from sdxl_distill.demo.family import Family
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
+from sdxl_distill.train.average_exchange import lent_averages
 from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.step import DistillationStep
-from sdxl_distill.train.validation import averaged_weights, validation_losses
+from sdxl_distill.train.validation import validation_losses
 
 pytestmark = pytest.mark.processors
 
@@ -84,7 +85,7 @@ def test_the_average_is_lent_and_the_weights_come_back(
     for average in ema.averages.values():
         average.mul_(1.5)
     own = {name: weight.clone() for name, weight in student.named_parameters()}
-    with averaged_weights(student, ema, Accelerator(cpu=True)):
+    with lent_averages(student, ema, Accelerator(cpu=True)):
         for name, weight in student.named_parameters():
             assert torch.equal(weight, ema.averages[name].to(dtype))
     assert all(torch.equal(weight, own[name]) for name, weight in student.named_parameters())
