@@ -103,7 +103,7 @@ def test_followed_at_intervals_it_comes_to_the_same_where_weights_stand_still() 
     distances: dict[str, float] = {}
     expected: dict[str, float] = {}
     changed_at: dict[str, int] = {}
-    for step in range(5000, 5500):
+    for step in range(10_000, 10_500):
         follow(ema, weights, step)
         for name, average in ema.averages.items():
             distance = 1 - average.item()
@@ -112,7 +112,7 @@ def test_followed_at_intervals_it_comes_to_the_same_where_weights_stand_still() 
                 expected[name] = expected.get(name, distance) * 0.999**since
                 assert distance == pytest.approx(expected[name], abs=1e-4)
                 distances[name], changed_at[name] = distance, step
-    assert sorted(changed_at.values()) == list(range(5500 - EVERY, 5500))
+    assert sorted(changed_at.values()) == list(range(10_500 - EVERY, 10_500))
 
 
 def test_the_exact_value_of_a_rounded_weight_is_followed() -> None:
