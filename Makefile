@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
+# Two at once: tests of many processes are processes of their own.
+TEST_PROCESSES ?= 2
 LOWEST_INSTALLED := $(LOWEST)/.installed
 # What depends most on libraries: networks, files, text, a tiny build and a tiny training.
 LOWEST_TESTS := tests/config/test_loader.py tests/config/test_builder.py tests/config/test_distill.py \
@@ -32,7 +34,7 @@ demo: setup  ## run the main job on real photos with a tiny SDXL family
 	$(BIN)/sdxl-distill demo
 
 test: setup $(LOWEST_INSTALLED)  ## run the whole test suite; one test asks the other environment
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test-lowest: $(LOWEST_INSTALLED)  ## run a part of the suite with the lowest versions
 	$(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)

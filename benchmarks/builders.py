@@ -26,9 +26,8 @@ from measuring.tiny_job import TinyJob
 from sdxl_distill.catalog.image import fit_to_bucket, read_image, read_image_file
 from sdxl_distill.core.bucket import Bucket
 from sdxl_distill.demo.family import one_thread
-from sdxl_distill.estimate.network_memory import UnetInput
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import load_unet, predict, unet_geometry
+from sdxl_distill.models.unet import UnetInput, load_unet, predict, unet_geometry
 from sdxl_distill.models.vae import encode_images, load_vae
 from sdxl_distill.sets.latents_content import LatentsContent
 from sdxl_distill.sets.predictions_content import PredictionsContent

@@ -23,11 +23,10 @@ from measuring.tiny_job import quiet
 
 from sdxl_distill.builder.set_builder import build_set
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.estimate.network_memory import UnetInput
 from sdxl_distill.estimate.training import batch_of_zeros, step_of
 from sdxl_distill.models.component import channels_last_on_gpu
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import compile_unet, predict, unet_geometry
+from sdxl_distill.models.unet import UnetInput, compile_unet, predict, unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
 from sdxl_distill.runtime.device import allow_tf32
 from sdxl_distill.runtime.world import World
@@ -154,7 +153,7 @@ def _training(checkpoint: ModelFolder, device: torch.device, seconds: float) -> 
     )
     student = _random_unet(checkpoint, device).requires_grad_(True).train()
     student.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-    optimizer = make_optimizer(config.training, student, device.type)
+    optimizer = make_optimizer(config.training, student.named_parameters(), device.type)
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     batch = batch_of_zeros(config, unet_geometry(checkpoint), SQUARE, NUM_TOKENS, TRAIN_BATCH)
     weights = list(student.parameters())

@@ -24,10 +24,10 @@ from measuring.tiny_job import TinyJob
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import one_thread
-from sdxl_distill.estimate.network_memory import UnetInput, counted_memory, prediction_memory
+from sdxl_distill.estimate.network_memory import counted_memory, prediction_memory
 from sdxl_distill.estimate.training import batch_of_zeros, step_of, training_memory
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import unet_geometry
+from sdxl_distill.models.unet import UnetInput, unet_geometry
 from sdxl_distill.shards.shard_set import open_shard_set
 from sdxl_distill.stream.loader import JoinedStream
 

@@ -26,9 +26,8 @@ from measuring.tiny_job import TinyJob, quiet
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import one_thread
-from sdxl_distill.estimate.network_memory import UnetInput
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import predict, unet_geometry
+from sdxl_distill.models.unet import UnetInput, predict, unet_geometry
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.report import RunReport

@@ -55,7 +55,8 @@ class StudentSection(Section):
     ema_decay: Decay = 0.9999
     """Decay per step once warm; step s uses min(ema_decay, (1 + s) / (10 + s))."""
     ema_device: Literal["auto", "cpu"] = "auto"
-    """Where the float32 average is kept: auto next to the student, cpu in main memory."""
+    """Where the float32 average is kept: cpu in main memory; auto beside the student where it fits,
+    else in main memory too."""
     ema_every: Annotated[int, Field(ge=1, le=1000)] = 8
     """Steps after which each weight is averaged again, by the product of their decays; another part
     of the weights at every step. While the decay warms up it is more often."""
@@ -151,8 +152,9 @@ class TrainingSection(Section):
     """AdamW's decoupled weight decay."""
     optimizer: Literal["auto", "adamw", "adamw_8bit"] = "auto"
     """Moments in float32 (adamw) or 8 bits (adamw_8bit); auto is 8 bits on CUDA, else float32."""
-    exact_masters: bool = False
-    """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, for 2 more bytes each."""
+    exact_masters: Literal["auto"] | bool = "auto"
+    """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, for 2 more bytes each.
+    auto keeps them where memory allows, and as the checkpoint did that a run goes on from."""
     compile: bool = False
     """Compile the student with torch.compile, once for each bucket: a few minutes each at first,
     faster afterwards."""
@@ -219,7 +221,7 @@ class DistillConfig(Section):
 
     @model_validator(mode="after")
     def _check_masters(self) -> DistillConfig:
-        if self.training.exact_masters and not self.student.use_bf16:
+        if self.training.exact_masters is True and not self.student.use_bf16:
             raise BrokenRule(
                 "true, but float32 weights are exact already",
                 expected="false, or student.use_bf16: true",

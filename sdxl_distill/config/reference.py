@@ -102,6 +102,8 @@ def _type_text(node: dict[str, Any]) -> str:
         return f"{len(items)} × ({_type_text(items[0])})"
     if node["type"] == "array":
         return f"list of {_type_text(node['items'])}"
+    if "const" in node:
+        return f"`{json.dumps(node['const'])}`"
     return ", ".join([node["type"], *_limits(node)])
 
 

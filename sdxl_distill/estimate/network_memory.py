@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdxl_distill.models.component import Component
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import NUM_TIME_IDS, UnetGeometry, predict, unet_geometry
-from sdxl_distill.models.vae import PIXELS_PER_LATENT
+from sdxl_distill.models.unet import UnetInput, predict, unet_geometry
 
 
 class StorageCount(TorchDispatchMode):
@@ -94,31 +93,6 @@ def weightless(component: Component, dtype: torch.dtype) -> nn.Module:
 def num_parameters(component: Component) -> int:
     """Return how many weights a network has. Raises as `weightless`."""
     return sum(tensor.numel() for tensor in component.on_meta().state_dict().values())
-
-
-class UnetInput(NamedTuple):
-    """What `predict` takes besides the UNet: B records of one bucket, in the stored types."""
-
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-    pooled_embeds: torch.Tensor
-    time_ids: torch.Tensor
-
-    @classmethod
-    def zeros(
-        cls, geometry: UnetGeometry, num_records: int, size_px: tuple[int, int], num_tokens: int
-    ) -> UnetInput:
-        """Make an input of zeros for B records of (width, height) pixels."""
-        width, height = (side // PIXELS_PER_LATENT for side in size_px)
-        half = torch.float16
-        return cls(
-            torch.zeros(num_records, geometry.channels, height, width, dtype=half),
-            torch.zeros(num_records, dtype=torch.int64),
-            torch.zeros(num_records, num_tokens, geometry.hidden_size, dtype=half),
-            torch.zeros(num_records, geometry.pooled_size, dtype=half),
-            torch.zeros(num_records, NUM_TIME_IDS, dtype=torch.int32),
-        )
 
 
 class ForwardMemory(NamedTuple):

@@ -11,11 +11,9 @@ import torch
 from sdxl_distill.config.builder import BuilderConfig
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
-from sdxl_distill.estimate.network_memory import UnetInput
-from sdxl_distill.estimate.training import batch_of_zeros, step_of
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
-from sdxl_distill.models.unet import compile_unet, unet_geometry
+from sdxl_distill.models.unet import UnetInput, compile_unet, unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
 from sdxl_distill.runtime.device import allow_tf32, resolve_device
 from sdxl_distill.runtime.world import World
@@ -24,6 +22,7 @@ from sdxl_distill.sets.predictions_set import load_teacher
 from sdxl_distill.sets.teacher_sources import TeacherSources
 from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
+from sdxl_distill.train.trial_step import batch_of_zeros, step_of
 
 _MIN_SECONDS: Final = 5.0
 _MIN_REPEATS: Final = 3
@@ -90,7 +89,7 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     student = load_student(config.student, checkpoint, device)
     if config.training.compile:
         compile_unet(student, 1)
-    optimizer = make_optimizer(config.training, student, device.type)
+    optimizer = make_optimizer(config.training, student.named_parameters(), device.type)
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens
     num_records = config.training.batch_size * config.training.gradient_accumulation_steps

@@ -15,18 +15,16 @@ from torch import nn
 
 from sdxl_distill.config.distill import DistillConfig, TrainingSection
 from sdxl_distill.core.bucket import Bucket
-from sdxl_distill.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxl_distill.errors import ConfigError
-from sdxl_distill.estimate.network_memory import StorageCount, UnetInput, counted_memory, weightless
+from sdxl_distill.estimate.network_memory import StorageCount, counted_memory, weightless
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.text_encoder import text_geometry
-from sdxl_distill.models.unet import UnetGeometry, unet_geometry
+from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.optimizer.adamw import AdamW, clip_factor, global_grad_norm
 from sdxl_distill.shards.manifest import Manifest
 from sdxl_distill.shards.shard_set import open_shard_set
-from sdxl_distill.stream.batch import JoinedBatch
-from sdxl_distill.train.step import DistillationStep
 from sdxl_distill.train.trainer import followed_weights, make_ema, make_optimizer
+from sdxl_distill.train.trial_step import batch_of_zeros, step_of
 
 _DEFAULT_BUCKET: Final = Bucket(1024, 1024)
 _EXPORT_BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -83,7 +81,9 @@ def training_memory(
             student.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         student.requires_grad_(True).train()
         weights = count.live_bytes
-        optimizer = make_optimizer(_uncompiled(config.training), student, device_type)
+        optimizer = make_optimizer(
+            _uncompiled(config.training), student.named_parameters(), device_type
+        )
         states = count.live_bytes - weights
         ema_on_device = device_type == "cpu" or config.student.ema_device == "auto"
         ema = make_ema(config.student, student, 0, num_processes) if ema_on_device else None
@@ -206,43 +206,6 @@ def _weights_dtype(config: DistillConfig) -> torch.dtype:
 def _uncompiled(settings: TrainingSection) -> TrainingSection:
     """Without storage there is nothing to compile for; compiled steps take less, if anything."""
     return settings.model_copy(update={"compile_optimizer": False})
-
-
-def step_of(
-    config: DistillConfig, student: nn.Module, schedule: NoiseSchedule, device: torch.device
-) -> DistillationStep:
-    """Return the step of a run whose teachers predict what the student does."""
-    types: list[PredictionType] = [schedule.prediction_type] * len(config.teachers)
-    return DistillationStep(
-        student,
-        schedule,
-        types,
-        [1 / len(config.teachers)] * len(config.teachers),
-        config.training.loss_type,
-        config.training.huber_delta,
-        device,
-    )
-
-
-def batch_of_zeros(
-    config: DistillConfig,
-    geometry: UnetGeometry,
-    bucket: Bucket,
-    num_tokens: int,
-    num_records: int,
-) -> JoinedBatch:
-    """Return a batch of zeros, with predictions of all teachers of a configuration."""
-    asked = UnetInput.zeros(geometry, num_records, bucket, num_tokens)
-    return JoinedBatch(
-        epoch=0,
-        step=0,
-        bucket=bucket,
-        keys=("",) * num_records,
-        draws=(0,) * num_records,
-        noise=torch.zeros_like(asked.latents),
-        predictions=tuple(torch.zeros_like(asked.latents) for _ in config.teachers),
-        **asked._asdict(),
-    )
 
 
 def _update(

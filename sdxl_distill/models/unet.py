@@ -13,6 +13,7 @@ from torch import nn
 from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.models.component import channels_last_on_gpu
 from sdxl_distill.models.model_folder import ModelFolder
+from sdxl_distill.models.vae import PIXELS_PER_LATENT
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -33,6 +34,31 @@ class UnetGeometry(NamedTuple):
     channels: int
     hidden_size: int
     pooled_size: int
+
+
+class UnetInput(NamedTuple):
+    """What `predict` takes besides the UNet: B records of one bucket, in the stored types."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    encoder_hidden_states: torch.Tensor
+    pooled_embeds: torch.Tensor
+    time_ids: torch.Tensor
+
+    @classmethod
+    def zeros(
+        cls, geometry: UnetGeometry, num_records: int, size_px: tuple[int, int], num_tokens: int
+    ) -> UnetInput:
+        """Make an input of zeros for B records of (width, height) pixels."""
+        width, height = (side // PIXELS_PER_LATENT for side in size_px)
+        half = torch.float16
+        return cls(
+            torch.zeros(num_records, geometry.channels, height, width, dtype=half),
+            torch.zeros(num_records, dtype=torch.int64),
+            torch.zeros(num_records, num_tokens, geometry.hidden_size, dtype=half),
+            torch.zeros(num_records, geometry.pooled_size, dtype=half),
+            torch.zeros(num_records, NUM_TIME_IDS, dtype=torch.int32),
+        )
 
 
 def unet_geometry(checkpoint: ModelFolder) -> UnetGeometry:

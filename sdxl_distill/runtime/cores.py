@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from sdxl_distill.runtime.control_groups import control_groups, lines
+
 _ROOT: Final = Path("/")
 
 
@@ -28,38 +30,17 @@ def available_cores(root: Path = _ROOT) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the processors that each control group above this process grants, if it limits them.
-
-    A line of `/proc/self/cgroup` is `id:controllers:path`; without controllers it is version 2
-    (https://docs.kernel.org/admin-guide/cgroup-v2.html). In a container the path may be
-    the host's, of which only the mounted end exists: missing folders are skipped.
-    """
-    for line in _lines(root / "proc/self/cgroup"):
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounts = (controllers, "cpu", "cpu,cpuacct") if controllers else ("", "unified")
-        for mount in dict.fromkeys(mounts):
-            group = root / "sys/fs/cgroup" / mount
-            parts = [part for part in path.split("/") if part not in ("", "..")]
-            for depth in range(len(parts) + 1):
-                yield from _quota_of(group.joinpath(*parts[:depth]))
+    """Yield the processors that each control group above this process grants, if it limits them."""
+    for group in control_groups("cpu", root, ("cpu,cpuacct",)):
+        yield from _quota_of(group)
 
 
 def _quota_of(group: Path) -> Iterator[float]:
     """Yield quota over period of one group; nothing if it has no quota."""
-    numbers = " ".join(_lines(group / "cpu.max")).split()  # version 2: "max 100000"
+    numbers = " ".join(lines(group / "cpu.max")).split()  # version 2: "max 100000"
     if not numbers:
-        numbers = _lines(group / "cpu.cfs_quota_us") + _lines(group / "cpu.cfs_period_us")
+        numbers = lines(group / "cpu.cfs_quota_us") + lines(group / "cpu.cfs_period_us")
     with suppress(ValueError, ZeroDivisionError):
         quota, period = map(int, numbers)
         if quota > 0:  # version 1 writes -1 for no limit
             yield quota / period
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text("ascii").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []

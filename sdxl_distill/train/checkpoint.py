@@ -82,13 +82,13 @@ class CheckpointFolder:
         Raises:
             StorageError: when the disk is full or refuses; the other checkpoints are untouched.
         """
-        name = _name(step)
+        name = name_of_step(step)
         with Directory(self.path, create=True) as folder:
             self._write(folder, name, checkpoint)
             folder.replace_bytes(_LATEST, name.encode())
         steps = self.steps()
         for other in set(steps).difference([each for each in steps if each <= step][-self.keep :]):
-            self._remove(_name(other))
+            self._remove(name_of_step(other))
         return self.path / name
 
     def set_aside(self, step: int) -> Path | None:
@@ -112,7 +112,7 @@ class CheckpointFolder:
             aside.mkdir()
             # The last one first: if this is killed, the earlier ones are still in place.
             for each in reversed(steps):
-                (self.path / _name(each)).rename(aside / _name(each))
+                (self.path / name_of_step(each)).rename(aside / name_of_step(each))
             folder.sync()
         return aside
 
@@ -159,7 +159,7 @@ class CheckpointFolder:
                 action="start the run without --resume, or name another run",
             )
         faults: list[CorruptError] = []
-        for path in (self.path / _name(step) for step in steps):
+        for path in (self.path / name_of_step(step) for step in steps):
             try:
                 return path, load_checkpoint(path)
             except CorruptError as error:
@@ -200,7 +200,8 @@ class CheckpointFolder:
             shutil.rmtree(doomed)
 
 
-def _name(step: int) -> str:
+def name_of_step(step: int) -> str:
+    """Return the name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -231,6 +232,15 @@ def step_of_checkpoint(path: Path) -> int:
     if type(step) is not int:
         raise _damaged(path / _STATE, "no position")
     return step
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint says besides its tensors, without verifying it.
+
+    Raises:
+        CorruptError: when it is missing or no JSON.
+    """
+    return _read_json(path / _STATE)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.config.loader import resolved_json
-from sdxl_distill.errors import ConfigError, IncompatibleError
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import canonical_json, differing_fields
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory
-from sdxl_distill.train.checkpoint import CheckpointFolder, step_of_checkpoint
+from sdxl_distill.train.checkpoint import (
+    CheckpointFolder,
+    name_of_step,
+    read_state,
+    step_of_checkpoint,
+)
 
 # What may change between a run and its continuation without changing what a step does.
 _FREE_FIELDS = (
@@ -113,7 +119,7 @@ class RunFolder:
             if not steps:
                 checkpoints.require_none_aside()
                 return None
-            done, path = steps[-1], checkpoints.path / f"step-{steps[-1]:08d}"
+            done, path = steps[-1], checkpoints.path / name_of_step(steps[-1])
             is_short = num_steps < done
         else:
             path = Path(resume)
@@ -129,6 +135,20 @@ class RunFolder:
                 "exports a checkpoint, also an earlier one",
             )
         return resume
+
+    def has_exact_masters(self, start: str) -> bool | None:
+        """Whether the checkpoint that `start` returned was made with exact masters.
+
+        None when its state cannot be read: loading it says so, or falls back to an older one.
+        """
+        checkpoints = self.checkpoints()
+        paths = [checkpoints.path / name_of_step(step) for step in reversed(checkpoints.steps())]
+        for path in paths if start == "latest" else [Path(start)]:
+            with suppress(CorruptError, FileNotFoundError):
+                optimizer = read_state(path).get("optimizer")
+                if isinstance(optimizer, dict):
+                    return bool(optimizer.get("exact_masters"))
+        return None
 
     def write(self, config: DistillConfig, fingerprints: dict[str, Any]) -> None:
         """Save the resolved configuration and the fingerprints of all that goes into the run."""

@@ -32,6 +32,7 @@ from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.joined_sets import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import sum_over_ranks
+from sdxl_distill.train.memory_choice import settle_memory
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.run_lock import RunLock
 from sdxl_distill.train.stop_signals import StopSignals, end_with_launcher
@@ -87,13 +88,21 @@ def train_student(
                 warn_of_memorising(stream, config.training.num_steps)
 
             # Load the weights, and go on where the checkpoint ends.
-            trainer = _load_trainer(config, model_folder, noise_schedule, stream, accelerator, lock)
+            trainer = _load_trainer(
+                config,
+                model_folder,
+                noise_schedule,
+                stream,
+                accelerator,
+                lock,
+                None if start is None else folder.has_exact_masters(start),
+            )
             if start is not None:
                 trainer.resume(start)
                 _log.info("resumed at step %d", trainer.position.global_step)
             if accelerator.is_main_process:
                 identity = {**trainer.identity, "stream": stream.order.identity()}
-                folder.write(config, identity)
+                folder.write(trainer.config, identity)
             with signals.deferred() as stop:
                 return trainer.run(stop)
 
@@ -105,12 +114,14 @@ def _load_trainer(
     stream: JoinedStream,
     accelerator: Accelerator,
     lock: RunLock | None,
+    saved_masters: bool | None,
 ) -> Trainer:
     """Load the student's weights, and make all that trains them."""
     student = load_student(config.student, model_folder, accelerator.device)
     if config.training.compile:
         # One extra for the warm-up pass of data parallelism.
         compile_unet(student, len(stream.order.table.buckets) + 1)
+    config = settle_memory(config, student, model_folder, stream, accelerator, saved_masters)
     fingerprint = model_folder.unet_fingerprint()
     return Trainer(config, student, noise_schedule, fingerprint, stream, accelerator, lock)
 

@@ -82,7 +82,7 @@ class Trainer:
             "noise_schedule": noise_schedule.to_json(),
             "sets": stream.fingerprints(),
         }
-        optimizer = make_optimizer(config.training, student, accelerator.device.type)
+        optimizer = make_optimizer(config.training, self._weights, accelerator.device.type)
         ema = make_ema(
             config.student, student, accelerator.process_index, accelerator.num_processes
         )
@@ -275,19 +275,24 @@ class Trainer:
         )
 
 
-def make_optimizer(settings: TrainingSection, student: nn.Module, device_type: str) -> AdamW:
-    """Return the optimizer that a configuration asks for on a "cuda" or "cpu" device."""
+def make_optimizer(
+    settings: TrainingSection, weights: Iterable[tuple[str, torch.Tensor]], device_type: str
+) -> AdamW:
+    """Return the optimizer of named weights that a configuration asks for on "cuda" or "cpu".
+
+    Exact masters that are `auto` still are not kept.
+    """
     use_8bit = settings.optimizer == "adamw_8bit" or (
         settings.optimizer == "auto" and device_type == "cuda"
     )
     return AdamW(
-        student.named_parameters(),
+        weights,
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
         states="8bit" if use_8bit else "fp32",
-        exact_masters=settings.exact_masters,
+        exact_masters=settings.exact_masters is True,
         seed=settings.seed,
         compiled=settings.compile_optimizer and device_type == "cuda",
     )

@@ -10,14 +10,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sdxl_distill.estimate.network_memory import (
-    UnetInput,
     counted_memory,
     num_parameters,
     prediction_memory,
     weightless,
 )
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import load_unet, predict, unet_geometry
+from sdxl_distill.models.unet import UnetInput, load_unet, predict, unet_geometry
 
 SIZES = [(4, (256, 128)), (3, (256, 192))]
 

@@ -53,7 +53,7 @@ def test_states_are_as_large_as_the_optimizers(config_of, use_bf16, optimizer, e
     )
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     student = load_student(config.student, checkpoint, torch.device("cpu"))
-    states = make_optimizer(config.training, student, "cpu").state_tensors()
+    states = make_optimizer(config.training, student.named_parameters(), "cpu").state_tensors()
     del states["steps"]
     counted = memory_of(config)
     assert counted.optimizer == sum(tensor.nbytes for tensor in states.values())

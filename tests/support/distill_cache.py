@@ -98,6 +98,7 @@ class DistillCache:
                     "batch_size": 4,
                     "num_steps": 6,
                     "lr": 5e-4,
+                    "exact_masters": False,
                     "checkpoint_every": 2,
                     "log_every": 2,
                     "validation": {"fraction": 0.2, "every": 3},

@@ -7,13 +7,13 @@ import torch
 
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.core.bucket import Bucket
-from sdxl_distill.estimate.training import batch_of_zeros, step_of
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import unet_geometry
 from sdxl_distill.optimizer.adamw import clip_factor, global_grad_norm
 from sdxl_distill.train.ema import BackgroundAverage, Ema, FollowedWeight
 from sdxl_distill.train.session import load_student
 from sdxl_distill.train.trainer import make_optimizer
+from sdxl_distill.train.trial_step import batch_of_zeros, step_of
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_step_waits_for_nothing(config):
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     student = load_student(config.student, checkpoint, device)
     weights = list(student.parameters())
-    optimizer = make_optimizer(config.training, student, "cuda")
+    optimizer = make_optimizer(config.training, student.named_parameters(), "cuda")
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     batch = batch_of_zeros(config, unet_geometry(checkpoint), Bucket(128, 128), 77, 2)
     pinned = batch._map(torch.Tensor.pin_memory)
