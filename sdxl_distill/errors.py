@@ -5,7 +5,7 @@ DistillError
 ├── CorruptError        3   bytes on disk are not what was written
 ├── IncompatibleError   4   two things, each valid, do not belong together
 ├── StorageError        5   the operating system or the store refused
-├── NumericalError      6   the model produced NaN or infinity
+├── NumericalError      6   the model produced NaN or infinity, or ranks differ
 └── Preempted          75   asked to stop; everything is saved, run again
 """
 
@@ -78,7 +78,7 @@ class StorageError(DistillError):
 
 
 class NumericalError(DistillError):
-    """A model or a loss produced NaN or infinity; nothing of that was committed."""
+    """A model or a loss produced NaN or infinity, or ranks differ; nothing of it was committed."""
 
     exit_code = 6
 

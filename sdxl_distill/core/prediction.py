@@ -11,10 +11,10 @@ from typing import Final
 import torch
 
 from sdxl_distill.core.noise_schedule import PredictionType
-from sdxl_distill.errors import IncompatibleError
 
 # Below this √ᾱ a division by it multiplies the squared error of epsilon by more than 400.
 MIN_SIGNAL: Final = 0.05
+"""Smallest √ᾱ at which an epsilon prediction is converted."""
 
 
 def convert_prediction(
@@ -23,9 +23,11 @@ def convert_prediction(
     alpha_cumprod: torch.Tensor,
     source_type: PredictionType,
     target_type: PredictionType,
-    timesteps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Express a prediction as another prediction type, float32 [B, C, h, w].
+
+    Of a signal below `MIN_SIGNAL` epsilon tells too little: callers refuse such timesteps before,
+    as a run does when it starts. To look here would wait for the device at every step.
 
     Args:
         prediction: UNet output of `source_type` [B, C, h, w].
@@ -33,10 +35,6 @@ def convert_prediction(
         alpha_cumprod: ᾱ at each record's timestep, float64 [B].
         source_type: the type of `prediction`.
         target_type: the type to return.
-        timesteps: the records' timesteps, int64 [B]; only names the offender in an error.
-
-    Raises:
-        IncompatibleError: epsilon to another type where √ᾱ < 0.05.
     """
     prediction = prediction.to(torch.float32)
     if source_type == target_type:
@@ -47,7 +45,6 @@ def convert_prediction(
     deviation = (1.0 - alpha).sqrt().to(torch.float32).view(-1, 1, 1, 1)
     # From epsilon, where the signal is strong enough: x = (z - s·ε) / a, v = (ε - s·z) / a.
     if source_type == "epsilon":
-        _require_signal(alpha, target_type, timesteps)
         latents = (noisy - deviation * prediction) / signal
         return latents if target_type == "sample" else (prediction - deviation * noisy) / signal
     # From v: ε = a·v + s·z, x = a·z - s·v.
@@ -59,19 +56,3 @@ def convert_prediction(
     if target_type == "epsilon":
         return (noisy - signal * prediction) / deviation
     return (signal * noisy - prediction) / deviation
-
-
-def _require_signal(
-    alpha: torch.Tensor, target_type: PredictionType, timesteps: torch.Tensor | None
-) -> None:
-    weak = alpha.sqrt() < MIN_SIGNAL
-    if not bool(weak.any()):
-        return
-    offender = int(weak.nonzero()[0, 0])
-    at_timestep = f"timestep {int(timesteps[offender])}" if timesteps is not None else "a timestep"
-    raise IncompatibleError(
-        f"an epsilon prediction at {at_timestep}, where √ᾱ = {float(alpha[offender].sqrt()):.4f}",
-        expected=f"√ᾱ ≥ {MIN_SIGNAL}, or its error would be multiplied beyond use",
-        where=f"conversion from epsilon to {target_type}",
-        action="build this teacher's predictions with a smaller cache.max_timestep",
-    )

@@ -62,7 +62,7 @@ def train_student(
             processes that does not divide the lanes.
         IncompatibleError: when sets, student and checkpoint do not belong together.
         CorruptError, StorageError: when something cannot be read or written.
-        NumericalError: when loss or gradients are not finite.
+        NumericalError: when loss or gradients are not finite, or not the same on all ranks.
         Preempted: when a signal asked to stop; the state is saved.
         KeyboardInterrupt: when a signal came before the first step, or a second one insisted.
     """

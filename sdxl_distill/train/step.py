@@ -105,9 +105,7 @@ class DistillationStep:
         targets = [
             target
             if source == self.prediction_type
-            else convert_prediction(
-                target, noisy_latents, alphas, source, self.prediction_type, batch.timesteps
-            )
+            else convert_prediction(target, noisy_latents, alphas, source, self.prediction_type)
             for target, source in zip(batch.predictions, self.teacher_types, strict=True)
         ]
 

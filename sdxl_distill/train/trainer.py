@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import exp
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.runtime.world import World
 from sdxl_distill.stream.batch import JoinedBatch
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.train.agreement import Agreement
+from sdxl_distill.train.agreement import Agreement, Verdict, shared_numbers
 from sdxl_distill.train.average_exchange import lent_averages
 from sdxl_distill.train.ema import BackgroundAverage, Ema, FollowedWeight
 from sdxl_distill.train.learning_rate import learning_rate_at
@@ -131,7 +132,8 @@ class Trainer:
             stop: this rank's stop request; a single one stops all ranks at the same step.
 
         Raises:
-            NumericalError: when loss or gradients are not finite; that step is not saved.
+            NumericalError: when loss or gradients are not finite, or not the same on all ranks;
+                that step is not saved.
             Preempted: when asked to stop before the last step; the state is saved.
         """
         settings = self.config.training
@@ -148,7 +150,7 @@ class Trainer:
                 # Gradients of the mean loss over the global batch.
                 loss_sums = self.step.backward(batch, settings.batch_size)
                 grad_norm = global_grad_norm(weight for _, weight in self._weights)
-                agreement.ask(stop.requested, torch.cat([loss_sums, grad_norm[None]]))
+                agreement.ask(stop.requested, loss_sums, self._shared(grad_norm))
 
                 # Clip, step, average.
                 learning_rate = self._update(grad_norm)
@@ -158,6 +160,8 @@ class Trainer:
                 verdict = agreement.answer()
                 if not verdict.is_finite:
                     raise self._not_finite(batch, loss_sums)
+                if not verdict.is_shared:
+                    raise self._drifted(verdict)
                 report.count(loss_sums, len(batch), waited_seconds)
 
                 # Log, validate, save.
@@ -265,6 +269,22 @@ class Trainer:
                 else "start again with a smaller training.lr"
             )
             + "; verify the shards of these records",
+        )
+
+    def _shared(self, grad_norm: torch.Tensor) -> torch.Tensor:
+        """Return what shows that all ranks train the same student; another weight at each step."""
+        _, weight = self._weights[self.position.global_step % len(self._weights)]
+        return shared_numbers(grad_norm, weight)
+
+    def _drifted(self, verdict: Verdict) -> NumericalError:
+        (norm_low, weight_low), (norm_high, weight_high) = verdict.lowest, verdict.highest
+        return NumericalError(
+            "the ranks train different students: the gradients' norm is "
+            f"{exp(norm_low):.9g} to {exp(norm_high):.9g}, a weight's sum in units of its norm is "
+            f"{weight_low:.9g} to {weight_high:.9g}",
+            expected="the same on all ranks",
+            where=f"step {self.position.global_step}",
+            action="look for a faulty device or link, then go on with `--resume latest`",
         )
 
     def _preempted(self) -> Preempted:
