@@ -22,9 +22,10 @@ from sdxl_distill.limits import MAX_HEADER_BYTES
 from sdxl_distill.shards.bounded_json import parse_json, require_names
 
 # In the library's own order of dtypes; tensors are stored from the last to the first.
-ITEM_BYTES: Final = {"U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8}
+ITEM_BYTES: Final = {"U8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8}
 TORCH_DTYPES: Final = {
     "U8": torch.uint8,
+    "I16": torch.int16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I32": torch.int32,
@@ -35,6 +36,7 @@ TORCH_DTYPES: Final = {
 _DTYPE_OF_TORCH: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _DTYPE_OF_NUMPY: Final = {
     np.dtype(np.uint8): "U8",
+    np.dtype(np.int16): "I16",
     np.dtype(np.float16): "F16",
     np.dtype(np.int32): "I32",
     np.dtype(np.float32): "F32",
@@ -75,12 +77,17 @@ class SafetensorsHeader(NamedTuple):
 
 
 def build_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> SafetensorsHeader:
-    """Lay out tensors given as name → (dtype, shape): widest dtypes first, then by name."""
+    """Lay out tensors given as name → (dtype, shape): widest dtypes first, then by name.
+
+    Without metadata, None, the header does not speak of any, as the library's own.
+    """
     laid_out = _lay_out(tuple(tensors.items()))
-    text = _describe(dict(sorted(metadata.items())))
-    text = f'{{"{_METADATA}":{text}{laid_out.text}}}'.encode()
+    fields = laid_out.text[1:]
+    if metadata is not None:
+        fields = f'"{_METADATA}":{_describe(dict(sorted(metadata.items())))}{laid_out.text}'
+    text = f"{{{fields}}}".encode()
     text += b" " * (-len(text) % 8)
     content = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     begin = len(content)
@@ -88,7 +95,7 @@ def build_header(
         TensorPlace(name, dtype, shape, begin + offset, num_bytes)
         for name, dtype, shape, offset, num_bytes in laid_out.places
     )
-    return SafetensorsHeader(content, places, dict(metadata))
+    return SafetensorsHeader(content, places, dict(metadata or {}))
 
 
 class _LaidOut(NamedTuple):

@@ -20,50 +20,13 @@ from sdxl_distill.train.ema import Ema
 _BUFFER_ELEMENTS = 1 << 25
 
 
-@contextmanager
-def lent_averages(student: nn.Module, ema: Ema, accelerator: Accelerator) -> Iterator[None]:
-    """Give every rank's student the averages, in its own dtype, within the block.
-
-    Args:
-        student: this rank's student; its own weights wait in main memory meanwhile.
-        ema: this rank's share of the average.
-        accelerator: the ranks, all of which must enter.
-    """
-    weights = {name: weight.detach() for name, weight in student.named_parameters()}
-    own = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-    try:
-        for name, average in _all_averages(ema, weights, accelerator):
-            weights[name].copy_(average)
-        yield
-    finally:
-        for name, weight in weights.items():
-            weight.copy_(own[name])
-
-
-def gathered_averages(
-    ema: Ema, student: nn.Module, accelerator: Accelerator
-) -> dict[str, torch.Tensor]:
-    """Return all averages, float32, on the main rank; on the others nothing. All must call it.
-
-    Those of the main rank itself are its own tensors, not copies; the others are in main memory.
-    """
-    if accelerator.num_processes == 1:
-        return ema.averages
-    averages: dict[str, torch.Tensor] = {}
-    like = {
-        name: weight.detach().to("meta", torch.float32)
-        for name, weight in student.named_parameters()
-    }
-    for name, average in _all_averages(ema, like, accelerator):
-        if accelerator.is_main_process:
-            averages[name] = ema.averages.get(name, average.to("cpu", copy=True))
-    return averages
-
-
-def _all_averages(
+def all_averages(
     ema: Ema, like: Mapping[str, torch.Tensor], accelerator: Accelerator
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every average, of any rank, on every rank; valid until the next one is asked for.
+    """Yield every average, of any rank, on every rank; all ranks must take all.
+
+    An average of this rank is its own tensor where it is alone, else a part of a buffer, which is
+    valid until the next average is asked for.
 
     Args:
         ema: this rank's share.
@@ -86,3 +49,23 @@ def _all_averages(
             broadcast(buffer, from_process=owner)
             for name, part in parts.items():
                 yield name, part.view(like[name].shape)
+
+
+@contextmanager
+def lent_averages(student: nn.Module, ema: Ema, accelerator: Accelerator) -> Iterator[None]:
+    """Give every rank's student the averages, in its own dtype, within the block.
+
+    Args:
+        student: this rank's student; its own weights wait in main memory meanwhile.
+        ema: this rank's share of the average.
+        accelerator: the ranks, all of which must enter.
+    """
+    weights = {name: weight.detach() for name, weight in student.named_parameters()}
+    own = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+    try:
+        for name, average in all_averages(ema, weights, accelerator):
+            weights[name].copy_(average)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(own[name])

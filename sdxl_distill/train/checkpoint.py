@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,12 +22,12 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from sdxl_distill.errors import ConfigError, CorruptError, StorageError
+from sdxl_distill.errors import ConfigError, CorruptError
 from sdxl_distill.fingerprint import canonical_json
 from sdxl_distill.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_STEPS
-from sdxl_distill.storage.file_mode import follow_umask
+from sdxl_distill.shards.safetensors_file import write_safetensors
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, Directory, new_token
 from sdxl_distill.storage.regular_file import read_bytes, storage_errors
 
@@ -182,7 +183,6 @@ class CheckpointFolder:
             temporary.mkdir()
             try:
                 _write_files(temporary, checkpoint)
-                follow_umask(temporary)
                 if folder.exists(name):
                     self._remove(name)
                 temporary.rename(self.path / name)
@@ -206,14 +206,29 @@ def name_of_step(step: int) -> str:
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
-    for stem, tensors in checkpoint.tensors.items():
-        _save_tensors(folder / f"{stem}.safetensors", tensors)
-    (folder / _STATE).write_bytes(canonical_json(checkpoint.state))
-    digests = {path.name: _sha256_flushed(path) for path in sorted(folder.iterdir())}
+    """Write the files of tensors, each in a thread of its own, then those that vouch for them."""
+    with ThreadPoolExecutor(len(checkpoint.tensors), "write") as pool:
+        digests = {
+            f"{stem}.safetensors": pool.submit(
+                _save_tensors, folder / f"{stem}.safetensors", tensors
+            )
+            for stem, tensors in checkpoint.tensors.items()
+        }
+    state = canonical_json(checkpoint.state)
+    sha256 = {name: digest.result() for name, digest in digests.items()}
+    sha256[_STATE] = hashlib.sha256(state).hexdigest()
+    listed = {"format_version": CHECKPOINT_FORMAT_VERSION, "sha256": sha256}
     with Directory(folder) as directory:
-        directory.replace_bytes(
-            _FILES, canonical_json({"format_version": CHECKPOINT_FORMAT_VERSION, "sha256": digests})
-        )
+        directory.replace_bytes(_STATE, state)
+        directory.replace_bytes(_FILES, canonical_json(listed))
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    with storage_errors(path), path.open("xb") as file:
+        digest = write_safetensors(file, tensors)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest
 
 
 def step_of_checkpoint(path: Path) -> int:
@@ -307,28 +322,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise StorageError(
-            f"the file could not be written ({error})",
-            where=str(path),
-            action="free some space on this disk, then resume",
-        ) from error
-
-
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
         raise _damaged(path, f"not a safetensors file ({error})") from error
-
-
-def _sha256_flushed(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return _sha256(file)
 
 
 def _sha256(file: BinaryIO) -> str:

@@ -119,9 +119,16 @@ class RunReport:
     def write(self, global_step: int, scalars: Mapping[str, float]) -> None:
         """Write named values of one step, and remember them as the latest."""
         self.latest |= scalars
+        for tag, value in scalars.items():
+            self._add(tag, value, global_step)
+
+    def note_stall(self, global_step: int, seconds: float) -> None:
+        """Write for how long a checkpoint held the steps up."""
+        self._add(f"{PREFIX}/checkpoint_stall", seconds, global_step)
+
+    def _add(self, tag: str, value: float, global_step: int) -> None:
         if self._writer is not None:
-            for tag, value in scalars.items():
-                self._writer.add_scalar(tag, value, global_step)
+            self._writer.add_scalar(tag, value, global_step)
 
     def _restart(self) -> None:
         self._loss_sums = torch.zeros(len(self._tags), device=self._accelerator.device)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -16,7 +19,8 @@ from sdxl_distill.errors import StorageError
 from sdxl_distill.optimizer.adamw import AdamW
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.train.agreement import sum_over_ranks
-from sdxl_distill.train.average_exchange import gathered_averages
+from sdxl_distill.train.average_exchange import all_averages
+from sdxl_distill.train.background_save import BackgroundSave, Snapshot
 from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
 from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.run_folder import require_equal
@@ -52,6 +56,10 @@ class TrainingState:
 class SavedRun:
     """The checkpoints of one run, written by its main rank and resumed by all.
 
+    Attributes:
+        checkpoints: the folder that they lie in.
+        stall_seconds: time that the last `save` held the run up.
+
     Args:
         checkpoints: the folder that they lie in.
         identity: configuration, student, noise schedule and sets that determine the run's steps.
@@ -76,23 +84,64 @@ class SavedRun:
         self._on_change = on_change
         self._accelerator = accelerator
         self._lock = lock
+        self._background = BackgroundSave()
+        self._snapshot = Snapshot()
+        self._is_copied = False
+        self.stall_seconds = 0.0
 
     def save(self, state: TrainingState, stop: StopRequest) -> bool:
-        """Write a checkpoint; the other ranks wait for it.
+        """Copy the state to main memory and write the copy while the run goes on.
+
+        Where main memory is short, and for the one before that is not written yet, it waits;
+        `stall_seconds` says for how long.
 
         Returns:
             Whether any rank was asked to stop before this was done.
 
         Raises:
-            StorageError: when the disk is full or refuses.
+            StorageError: when the disk was full or refused, now or for the checkpoint before.
         """
         started_seconds = time.perf_counter()
-        averages = self._averages(state)
-        if self._accelerator.is_main_process:
-            self._write(state, averages)
-            warn_of_short_shutdown(time.perf_counter() - started_seconds)
+        self._background.finish()
+        write = self._prepared(state)
+        if write is not None:
+            self._background.start(write)
+            if not self._is_copied:
+                self._background.finish()
         num_stopped = torch.tensor(float(stop.requested), device=self._accelerator.device)
-        return bool(sum_over_ranks(self._accelerator, num_stopped) > 0)
+        stops = bool(sum_over_ranks(self._accelerator, num_stopped) > 0)
+        self.stall_seconds = time.perf_counter() - started_seconds
+        return stops
+
+    @contextmanager
+    def committed(self) -> Iterator[None]:
+        """Have all that the block saves committed at its end, also when it fails on this rank.
+
+        Not at a KeyboardInterrupt: whoever insists is not kept waiting.
+        """
+        try:
+            yield
+        except Exception:
+            self._background.finish()
+            raise
+        self.finish()
+
+    def check(self) -> None:
+        """Raise what the write in the background met, if it has ended; costs nothing.
+
+        Raises:
+            StorageError: when the disk was full or refused.
+        """
+        self._background.check()
+
+    def finish(self) -> None:
+        """Wait, on all ranks, until the last checkpoint is committed.
+
+        Raises:
+            StorageError: when the disk was full or refused.
+        """
+        self._background.finish()
+        self._accelerator.wait_for_everyone()
 
     def resume(self, reference: str, state: TrainingState) -> None:
         """Load a checkpoint: `latest`, or the path of one, to which the run is rewound.
@@ -122,32 +171,61 @@ class SavedRun:
         if reference != "latest":
             self._rewind(path, state)
 
-    def _averages(self, state: TrainingState) -> dict[str, torch.Tensor] | None:
-        """Bring the ranks' shares of the average together on the main rank."""
-        if state.ema is None:
-            return None
-        return gathered_averages(state.ema, state.student, self._accelerator)
-
-    def _write(self, state: TrainingState, averages: dict[str, torch.Tensor] | None) -> None:
-        if self._lock is not None:
-            self._lock.require_held()
+    def _prepared(self, state: TrainingState) -> Callable[[], None] | None:
+        """Return what writes the present state, on the main rank; all ranks must call it."""
+        is_main = self._accelerator.is_main_process
         tensors = {
             "student": state.student.state_dict(),
             "optimizer": state.optimizer.state_tensors(),
         }
-        if averages is not None:
-            tensors["ema"] = averages
+        if is_main:
+            self._is_copied = self._snapshot.fits(_flat({**tensors, "ema": _meta_averages(state)}))
+            if self._is_copied:
+                tensors = {
+                    stem: {
+                        name: self._snapshot.take(f"{stem}/{name}", tensor)
+                        for name, tensor in named.items()
+                    }
+                    for stem, named in tensors.items()
+                }
+        # The averages come from all ranks, one buffer after the other.
+        if state.ema is not None:
+            tensors["ema"] = {}
+            like = _meta_averages(state)
+            for name, average in all_averages(state.ema, like, self._accelerator):
+                if is_main:
+                    tensors["ema"][name] = self._kept_average(state.ema, name, average)
+        if not is_main:
+            return None
         run_state = RunState(
             state.position, self.identity, self.stream, state.optimizer.state_scalars()
         )
         checkpoint = Checkpoint(run_state.to_json(), tensors)
-        self.checkpoints.save(state.position.global_step, checkpoint)
+        return partial(self._write, state.position.global_step, checkpoint)
+
+    def _kept_average(self, ema: Ema, name: str, average: torch.Tensor) -> torch.Tensor:
+        if self._is_copied:
+            return self._snapshot.take(f"ema/{name}", average)
+        own = ema.averages.get(name)
+        return average.to("cpu", copy=True) if own is None else own
+
+    def _write(self, step: int, checkpoint: Checkpoint) -> None:
+        if self._lock is not None:
+            self._lock.require_held()
+        started_seconds = time.perf_counter()
+        self.checkpoints.save(step, checkpoint)
+        seconds = time.perf_counter() - started_seconds
+        num_bytes = sum(each.nbytes for each in _flat(checkpoint.tensors).values())
+        _log.info(
+            "checkpoint of step %d: %.1f GB written in %.1f s", step, num_bytes / 1e9, seconds
+        )
+        warn_of_short_shutdown(seconds)
 
     def _rewind(self, path: Path, state: TrainingState) -> None:
         """Set later checkpoints of this run aside, so that none of them is its latest."""
         step = state.position.global_step
         is_own = path.resolve().parent == self.checkpoints.path.resolve()
-        averages = None if is_own else self._averages(state)
+        write = None if is_own else self._prepared(state)
         if not self._accelerator.is_main_process:
             return
         aside = self.checkpoints.set_aside(step + is_own)
@@ -159,8 +237,8 @@ class SavedRun:
             step,
             aside,
         )
-        if not is_own:
-            self._write(state, averages)
+        if write is not None:
+            write()
 
     def _position(self, found: RunState, where: str) -> Position:
         """Return where to go on: with changed data, if that is allowed, at the next epoch."""
@@ -184,3 +262,19 @@ class SavedRun:
                 where=where,
                 action="keep the run folder on a file system that all nodes share",
             )
+
+
+def _flat(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {
+        f"{stem}/{name}": each for stem, named in tensors.items() for name, each in named.items()
+    }
+
+
+def _meta_averages(state: TrainingState) -> dict[str, torch.Tensor]:
+    """Return the averages of all ranks as tensors without storage."""
+    if state.ema is None:
+        return {}
+    return {
+        name: weight.detach().to("meta", torch.float32)
+        for name, weight in state.student.named_parameters()
+    }

@@ -138,11 +138,12 @@ class Trainer:
         """
         settings = self.config.training
         started_seconds = time.perf_counter()
-        with self._open_report() as report:
+        with self._open_report() as report, self.saved_run.committed():
             agreement = Agreement(self.accelerator)
             batches = self._settled(self.stream.forever(self.position.epoch, self.position.step))
             while self.position.global_step < settings.num_steps:
-                # Wait for the stream.
+                # Wait for the stream; a checkpoint that could not be written ends the run.
+                self.saved_run.check()
                 waiting_seconds = time.perf_counter()
                 batch = next(batches)
                 waited_seconds = time.perf_counter() - waiting_seconds
@@ -159,6 +160,7 @@ class Trainer:
                 # Agree with the other ranks before anything of this step is kept.
                 verdict = agreement.answer()
                 if not verdict.is_finite:
+                    self.saved_run.finish()
                     raise self._not_finite(batch, loss_sums)
                 if not verdict.is_shared:
                     raise self._drifted(verdict)
@@ -173,13 +175,15 @@ class Trainer:
                     stops = not self._validate(report, stop)
                 if is_last or stops or self._is_due(settings.checkpoint_every):
                     stops |= self.save(stop)
+                    report.note_stall(self.position.global_step, self.saved_run.stall_seconds)
                 if stops and not is_last:
+                    self.saved_run.finish()
                     raise self._preempted()
         seconds = time.perf_counter() - started_seconds
         return TrainSummary(self.position.global_step, report.latest, seconds)
 
     def save(self, stop: StopRequest) -> bool:
-        """Write a checkpoint of the present position; the other ranks wait for it.
+        """Save a checkpoint of the present position; it is written while the run goes on.
 
         Returns:
             Whether any rank was asked to stop before this was done.

@@ -188,6 +188,9 @@ def test_the_logs_hold_exactly_the_documented_tags(
     config = distill_cache.config(tmp_path)
     summary = train_student(config)
     logged = events(config)
+    stalls = logged.pop("distill/checkpoint_stall")
+    assert list(stalls) == [2, 4, 6]
+    assert min(stalls.values()) > 0
     assert set(logged) == TRAIN_TAGS | VALIDATION_TAGS
     for tag, values in logged.items():
         assert list(values) == ([2, 4, 6] if tag in TRAIN_TAGS else [3, 6])
@@ -208,7 +211,7 @@ def test_without_a_split_and_an_average_nothing_is_validated(
         tmp_path, "training.validation.fraction=0", "student.use_ema=false"
     )
     train_student(config)
-    assert set(events(config)) == TRAIN_TAGS
+    assert set(events(config)) == TRAIN_TAGS | {"distill/checkpoint_stall"}
     checkpoint = RunFolder.of(config).checkpoints().path / "step-00000006"
     assert not (checkpoint / "ema.safetensors").exists()
 
