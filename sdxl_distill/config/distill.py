@@ -148,8 +148,9 @@ class TrainingSection(Section):
     """Decay of AdamW's second moment."""
     adam_eps: Positive = 1e-8
     """Added to the square root of AdamW's second moment."""
-    weight_decay: NonNegative = 0.01
-    """AdamW's decoupled weight decay."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled weight decay: a step takes `lr` × this off each weight, which pulls the
+    student away from what its teachers share."""
     optimizer: Literal["auto", "adamw", "adamw_8bit"] = "auto"
     """Moments in float32 (adamw) or 8 bits (adamw_8bit); auto is 8 bits on CUDA, else float32."""
     exact_masters: Literal["auto"] | bool = "auto"

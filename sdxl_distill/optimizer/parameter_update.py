@@ -34,7 +34,7 @@ class StepTerms(NamedTuple):
     beta2: float
     eps: float
     step_size: torch.Tensor
-    weight_factor: torch.Tensor
+    decay: torch.Tensor
     root_correction: torch.Tensor
     grad_scale: torch.Tensor
     weight_key: RoundingKey
@@ -61,12 +61,13 @@ def adamw(
     the step size and the root as torch does it.
     """
     # Single operations only: fused ones round differently in a vector's tail, and then the
-    # result would depend on where a chunk ends.
+    # result would depend on where a chunk ends. The decay joins the update before the weight does:
+    # the factor 1 - lr·wd is exactly 1 in float32 where lr·wd is below 3e-8.
     exp_avg = exp_avg + (grad - exp_avg) * (1 - terms.beta1)
     exp_avg_sq = exp_avg_sq * terms.beta2 + grad * grad * (1 - terms.beta2)
     denominator = exp_avg_sq.sqrt() / terms.root_correction + terms.eps
-    weight = weight * terms.weight_factor - exp_avg / denominator * terms.step_size
-    return weight, exp_avg, exp_avg_sq
+    change = exp_avg / denominator * terms.step_size + weight * terms.decay
+    return weight - change, exp_avg, exp_avg_sq
 
 
 def step_in_place(
@@ -106,7 +107,7 @@ def step_in_place(
     torch._foreach_add_(denominators, terms.eps)
     change = torch._foreach_div(exp_avgs, denominators)
     torch._foreach_mul_(change, terms.step_size)
-    torch._foreach_mul_(weights, terms.weight_factor)
+    torch._foreach_add_(change, torch._foreach_mul(weights, terms.decay))
     torch._foreach_sub_(weights, change)
 
 

@@ -60,8 +60,8 @@ class PlainAdamW:
         first = moments.first + (gradient - moments.first) * f32(1 - beta1)
         second = moments.second * f32(beta2) + gradient * gradient * f32(1 - beta2)
         root = root_of(second) / f32(sqrt(1 - beta2**step)) + f32(self.eps)
-        decayed = moments.exact * f32(1 - lr * self.weight_decay)
-        moments.exact = decayed - first / root * f32(lr / (1 - beta1**step))
+        update = first / root * f32(lr / (1 - beta1**step))
+        moments.exact = moments.exact - (update + moments.exact * f32(lr * self.weight_decay))
 
         moments.first, moments.second = first, second
         block = block_of(first.shape) if self.states == "8bit" else None
