@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +36,7 @@ CHECKPOINT_FORMAT_VERSION = 1
 _FILES = "files.json"
 _STATE = "state.json"
 _LATEST = "latest"
+_TENSORS_SUFFIX = ".safetensors"
 _ASIDE = "set-aside-"
 _MAX_LATEST_BYTES = 64
 _STEP_FOLDER = re.compile(r"step-([0-9]{8})")
@@ -144,12 +146,11 @@ class CheckpointFolder:
                 else:
                     leftover.unlink()
 
-    def load_latest(self) -> tuple[Path, Checkpoint]:
-        """Load the checkpoint that `latest` names, or the newest other one that is whole.
+    def newest_first(self) -> list[Path]:
+        """Return the checkpoints to try: the one that `latest` names, then older, then later ones.
 
         Raises:
             ConfigError: when there is none at all.
-            CorruptError: when every one of them is damaged.
         """
         latest = self._latest_step()
         steps = sorted(self.steps(), key=lambda step: (step <= latest, step), reverse=True)
@@ -159,12 +160,21 @@ class CheckpointFolder:
                 where=str(self.path),
                 action="start the run without --resume, or name another run",
             )
+        return [self.path / name_of_step(step) for step in steps]
+
+    def load_latest(self) -> tuple[Path, Checkpoint]:
+        """Load the checkpoint that `latest` names, or the newest other one that is whole.
+
+        Raises:
+            ConfigError: when there is none at all.
+            CorruptError: when every one of them is damaged.
+        """
         faults: list[CorruptError] = []
-        for path in (self.path / name_of_step(step) for step in steps):
+        for path in self.newest_first():
             try:
                 return path, load_checkpoint(path)
             except CorruptError as error:
-                _log.warning("%s\n  → falling back to the checkpoint before it", error)
+                warn_of_fallback(error)
                 faults.append(error)
         raise faults[0]
 
@@ -209,8 +219,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the files of tensors, each in a thread of its own, then those that vouch for them."""
     with ThreadPoolExecutor(len(checkpoint.tensors), "write") as pool:
         digests = {
-            f"{stem}.safetensors": pool.submit(
-                _save_tensors, folder / f"{stem}.safetensors", tensors
+            f"{stem}{_TENSORS_SUFFIX}": pool.submit(
+                _save_tensors, folder / f"{stem}{_TENSORS_SUFFIX}", tensors
             )
             for stem, tensors in checkpoint.tensors.items()
         }
@@ -229,6 +239,11 @@ def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest
+
+
+def warn_of_fallback(error: CorruptError) -> None:
+    """Say that a checkpoint is damaged and that the one before it is tried."""
+    _log.warning("%s\n  → falling back to the checkpoint before it", error)
 
 
 def step_of_checkpoint(path: Path) -> int:
@@ -250,40 +265,62 @@ def step_of_checkpoint(path: Path) -> int:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint says besides its tensors, without verifying it.
-
-    Raises:
-        CorruptError: when it is missing or no JSON.
-    """
-    return _read_json(path / _STATE)
-
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint and verify every byte of it.
+    """Read what a checkpoint says besides its tensors, and verify it; reads no tensor.
 
     Raises:
         ConfigError: when there is no such folder.
-        CorruptError: when a file is missing, damaged or of a later format.
+        CorruptError: when it is missing, damaged or of a later format.
     """
+    _verify(path, _STATE, _digests(path)[_STATE])
+    return _read_json(path / _STATE)
+
+
+def verify_tensors(path: Path) -> None:
+    """Read every byte of a checkpoint's tensors, its files side by side.
+
+    Raises:
+        ConfigError: when there is no such folder.
+        CorruptError: when a file is missing or damaged.
+    """
+    digests = _digests(path)
+    with ThreadPoolExecutor(len(digests), "verify") as pool:
+        for _ in pool.map(partial(_verify, path), digests.keys(), digests.values()):
+            pass
+
+
+def load_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Map the tensors of a verified checkpoint into memory: what is not used is not read.
+
+    Raises:
+        ConfigError: when there is no such folder.
+        CorruptError: when a file is missing or cannot be parsed.
+    """
+    names = [name for name in _digests(path) if name.endswith(_TENSORS_SUFFIX)]
+    return {name.removesuffix(_TENSORS_SUFFIX): _load_tensors(path / name) for name in names}
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint and verify every byte of it. Raises as `read_state`."""
+    state = read_state(path)
+    verify_tensors(path)
+    return Checkpoint(state, load_tensors(path))
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a checkpoint, as it lists them."""
     _require_folder(path)
     files = _read_json(path / _FILES)
-    if files.get("format_version") != CHECKPOINT_FORMAT_VERSION or not isinstance(
-        files.get("sha256"), dict
-    ):
+    digests = files.get("sha256")
+    if files.get("format_version") != CHECKPOINT_FORMAT_VERSION or not isinstance(digests, dict):
         raise CorruptError(
             f"format version {files.get('format_version')}",
             expected=str(CHECKPOINT_FORMAT_VERSION),
             where=str(path / _FILES),
         )
     for required in (_STATE, "student.safetensors", "optimizer.safetensors"):
-        if required not in files["sha256"]:
+        if required not in digests:
             raise _damaged(path / _FILES, f"{required} is not listed")
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    for name, digest in files["sha256"].items():
-        _verify(path, name, digest)
-        if name.endswith(".safetensors"):
-            tensors[name.removesuffix(".safetensors")] = _load_tensors(path / name)
-    return Checkpoint(_read_json(path / _STATE), tensors)
+    return digests
 
 
 def _require_folder(path: Path) -> None:

@@ -18,6 +18,7 @@ from sdxl_distill.train.checkpoint import (
     read_state,
     step_of_checkpoint,
 )
+from sdxl_distill.train.run_state import RunState
 
 # What may change between a run and its continuation without changing what a step does.
 _FREE_FIELDS = (
@@ -136,18 +137,14 @@ class RunFolder:
             )
         return resume
 
-    def has_exact_masters(self, start: str) -> bool | None:
-        """Whether the checkpoint that `start` returned was made with exact masters.
+    def saved_state(self, start: str) -> RunState | None:
+        """Return what the checkpoint that `start` returned says besides its tensors.
 
-        None when its state cannot be read: loading it says so, or falls back to an older one.
+        None when it cannot be read: loading it says so, or falls back to an older one.
         """
-        checkpoints = self.checkpoints()
-        paths = [checkpoints.path / name_of_step(step) for step in reversed(checkpoints.steps())]
-        for path in paths if start == "latest" else [Path(start)]:
-            with suppress(CorruptError, FileNotFoundError):
-                optimizer = read_state(path).get("optimizer")
-                if isinstance(optimizer, dict):
-                    return bool(optimizer.get("exact_masters"))
+        for path in self.checkpoints().newest_first() if start == "latest" else [Path(start)]:
+            with suppress(CorruptError):
+                return RunState.from_json(read_state(path), str(path))
         return None
 
     def write(self, config: DistillConfig, fingerprints: dict[str, Any]) -> None:
@@ -176,6 +173,21 @@ def decisive_fields(config: DistillConfig) -> dict[str, Any]:
     # Differences are named by path, which a list does not give; teachers have ids.
     fields["teachers"] = {teacher.pop("teacher_id"): teacher for teacher in fields["teachers"]}
     return fields
+
+
+def require_same_configuration(config: DistillConfig, saved: RunState, where: str) -> None:
+    """Refuse to resume with another configuration, before anything is loaded.
+
+    Exact masters that are `auto` are those of the checkpoint.
+
+    Raises:
+        IncompatibleError: with every field that differs and both values.
+    """
+    found = saved.identity.get("config", {})
+    fields = decisive_fields(config)
+    if config.training.exact_masters == "auto" and isinstance(found.get("training"), dict):
+        fields["training"]["exact_masters"] = found["training"].get("exact_masters")
+    require_equal({"config": found}, {"config": fields}, where)
 
 
 RESUME_AS_CONFIGURED = (

@@ -15,13 +15,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sdxl_distill.errors import StorageError
+from sdxl_distill.errors import CorruptError, StorageError
 from sdxl_distill.optimizer.adamw import AdamW
 from sdxl_distill.runtime.stop_request import StopRequest
 from sdxl_distill.train.agreement import sum_over_ranks
 from sdxl_distill.train.average_exchange import all_averages
 from sdxl_distill.train.background_save import BackgroundSave, Snapshot
-from sdxl_distill.train.checkpoint import Checkpoint, CheckpointFolder, load_checkpoint
+from sdxl_distill.train.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    load_tensors,
+    read_state,
+    verify_tensors,
+    warn_of_fallback,
+)
 from sdxl_distill.train.ema import Ema
 from sdxl_distill.train.run_folder import require_equal
 from sdxl_distill.train.run_lock import RunLock
@@ -156,20 +163,47 @@ class SavedRun:
             IncompatibleError: when it belongs to another configuration, student or stream.
             StorageError: when the ranks do not see the same checkpoints.
         """
-        if reference == "latest":
-            path, checkpoint = self.checkpoints.load_latest()
-        else:
-            path, checkpoint = Path(reference), load_checkpoint(Path(reference))
-        found = RunState.from_json(checkpoint.state, str(path))
-        require_equal(found.identity, self.identity, str(path))
-        state.position = self._position(found, str(path))
-        state.student.load_state_dict(checkpoint.tensors["student"])
-        state.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], found.optimizer)
+        # Nothing is touched before the checkpoint is known to be this run's, and whole.
+        path, found, position = self._whole_checkpoint(reference)
+        tensors = load_tensors(path)
+        state.student.load_state_dict(tensors["student"])
+        state.optimizer.load_state_tensors(tensors["optimizer"], found.optimizer)
         if state.ema is not None:
-            state.ema.load(checkpoint.tensors.get("ema", {}))
-        self._require_one_step(state.position, str(path))
+            state.ema.load(tensors.get("ema", {}))
+        state.position = position
         if reference != "latest":
             self._rewind(path, state)
+
+    def _whole_checkpoint(self, reference: str) -> tuple[Path, RunState, Position]:
+        """Return the first checkpoint that is whole, its state, and where to go on from it.
+
+        The main rank reads its bytes, for all; the others read no more than they keep.
+        """
+        paths = [Path(reference)]
+        if reference == "latest":
+            paths = self.checkpoints.newest_first()
+        faults: list[CorruptError] = []
+        for path in paths:
+            fault = found = position = None
+            try:
+                found = RunState.from_json(read_state(path), str(path))
+                require_equal(found.identity, self.identity, str(path))
+                position = self._position(found, str(path))
+                if self._accelerator.is_main_process:
+                    verify_tensors(path)
+            except CorruptError as error:
+                fault = error
+            self._require_one_step(-1 if position is None else position.global_step, str(path))
+            num_faults = sum_over_ranks(
+                self._accelerator,
+                torch.tensor(float(fault is not None), device=self._accelerator.device),
+            )
+            if found is not None and position is not None and not num_faults:
+                return path, found, position
+            faults.append(fault or _damaged_for_main(path))
+            if reference == "latest":
+                warn_of_fallback(faults[-1])
+        raise faults[0]
 
     def _prepared(self, state: TrainingState) -> Callable[[], None] | None:
         """Return what writes the present state, on the main rank; all ranks must call it."""
@@ -251,9 +285,9 @@ class SavedRun:
         require_equal(found.stream, now, where, _RESUME_WITH_THE_SAME_DATA)
         return found.position
 
-    def _require_one_step(self, position: Position, where: str) -> None:
+    def _require_one_step(self, step: int, where: str) -> None:
         """Refuse ranks that resumed different checkpoints, as from folders that are not shared."""
-        own = torch.tensor([position.global_step], device=self._accelerator.device)
+        own = torch.tensor([step], device=self._accelerator.device)
         steps = cast("torch.Tensor", self._accelerator.gather(own)).tolist()
         if len(set(steps)) > 1:
             raise StorageError(
@@ -278,3 +312,9 @@ def _meta_averages(state: TrainingState) -> dict[str, torch.Tensor]:
         name: weight.detach().to("meta", torch.float32)
         for name, weight in state.student.named_parameters()
     }
+
+
+def _damaged_for_main(path: Path) -> CorruptError:
+    return CorruptError(
+        "the main process found it damaged", where=str(path), action="look at its message"
+    )

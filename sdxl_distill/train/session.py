@@ -33,8 +33,9 @@ from sdxl_distill.stream.joined_sets import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
 from sdxl_distill.train.agreement import sum_over_ranks
 from sdxl_distill.train.memory_choice import settle_memory
-from sdxl_distill.train.run_folder import RunFolder
+from sdxl_distill.train.run_folder import RunFolder, require_same_configuration
 from sdxl_distill.train.run_lock import RunLock
+from sdxl_distill.train.run_state import RunState
 from sdxl_distill.train.stop_signals import StopSignals, end_with_launcher
 from sdxl_distill.train.trainer import Trainer, TrainSummary
 
@@ -87,15 +88,11 @@ def train_student(
                 folder.prepare()
                 warn_of_memorising(stream, config.training.num_steps)
 
+            saved = _saved_state(config, folder, start)
+
             # Load the weights, and go on where the checkpoint ends.
             trainer = _load_trainer(
-                config,
-                model_folder,
-                noise_schedule,
-                stream,
-                accelerator,
-                lock,
-                None if start is None else folder.has_exact_masters(start),
+                config, model_folder, noise_schedule, stream, accelerator, lock, saved
             )
             if start is not None:
                 trainer.resume(start)
@@ -107,6 +104,14 @@ def train_student(
                 return trainer.run(stop)
 
 
+def _saved_state(config: DistillConfig, folder: RunFolder, start: str | None) -> RunState | None:
+    """Return the state to go on from, if there is one and the configuration is that run's."""
+    saved = None if start is None else folder.saved_state(start)
+    if saved is not None:
+        require_same_configuration(config, saved, str(folder.path))
+    return saved
+
+
 def _load_trainer(
     config: DistillConfig,
     model_folder: ModelFolder,
@@ -114,13 +119,14 @@ def _load_trainer(
     stream: JoinedStream,
     accelerator: Accelerator,
     lock: RunLock | None,
-    saved_masters: bool | None,
+    saved: RunState | None,
 ) -> Trainer:
     """Load the student's weights, and make all that trains them."""
     student = load_student(config.student, model_folder, accelerator.device)
     if config.training.compile:
         # One extra for the warm-up pass of data parallelism.
         compile_unet(student, len(stream.order.table.buckets) + 1)
+    saved_masters = None if saved is None else bool(saved.optimizer.get("exact_masters"))
     config = settle_memory(config, student, model_folder, stream, accelerator, saved_masters)
     fingerprint = model_folder.unet_fingerprint()
     return Trainer(config, student, noise_schedule, fingerprint, stream, accelerator, lock)

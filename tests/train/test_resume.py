@@ -169,6 +169,23 @@ def test_a_path_and_a_damaged_latest_resume_from_an_older_checkpoint(
 
 
 @pytest.mark.multiprocess
+def test_all_ranks_fall_back_from_what_only_the_main_one_reads(
+    launch: Launch, uninterrupted: Callable[[int], list[bytes]], tmp_path: Path
+) -> None:
+    ranks = launch(tmp_path, 2)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    victim = checkpoints(tmp_path).path / f"step-{NUM_STEPS:08d}" / "optimizer.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    resume_to_the_end(launch, tmp_path, 2)
+    log = ranks.log.read_text()
+    assert "falling back" in log
+    assert "the main process found it damaged" in log
+    assert last_checkpoint(tmp_path) == uninterrupted(2)
+
+
+@pytest.mark.multiprocess
 def test_ranks_that_see_different_checkpoints_are_refused(
     distill_cache: DistillCache, launch: Launch, tmp_path: Path
 ) -> None:

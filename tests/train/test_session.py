@@ -27,6 +27,7 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.latents_set import build_latents_set
 from sdxl_distill.sets.predictions_set import build_predictions_set, open_latents
 from sdxl_distill.sets.text_set import build_text_set
+from sdxl_distill.train import session
 from sdxl_distill.train.checkpoint import load_checkpoint
 from sdxl_distill.train.run_folder import RunFolder
 from sdxl_distill.train.session import train_student, usual_reader_threads
@@ -185,6 +186,18 @@ def test_a_foreign_state_is_refused(distill_cache: DistillCache, resumable: Path
     folder.save(4, checkpoint)
     with pytest.raises(CorruptError, match="no field 'position'"):
         train_student(config, resume=str(path))
+
+
+def test_another_configuration_is_refused_before_any_weights_are_read(
+    resumable: Path, distill_cache: DistillCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr(session, "load_student", loaded)
+    config = distill_cache.config(resumable, "training.num_steps=8", "training.lr=1e-5")
+    with pytest.raises(IncompatibleError, match=r"config\.training\.lr was 0\.0005"):
+        train_student(config, resume="latest")
 
 
 def test_changed_data_is_refused_or_goes_on_at_the_next_epoch(
