@@ -84,7 +84,7 @@ def _building(
 ) -> Iterator[Row]:
     unet = _random_unet(checkpoint, device)
     if compiled:
-        compile_unet(unet, 1)
+        compile_unet(unet, "full", 1)
     asked = UnetInput.zeros(unet_geometry(checkpoint), BUILD_BATCH, SQUARE, NUM_TOKENS)
     latents, *others = (tensor.to(device) for tensor in asked)
 

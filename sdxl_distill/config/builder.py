@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from sdxl_distill.config.nested_folder import Key, require_beside_sets
 from sdxl_distill.config.section import (
     BrokenRule,
+    Compile,
     Count,
     Device,
     Place,
@@ -177,9 +178,9 @@ class CacheSection(Section):
     """Number of (timestep, noise) pairs that are predicted for every image."""
     batch_size: Count = 8
     """Records that the UNet predicts at once on one device."""
-    compile: bool = False
-    """Compile the UNet with torch.compile, once for each bucket: a minute or two each at first,
-    faster afterwards."""
+    compile: Compile = "none"
+    """Compile the UNet with torch.compile. regional: its repeated blocks, once for all buckets, in
+    a minute or two. full: the whole network, once for each bucket, in a minute or two each."""
     exclusive: bool = False
     """Promise that only one process builds, for file systems without create-only names."""
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from sdxl_distill.config.nested_folder import Key, require_beside_sets
 from sdxl_distill.config.section import (
     BrokenRule,
+    Compile,
     Count,
     Device,
     NonNegative,
@@ -156,9 +157,9 @@ class TrainingSection(Section):
     exact_masters: Literal["auto"] | bool = "auto"
     """Keep the 16 bits that bfloat16 weights lack: exact float32 weights, for 2 more bytes each.
     auto keeps them where memory allows, and as the checkpoint did that a run goes on from."""
-    compile: bool = False
-    """Compile the student with torch.compile, once for each bucket: a few minutes each at first,
-    faster afterwards."""
+    compile: Compile = "none"
+    """Compile the student with torch.compile. regional: its repeated blocks, once for all buckets,
+    in a minute or two. full: the whole network, once for each bucket, in a minute or two each."""
     compile_optimizer: bool = True
     """On CUDA, compile the optimizer's step: a minute at the start, and then milliseconds instead
     of most of a second per step. Needs a C compiler; no effect on a CPU."""

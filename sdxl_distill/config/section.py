@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from sdxl_distill.limits import MAX_SIDE_PX
 from sdxl_distill.storage.path_text import fault_of_path
@@ -64,10 +64,18 @@ def _check_place(place: str) -> str:
     return place
 
 
+def _compile_of_switch(value: object) -> object:
+    """Read the switch that earlier versions had."""
+    if isinstance(value, bool):
+        return "regional" if value else "none"
+    return value
+
+
 Device = Literal["auto", "cuda", "cpu"]
 StoredDtype = Literal["fp16", "bf16", "fp32"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
+Compile = Annotated[Literal["none", "regional", "full"], BeforeValidator(_compile_of_switch)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_check_place)]
 SafeName = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_check_safe_name)]
 Count = Annotated[int, Field(ge=1)]

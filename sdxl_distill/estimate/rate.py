@@ -87,8 +87,8 @@ def measure_training_rate(config: DistillConfig, bucket: Bucket) -> float:
     checkpoint = ModelFolder.resolve(config.student.checkpoint_path)
     # The trainer's own student, optimizer and step.
     student = load_student(config.student, checkpoint, device)
-    if config.training.compile:
-        compile_unet(student, 1)
+    if config.training.compile != "none":
+        compile_unet(student, config.training.compile, 1)
     optimizer = make_optimizer(config.training, student.named_parameters(), device.type)
     step = step_of(config, student, checkpoint.noise_schedule(), device)
     num_tokens = text_geometry(ModelFolder.resolve(config.text_source)).num_tokens

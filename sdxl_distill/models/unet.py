@@ -5,7 +5,7 @@ Teacher and student go through the same `predict`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 NUM_TIME_IDS = 6
 """Original height and width, crop top and left, target height and width."""
+
+_COMPILED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
+# With and without gradients; single records and sides of equal length are shapes apart for dynamo,
+# and so is the first call, before a size is seen to vary.
+_MAX_GRAPHS_OF_A_BLOCK = 16
 
 
 class UnetGeometry(NamedTuple):
@@ -102,21 +107,38 @@ def load_unet(
     return cast("UNet2DConditionModel", unet)
 
 
-def compile_unet(unet: nn.Module, num_shapes: int) -> None:
-    """Compile a UNet in place, at its first call with each shape, for exactly that one.
-
-    Fixed sizes make faster kernels than symbolic ones; buckets and batches bound their number.
+def compile_unet(unet: nn.Module, way: Literal["regional", "full"], num_shapes: int) -> None:
+    """Compile a UNet in place; names of its parameters stay.
 
     Args:
         unet: a UNet from `load_unet`.
+        way: "regional" compiles transformer and ResNet blocks for inputs of any shape: blocks alike
+            in their weights' shapes share a graph, and a new bucket seldom needs another. "full"
+            compiles the whole network at its first call with each shape for exactly that one:
+            fixed sizes and wider fusion make faster kernels, after minutes for every shape.
         num_shapes: the number of shapes that it will be called with, in each of its modes (with
             and without gradients).
     """
-    # Beyond its limit the compiler would silently stop compiling.
+    if way == "full":
+        _allow_graphs(num_shapes)
+        unet.compile(dynamic=False)
+        return
+    # As diffusers' compile_repeated_blocks does, which leaves the ResNets out.
+    blocks = [block for block in unet.modules() if type(block).__name__ in _COMPILED_BLOCKS]
+    _allow_graphs(_MAX_GRAPHS_OF_A_BLOCK * len({_weight_shapes(block) for block in blocks}))
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def _allow_graphs(num_graphs: int) -> None:
+    """Raise the limit beyond which the compiler would silently stop compiling."""
     dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, num_shapes)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * num_shapes)
-    unet.compile(dynamic=False)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, num_graphs)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 8 * num_graphs)
+
+
+def _weight_shapes(block: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, weight.shape) for name, weight in block.named_parameters())
 
 
 def predict(

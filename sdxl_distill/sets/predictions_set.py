@@ -214,8 +214,8 @@ def load_teacher(
     dtype = torch.bfloat16 if config.teacher.use_bf16 else torch.float32
     unet = load_unet(checkpoint, dtype, device)
     full_batch = None
-    if config.cache.compile:
-        compile_unet(unet, len(config.buckets))
+    if config.cache.compile != "none":
+        compile_unet(unet, config.cache.compile, len(config.buckets))
         full_batch = config.cache.batch_size
     stored_dtype = _TORCH_DTYPES[config.cache.dtype]
     return Teacher(unet, noise_schedule, device, stored_dtype, full_batch)

@@ -123,9 +123,9 @@ def _load_trainer(
 ) -> Trainer:
     """Load the student's weights, and make all that trains them."""
     student = load_student(config.student, model_folder, accelerator.device)
-    if config.training.compile:
+    if config.training.compile != "none":
         # One extra for the warm-up pass of data parallelism.
-        compile_unet(student, len(stream.order.table.buckets) + 1)
+        compile_unet(student, config.training.compile, len(stream.order.table.buckets) + 1)
     saved_masters = None if saved is None else bool(saved.optimizer.get("exact_masters"))
     config = settle_memory(config, student, model_folder, stream, accelerator, saved_masters)
     fingerprint = model_folder.unet_fingerprint()

@@ -74,7 +74,7 @@ def test_a_compiled_unet_may_have_a_shape_for_every_bucket(checkpoint):
     unet = load_unet(checkpoint, torch.float32, CPU)
     before = torch._dynamo.config.recompile_limit
     try:
-        compile_unet(unet, num_shapes=40)
+        compile_unet(unet, "full", num_shapes=40)
         assert torch._dynamo.config.recompile_limit >= 40
         with torch.compiler.set_stance("force_eager"):
             assert teacher(unet, 4).predict(question(checkpoint, 2)).shape[0] == 2
