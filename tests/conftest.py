@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start take it over
 # Threads that spin while they wait for one that does not run take seconds for a millisecond's work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No test reads or writes what the user's commands remember.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sdxl-distill-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # A suite in the background of a script ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parent))  # where `support` lies

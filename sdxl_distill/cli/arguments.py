@@ -1,4 +1,4 @@
-"""`--config`, `--set` and `--print-config`, the same on every command that has a configuration."""
+"""`--config`, `--set`, `--print-config`, `--rehash`, on every command that has a configuration."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Declare the three options."""
+    """Declare the four options."""
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -70,6 +70,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved configuration and stop"
+    )
+    parser.add_argument(
+        "--rehash",
+        action="store_true",
+        help="read checkpoints that seem unchanged again, instead of trusting their remembered "
+        "fingerprints",
     )
 
 
@@ -89,4 +95,8 @@ def config_of(arguments: argparse.Namespace, schema: type[Schema]) -> Schema | N
     if arguments.print_config:
         print(resolved_json(config), end="")
         return None
+    if arguments.rehash:
+        from sdxl_distill.models.fingerprint_memory import distrust
+
+        distrust()
     return config

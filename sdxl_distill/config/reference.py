@@ -33,6 +33,8 @@ per teacher, and one for the trainer (`train`, `export_student`). Examples:
 - Relative paths are relative to the folder that the command is started in, not to the file.
 - `--set a.b.c=value` on every command overrides one key; the value is JSON, or text if it is
   not: `--set training.lr=1e-5 --set teachers.0.weight=0.5 --set student.text_encoder_id=null`.
+- `--rehash` reads checkpoints that seem unchanged again, instead of trusting the fingerprints that
+  earlier commands remembered in `~/.cache/sdxl_distill` (below `XDG_CACHE_HOME` where that is set).
 - `--print-config` shows the resolved configuration: the file, the overrides and every default. It
   can be saved and loaded again.
 - An unknown key, a wrong type or a missing value stops the command before any work, with the file,

@@ -19,6 +19,7 @@ from torch import nn
 from sdxl_distill.errors import CorruptError, IncompatibleError
 from sdxl_distill.fingerprint import fingerprint
 from sdxl_distill.models.component_kind import ComponentKind
+from sdxl_distill.models.fingerprint_memory import remembered
 from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.tensor_files import (
     StoredTensor,
@@ -111,7 +112,7 @@ class Component:
         """SHA-256 over every tensor (name, dtype, shape, bytes) and each field without its default.
 
         Equal for the same weights in one file or many, whichever library version wrote them.
-        `require_complete` checks that they are all there.
+        `require_complete` checks that they are all there. Remembered while the files are unchanged.
 
         Raises:
             ConfigError, CorruptError, IncompatibleError: as `tensors`; CorruptError also for
@@ -122,6 +123,13 @@ class Component:
             for name, default in self.kind.defaults.items()
             if self.field(name) != default
         }
+        return remembered(
+            (stored.path for stored in self.tensors.values()),
+            {"network": self.kind.name, "fields": fields},
+            lambda: self._computed_fingerprint(fields),
+        )
+
+    def _computed_fingerprint(self, fields: Mapping[str, Any]) -> str:
         digests = tensor_digests(self.tensors)
         self._require_finite(name for name, digest in digests.items() if not digest.is_finite)
         tensors = {

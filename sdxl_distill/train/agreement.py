@@ -6,12 +6,15 @@ so that on a GPU no rank waits for more than the gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from sdxl_distill.errors import DistillError
 from sdxl_distill.runtime.device import HostCopy
 
 # Equal processors have equal bits. Unlike ones round roots otherwise in their last bit, which
@@ -50,6 +53,26 @@ def shared_numbers(grad_norm: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
     total = weight.detach().sum(dtype=torch.float32)
     return torch.stack([grad_norm.clamp(min=tiny).log(), total / norm.clamp(min=tiny)])
+
+
+def told_by_main(accelerator: Accelerator, ask: Callable[[], str]) -> str:
+    """Return on every rank what `ask` returns on the main one, which alone calls it.
+
+    Raises:
+        DistillError: on every rank, what `ask` raised on the main one.
+    """
+    if accelerator.num_processes == 1:
+        return ask()
+    answer: list[str | DistillError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            answer = [ask()]
+        except DistillError as error:
+            answer = [error]
+    (told,) = broadcast_object_list(answer)
+    if isinstance(told, DistillError):
+        raise told
+    return str(told)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
 from sdxl_distill.stream.joined_sets import noise_schedule_of, recipe_of
 from sdxl_distill.stream.loader import JoinedStream
-from sdxl_distill.train.agreement import sum_over_ranks
+from sdxl_distill.train.agreement import sum_over_ranks, told_by_main
 from sdxl_distill.train.memory_choice import settle_memory
 from sdxl_distill.train.run_folder import RunFolder, require_same_configuration
 from sdxl_distill.train.run_lock import RunLock
@@ -128,7 +128,7 @@ def _load_trainer(
         compile_unet(student, config.training.compile, len(stream.order.table.buckets) + 1)
     saved_masters = None if saved is None else bool(saved.optimizer.get("exact_masters"))
     config = settle_memory(config, student, model_folder, stream, accelerator, saved_masters)
-    fingerprint = model_folder.unet_fingerprint()
+    fingerprint = told_by_main(accelerator, model_folder.unet_fingerprint)
     return Trainer(config, student, noise_schedule, fingerprint, stream, accelerator, lock)
 
 
@@ -230,7 +230,9 @@ def _stream(
     return JoinedStream(
         teachers,
         latents=latents,
-        text_fingerprint=ModelFolder.resolve(config.text_source).text_fingerprint(),
+        text_fingerprint=told_by_main(
+            accelerator, ModelFolder.resolve(config.text_source).text_fingerprint
+        ),
         global_batch=per_rank * world.size,
         seed=training.seed,
         lanes=config.data.lanes,

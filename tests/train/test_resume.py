@@ -186,6 +186,23 @@ def test_all_ranks_fall_back_from_what_only_the_main_one_reads(
 
 
 @pytest.mark.multiprocess
+def test_what_the_main_rank_finds_in_a_checkpoint_ends_all(
+    distill_cache: DistillCache, tmp_path: Path
+) -> None:
+    student = shutil.copytree(distill_cache.family.base, tmp_path / "student")
+    victim = student / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-4:] = b"\x00\x00\x80\x7f"  # a float32 infinity
+    victim.write_bytes(content)
+    file = distill_cache.config_file(tmp_path)
+    overrides = [f"student.checkpoint_path={student}", "training.batch_size=2"]
+    ranks = Ranks(2, file, *(part for each in overrides for part in ("--set", each)))
+    assert ranks.wait() == [3, 3], ranks.log.read_text()
+    assert ranks.log.read_text().count("this one is broken") == 2
+    assert "NaN" in ranks.log.read_text()
+
+
+@pytest.mark.multiprocess
 def test_ranks_that_see_different_checkpoints_are_refused(
     distill_cache: DistillCache, launch: Launch, tmp_path: Path
 ) -> None:
