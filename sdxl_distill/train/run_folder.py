@@ -160,6 +160,7 @@ def decisive_fields(config: DistillConfig) -> dict[str, Any]:
     Places are left out: a run may move. What a place held is in the fingerprints.
     """
     fields = config.model_dump(mode="json")
+    fields["training"]["warmup_steps"] = config.training.num_warmup_steps
     if config.training.lr_schedule == "constant":
         del fields["training"]["num_steps"]
     for path in _FREE_FIELDS:

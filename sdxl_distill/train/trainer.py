@@ -232,7 +232,7 @@ class Trainer:
             self.position.global_step,
             lr=settings.lr,
             num_steps=settings.num_steps,
-            warmup_steps=settings.warmup_steps,
+            warmup_steps=settings.num_warmup_steps,
             schedule=settings.lr_schedule,
             min_lr_ratio=settings.min_lr_ratio,
         )

@@ -99,6 +99,8 @@ class DistillCache:
                     "num_steps": 6,
                     "lr": 5e-4,
                     "exact_masters": False,
+                    "warmup_steps": 0,
+                    "lr_schedule": "constant",
                     "checkpoint_every": 2,
                     "log_every": 2,
                     "validation": {"fraction": 0.2, "every": 3},

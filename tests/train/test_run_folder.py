@@ -40,8 +40,18 @@ def test_the_length_is_free_only_where_the_rate_does_not_depend_on_it() -> None:
     def fields(schedule: str, num_steps: int) -> dict[str, object]:
         return decisive_fields(config_of({"lr_schedule": schedule, "num_steps": num_steps}))
 
-    assert fields("constant", 10) == fields("constant", 20)
-    assert fields("cosine", 10) != fields("cosine", 20)
+    assert fields("constant", 2000) == fields("constant", 3000)
+    assert fields("cosine", 2000) != fields("cosine", 3000)
+    assert fields("constant", 10) != fields("constant", 20), "the warm-up depends on it"
+
+
+def test_a_usual_warm_up_is_200_steps_or_a_tenth_of_the_run() -> None:
+    lengths = {
+        num_steps: config_of({"num_steps": num_steps}) for num_steps in (9, 100, 1999, 10**6)
+    }
+    warm_ups = [config.training.num_warmup_steps for config in lengths.values()]
+    assert warm_ups == [0, 10, 199, 200]
+    assert config_of({"warmup_steps": 7}).training.num_warmup_steps == 7
 
 
 def test_every_difference_is_named_with_both_values() -> None:
