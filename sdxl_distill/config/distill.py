@@ -138,11 +138,11 @@ class TrainingSection(Section):
     huber_delta: Positive = 0.1
     """Difference at which huber and smooth_l1 turn from squared to linear."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps in which the learning rate rises from 0. Null takes 200, or a tenth of the steps of a run
-    of less than 2,000."""
+    """Steps in which the learning rate rises from 0. Null takes 200, or a tenth of the steps of a
+    run of less than 2,000."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Course of the learning rate after the warm-up. Of cosine and linear `num_steps` is a part: such
-    a run is not prolonged when it is resumed."""
+    """Course of the learning rate after the warm-up. Of cosine and linear `num_steps` is a part:
+    such a run is not prolonged when it is resumed."""
     min_lr_ratio: Fraction = 0.0
     """Final learning rate of cosine and linear, as a share of `lr`."""
     max_grad_norm: Positive | None = 1.0
