@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from sdxl_distill.errors import ConfigError, StorageError
+from sdxl_distill.errors import ConfigError, IncompatibleError
 from sdxl_distill.models.component import Component
 from sdxl_distill.models.component_kind import PIPELINE_PARTS
 from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.tokenizer import copy_tokenizer
+from sdxl_distill.shards.safetensors_file import write_one_by_one
+from sdxl_distill.shards.safetensors_layout import dtype_of
 from sdxl_distill.storage.file_mode import follow_umask
 from sdxl_distill.storage.fsio import TEMPORARY_PREFIX, new_token
 from sdxl_distill.storage.regular_file import storage_errors
@@ -35,6 +35,10 @@ from diffusers import StableDiffusionXLPipeline
 pipeline = StableDiffusionXLPipeline.from_pretrained({folder})
 # on a GPU: from_pretrained(…, torch_dtype=torch.float16).to("cuda")
 pipeline("a photo of a cat").images[0].save("cat.png")"""
+
+
+# transformers refuses files that do not say whose tensors they hold.
+_METADATA: Final = {"format": "pt"}
 
 
 def use_of(folder: str | Path) -> str:
@@ -119,22 +123,37 @@ def _write(
 def _write_unet(
     folder: Path, base: Component, weights: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> None:
-    unet = base.load(dtype, "cpu")
-    unet.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()})
-    with _weights_errors(folder):
-        # torch's base class lacks this method of diffusers' models.
-        cast("Any", unet).save_pretrained(folder, safe_serialization=True)
+    """Write the weights one by one: neither the base's nor a second copy is ever in memory."""
+    _require_same_shapes(base, weights)
+    folder.mkdir()
+    stored = dtype_of(torch.empty(0, dtype=dtype))
+    described = {name: (stored, tuple(weight.shape)) for name, weight in weights.items()}
+    with (folder / f"{base.kind.weights_stem}.safetensors").open("xb") as file:
+        write_one_by_one(file, described, lambda name: weights[name].to(dtype), _METADATA)
     # The base's own: this version would add fields that an older one does not know.
     _write_json(folder / "config.json", base.config)
 
 
+def _require_same_shapes(base: Component, weights: Mapping[str, torch.Tensor]) -> None:
+    expected = {name: tuple(each.shape) for name, each in base.on_meta().state_dict().items()}
+    found = {name: tuple(each.shape) for name, each in weights.items()}
+    if found != expected:
+        differing = {name for name, _ in found.items() ^ expected.items()}
+        raise IncompatibleError(
+            f"{len(differing)} weights of other names or shapes, first {min(differing)!r}",
+            expected="exactly the weights of the student's config.json",
+            where=str(base.folder),
+            action="export with the configuration of the run (its config.json)",
+        )
+
+
 def _copy_component(component: Component, folder: Path) -> None:
     folder.mkdir()
-    with _weights_errors(folder):
-        save_file(
-            component.stored_weights(),
-            folder / f"{component.kind.weights_stem}.safetensors",
-            metadata={"format": "pt"},
+    tensors = component.hub_tensors()
+    described = {name: (stored.dtype, stored.shape) for name, stored in tensors.items()}
+    with (folder / f"{component.kind.weights_stem}.safetensors").open("xb") as file:
+        write_one_by_one(
+            file, described, lambda name: component.finite_weight(tensors[name]), _METADATA
         )
     _write_json(folder / "config.json", _loading_as_float32(component.config))
 
@@ -176,15 +195,3 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def _weights_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except SafetensorError as error:
-        raise StorageError(
-            f"the weights could not be written ({error})",
-            where=str(folder),
-            action="free some space on this disk, then export again",
-        ) from error

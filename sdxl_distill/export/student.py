@@ -8,10 +8,15 @@ from typing import Final, Literal
 import torch
 
 from sdxl_distill.config.distill import DistillConfig
-from sdxl_distill.errors import ConfigError, IncompatibleError
+from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError
 from sdxl_distill.export.diffusers_folder import export_diffusers_folder
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.train.checkpoint import load_checkpoint
+from sdxl_distill.train.checkpoint import (
+    load_tensors,
+    read_state,
+    verify_tensors,
+    warn_of_fallback,
+)
 from sdxl_distill.train.run_folder import RunFolder
 
 Weights = Literal["ema", "raw"]
@@ -42,23 +47,19 @@ def export_student(
         IncompatibleError: when it belongs to another student.
         StorageError: when the disk is full or refuses.
     """
-    # A checkpoint of this student.
-    folder = RunFolder.of(config)
-    if checkpoint == "latest":
-        path, saved = folder.checkpoints().load_latest()
-    else:
-        path, saved = Path(checkpoint), load_checkpoint(Path(checkpoint))
+    # A checkpoint of this student, of which only what is exported is read.
+    chosen = weights or ("ema" if config.student.use_ema else "raw")
+    stem = "ema" if chosen == "ema" else "student"
+    path = _whole_checkpoint(RunFolder.of(config), checkpoint, stem)
     base = ModelFolder.resolve(config.student.checkpoint_path)
-    if saved.state["identity"]["student"] != base.unet_fingerprint():
+    if read_state(path)["identity"]["student"] != base.unet_fingerprint():
         raise IncompatibleError(
             "the checkpoint belongs to a student that started from other weights",
             expected=f"weights trained from {base.reference}",
             where=str(path),
             action="export with the configuration of the run (its config.json)",
         )
-    # The average or the weights themselves.
-    chosen = weights or ("ema" if config.student.use_ema else "raw")
-    tensors = saved.tensors.get("ema" if chosen == "ema" else "student")
+    tensors = load_tensors(path, stem).get(stem)
     if tensors is None:
         raise ConfigError(
             "the run kept no moving average",
@@ -66,9 +67,26 @@ def export_student(
             action="export its weights with --weights raw",
         )
     # With the other networks that they were trained with.
-    destination = destination or folder.export
+    destination = destination or RunFolder.of(config).export
     text = ModelFolder.resolve(config.text_source)
     export_diffusers_folder(
         destination, base, text, tensors, DTYPES[config.export.dtype], overwrite=overwrite
     )
     return destination
+
+
+def _whole_checkpoint(folder: RunFolder, checkpoint: str, stem: str) -> Path:
+    """Return the checkpoint to export: the named one, or the newest whose weights are whole."""
+    if checkpoint != "latest":
+        verify_tensors(Path(checkpoint), stem)
+        return Path(checkpoint)
+    faults: list[CorruptError] = []
+    for path in folder.checkpoints().newest_first():
+        try:
+            verify_tensors(path, stem)
+        except CorruptError as error:
+            warn_of_fallback(error)
+            faults.append(error)
+        else:
+            return path
+    raise faults[0]

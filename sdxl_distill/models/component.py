@@ -24,6 +24,7 @@ from sdxl_distill.models.json_files import read_json
 from sdxl_distill.models.tensor_files import (
     StoredTensor,
     name_list,
+    read_tensor,
     read_tensors,
     stored_tensors,
     tensor_digests,
@@ -175,16 +176,25 @@ class Component:
         module.load_state_dict(weights, assign=True)
         return module.to(device).requires_grad_(False).eval()
 
-    def stored_weights(self) -> dict[str, torch.Tensor]:
-        """Return every tensor as it is stored, bit for bit, by its name in the hub's files.
+    def hub_tensors(self) -> dict[str, StoredTensor]:
+        """Return where every tensor is stored, by its name in the hub's files.
 
         Raises:
-            ConfigError, CorruptError, IncompatibleError: as `load`.
+            ConfigError, CorruptError, IncompatibleError: as `require_complete`.
         """
         self.require_complete()
-        weights = {self.kind.hub_name(name): tensor for name, tensor in read_tensors(self.tensors)}
-        self._require_finite(name for name, tensor in weights.items() if not _all_finite(tensor))
-        return weights
+        return {self.kind.hub_name(name): stored for name, stored in self.tensors.items()}
+
+    def finite_weight(self, stored: StoredTensor) -> torch.Tensor:
+        """Read one tensor as it is stored, bit for bit.
+
+        Raises:
+            CorruptError: when it is cut short, or holds NaN or infinity.
+        """
+        tensor = read_tensor(stored)
+        if not _all_finite(tensor):
+            self._require_finite(n for n, each in self.tensors.items() if each is stored)
+        return tensor
 
     def _build(self) -> nn.Module:
         config = self.config

@@ -150,12 +150,16 @@ def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, tor
         )
     by_place = sorted(tensors, key=lambda name: (tensors[name].path, tensors[name].offset))
     for name in by_place:
-        stored = tensors[name]
-        content = torch.empty(stored.num_bytes, dtype=torch.uint8)
-        view = content.numpy()
-        for chunk, offset in _chunks(stored):
-            view[offset : offset + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
-        yield name, content.view(FLOAT_TYPES[stored.dtype]).view(stored.shape)
+        yield name, read_tensor(tensors[name])
+
+
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
+    """Read one tensor of floats. Raises CorruptError as `read_tensors`."""
+    content = torch.empty(stored.num_bytes, dtype=torch.uint8)
+    view = content.numpy()
+    for chunk, offset in _chunks(stored):
+        view[offset : offset + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+    return content.view(FLOAT_TYPES[stored.dtype]).view(stored.shape)
 
 
 class TensorDigest(NamedTuple):

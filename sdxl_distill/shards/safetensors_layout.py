@@ -22,7 +22,17 @@ from sdxl_distill.limits import MAX_HEADER_BYTES
 from sdxl_distill.shards.bounded_json import parse_json, require_names
 
 # In the library's own order of dtypes; tensors are stored from the last to the first.
-ITEM_BYTES: Final = {"U8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8}
+ITEM_BYTES: Final = {
+    "U8": 1,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
 TORCH_DTYPES: Final = {
     "U8": torch.uint8,
     "I16": torch.int16,
@@ -30,6 +40,7 @@ TORCH_DTYPES: Final = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
     "F32": torch.float32,
+    "F64": torch.float64,
     "I64": torch.int64,
     "U64": torch.uint64,
 }

@@ -275,28 +275,40 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_json(path / _STATE)
 
 
-def verify_tensors(path: Path) -> None:
+def verify_tensors(path: Path, stem: str | None = None) -> None:
     """Read every byte of a checkpoint's tensors, its files side by side.
+
+    Args:
+        path: the checkpoint.
+        stem: the one file that is read, `student`; None reads all. One that is not there passes.
 
     Raises:
         ConfigError: when there is no such folder.
         CorruptError: when a file is missing or damaged.
     """
-    digests = _digests(path)
+    digests = {name: digest for name, digest in _digests(path).items() if _is_asked(name, stem)}
     with ThreadPoolExecutor(len(digests), "verify") as pool:
         for _ in pool.map(partial(_verify, path), digests.keys(), digests.values()):
             pass
 
 
-def load_tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+def load_tensors(path: Path, stem: str | None = None) -> dict[str, dict[str, torch.Tensor]]:
     """Map the tensors of a verified checkpoint into memory: what is not used is not read.
+
+    Args:
+        path: the checkpoint.
+        stem: the one file that is mapped, if it is there; None maps all.
 
     Raises:
         ConfigError: when there is no such folder.
         CorruptError: when a file is missing or cannot be parsed.
     """
-    names = [name for name in _digests(path) if name.endswith(_TENSORS_SUFFIX)]
+    names = [name for name in _digests(path) if name != _STATE and _is_asked(name, stem)]
     return {name.removesuffix(_TENSORS_SUFFIX): _load_tensors(path / name) for name in names}
+
+
+def _is_asked(name: str, stem: str | None) -> bool:
+    return stem is None or name in (_STATE, f"{stem}{_TENSORS_SUFFIX}")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

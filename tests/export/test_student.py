@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
 from support.distill_cache import DistillCache
+from support.patience import wait_until
 
 from sdxl_distill.builder.launch import Launch
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, StorageError
 from sdxl_distill.export.student import DTYPES, export_student
+from sdxl_distill.models.fingerprint_memory import memory_folder
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.runtime.world import World
 from sdxl_distill.sets.predictions_set import build_predictions_set
@@ -75,6 +78,37 @@ def test_the_unet_holds_the_chosen_weights_in_the_chosen_dtype(
     assert {tensor.dtype for tensor in stored.values()} == {
         {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}[dtype]
     }
+
+
+def test_an_export_reads_what_it_writes_and_nothing_else(
+    distill_cache: DistillCache, trained_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    config = distill_cache.config(run, "export.dtype=fp32")
+    for damaged in ("optimizer", "student"):  # neither is part of an exported average
+        for path in run.rglob(f"{damaged}.safetensors"):
+            path.write_bytes(path.read_bytes()[:-1])
+
+    def num_bytes_read() -> int:
+        (line,) = (
+            each for each in Path("/proc/self/io").read_text().splitlines() if "rchar" in each
+        )
+        return int(line.split()[1])
+
+    # The first ones import libraries, and read the base until its files are old enough.
+    wait_until(lambda: _has_exported(config, tmp_path) and any(memory_folder().glob("*.json")))
+    before = num_bytes_read()
+    folder = export_student(config, destination=tmp_path / "export", overwrite=True)
+    num_read = num_bytes_read() - before
+    num_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    base = ModelFolder.resolve(str(config.student.checkpoint_path))
+    num_copied = sum(len(each.tensors) for each in (base.vae, *base.text_encoders))
+    # A file is read a buffer at a time, which tensors as small as these do not fill.
+    assert num_read <= 1.1 * num_written + num_copied * io.DEFAULT_BUFFER_SIZE
+
+
+def _has_exported(config: DistillConfig, folder: Path) -> bool:
+    return export_student(config, destination=folder / "export", overwrite=True).is_dir()
 
 
 def test_all_else_is_the_base_s(config: DistillConfig, tmp_path: Path, tiny_family: Family) -> None:
