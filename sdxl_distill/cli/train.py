@@ -62,6 +62,10 @@ def _train(config: DistillConfig, arguments: argparse.Namespace, end: EarlyEnd) 
         path = RunFolder.of(config).path
         print(f"run folder: {path} (its config.json is the resolved configuration)")
         print(f"logs: tensorboard --logdir {config.training.tensorboard.base_dir}")
+    if not arguments.no_export:
+        from sdxl_distill.export.student import require_exportable
+
+        require_exportable(config)
     summary = train_student(config, arguments.resume, end.signals)
     end.is_trained = True
     if not is_main:

@@ -202,6 +202,8 @@ class ExportSection(Section):
     dtype: StoredDtype = "fp16"
     """Dtype that the exported UNet is stored in; the VAE and the text encoders stay as their source
     stores them."""
+    vae_id: Place | None = None
+    """Checkpoint whose VAE is exported; null takes `student.checkpoint_path`."""
 
 
 class DistillConfig(Section):
@@ -256,6 +258,11 @@ class DistillConfig(Section):
         }
         require_beside_sets(sets, folders)
         return self
+
+    @property
+    def vae_source(self) -> str:
+        """Checkpoint whose VAE is exported with the student."""
+        return self.export.vae_id or self.student.checkpoint_path
 
     @property
     def text_source(self) -> str:

@@ -50,6 +50,7 @@ def export_diffusers_folder(
     destination: Path,
     base: ModelFolder,
     text: ModelFolder,
+    vae: ModelFolder,
     weights: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     *,
@@ -59,8 +60,9 @@ def export_diffusers_folder(
 
     Args:
         destination: the folder to write; its parents are created.
-        base: the student's starting point, for UNet configuration, VAE and scheduler.
+        base: the student's starting point, for UNet configuration and scheduler.
         text: the checkpoint whose text encoders and tokenizers condition the student.
+        vae: the checkpoint whose VAE decodes what it makes.
         weights: the UNet's weights, by name.
         dtype: the UNet's dtype in the folder; other networks stay as their source stores them.
         overwrite: True replaces an existing folder.
@@ -80,7 +82,7 @@ def export_diffusers_folder(
     with storage_errors(destination):
         temporary.mkdir(parents=True)
         try:
-            _write(temporary, base, text, weights, dtype)
+            _write(temporary, base, text, vae, weights, dtype)
             follow_umask(temporary)
             _flush(temporary)
             _replace(destination, temporary)
@@ -108,11 +110,12 @@ def _write(
     folder: Path,
     base: ModelFolder,
     text: ModelFolder,
+    vae: ModelFolder,
     weights: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> None:
     _write_unet(folder / "unet", base.unet, weights, dtype)
-    for component in (base.vae, *text.text_encoders):
+    for component in (vae.vae, *text.text_encoders):
         _copy_component(component, folder / component.kind.name)
     for source in text.tokenizer_folders:
         copy_tokenizer(source, folder / source.name)

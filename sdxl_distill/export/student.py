@@ -69,10 +69,30 @@ def export_student(
     # With the other networks that they were trained with.
     destination = destination or RunFolder.of(config).export
     text = ModelFolder.resolve(config.text_source)
+    vae = ModelFolder.resolve(config.vae_source)
     export_diffusers_folder(
-        destination, base, text, tensors, DTYPES[config.export.dtype], overwrite=overwrite
+        destination, base, text, vae, tensors, DTYPES[config.export.dtype], overwrite=overwrite
     )
     return destination
+
+
+def require_exportable(config: DistillConfig) -> None:
+    """Check, before a run is trained, that what its export needs besides the student is there.
+
+    Raises:
+        ConfigError: when the VAE or a text encoder is missing; names the key.
+        CorruptError, IncompatibleError: when its files or its class are wrong.
+    """
+    try:
+        ModelFolder.resolve(config.vae_source).vae.require_complete()
+    except ConfigError as error:
+        raise ConfigError(
+            f"the export has no VAE: {error.found}",
+            where=error.where,
+            action="set export.vae_id to a checkpoint that has one, or train with --no-export",
+        ) from error
+    for encoder in ModelFolder.resolve(config.text_source).text_encoders:
+        encoder.require_complete()
 
 
 def _whole_checkpoint(folder: RunFolder, checkpoint: str, stem: str) -> Path:

@@ -81,6 +81,14 @@ def unet_geometry(checkpoint: ModelFolder) -> UnetGeometry:
             where=str(unet.folder),
             action="use an SDXL checkpoint; SD 1.x and 2.x have another UNet",
         )
+    if unet.field("time_cond_proj_dim") is not None:
+        raise IncompatibleError(
+            f"a UNet that takes the guidance scale (time_cond_proj_dim "
+            f"{unet.field('time_cond_proj_dim')!r})",
+            expected="null: a UNet that is sampled with ordinary guidance",
+            where=str(unet.folder),
+            action="use the checkpoint that this LCM was distilled from",
+        )
     channels, out_channels = unet.size("in_channels"), unet.size("out_channels")
     time_size = unet.size("addition_time_embed_dim")
     pooled_size = unet.size("projection_class_embeddings_input_dim") - NUM_TIME_IDS * time_size

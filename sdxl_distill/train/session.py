@@ -25,7 +25,8 @@ from sdxl_distill.core.noise_schedule import NoiseSchedule
 from sdxl_distill.core.prediction import MIN_SIGNAL
 from sdxl_distill.errors import ConfigError, DistillError, IncompatibleError
 from sdxl_distill.models.model_folder import ModelFolder
-from sdxl_distill.models.unet import compile_unet, load_unet
+from sdxl_distill.models.text_encoder import require_fit, text_geometry
+from sdxl_distill.models.unet import compile_unet, load_unet, unet_geometry
 from sdxl_distill.runtime.device import allow_tf32, resolve_device
 from sdxl_distill.runtime.world import World
 from sdxl_distill.shards.shard_set import ShardSet, open_shard_set
@@ -77,6 +78,8 @@ def train_student(
     with open_teachers(config) as teachers, open_stream(config, teachers, accelerator) as stream:
         # Sets and student must belong together.
         model_folder = ModelFolder.resolve(config.student.checkpoint_path)
+        text = text_geometry(ModelFolder.resolve(config.text_source))
+        require_fit(text, unet_geometry(model_folder), f"student {model_folder.reference}")
         noise_schedule = model_folder.noise_schedule()
         require_same_table(noise_schedule, stream)
         require_convertible(noise_schedule, teachers)

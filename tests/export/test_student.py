@@ -17,7 +17,7 @@ from sdxl_distill.builder.launch import Launch
 from sdxl_distill.config.distill import DistillConfig
 from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import ConfigError, CorruptError, IncompatibleError, StorageError
-from sdxl_distill.export.student import DTYPES, export_student
+from sdxl_distill.export.student import DTYPES, export_student, require_exportable
 from sdxl_distill.models.fingerprint_memory import memory_folder
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.runtime.world import World
@@ -78,6 +78,21 @@ def test_the_unet_holds_the_chosen_weights_in_the_chosen_dtype(
     assert {tensor.dtype for tensor in stored.values()} == {
         {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}[dtype]
     }
+
+
+def test_a_student_without_a_vae_is_exported_with_another_s(
+    distill_cache: DistillCache, trained_run: Path, tmp_path: Path, tiny_family: Family
+) -> None:
+    bare = shutil.copytree(tiny_family.base, tmp_path / "bare")
+    shutil.rmtree(bare / "vae")
+    settings = [f"student.checkpoint_path={bare}"]
+    with pytest.raises(ConfigError, match=r"no folder vae.*\n.*export\.vae_id"):
+        require_exportable(distill_cache.config(trained_run, *settings))
+    config = distill_cache.config(trained_run, *settings, f"export.vae_id={tiny_family.base}")
+    require_exportable(config)
+    exported = ModelFolder.resolve(str(export_student(config, destination=tmp_path / "export")))
+    expected = ModelFolder.resolve(str(tiny_family.base)).vae_fingerprint()
+    assert exported.vae_fingerprint() == expected
 
 
 def test_an_export_reads_what_it_writes_and_nothing_else(

@@ -63,7 +63,7 @@ def export_of(base: Path, destination: Path, text: Path | None = None) -> Path:
     checkpoint = ModelFolder.resolve(str(base))
     weights = checkpoint.unet.load(torch.float32, "cpu").state_dict()
     source = ModelFolder.resolve(str(text or base))
-    export_diffusers_folder(destination, checkpoint, source, weights, torch.float16)
+    export_diffusers_folder(destination, checkpoint, source, checkpoint, weights, torch.float16)
     return destination
 
 

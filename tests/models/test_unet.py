@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
+from sdxl_distill.demo.family import Family
 from sdxl_distill.errors import IncompatibleError
 from sdxl_distill.models.model_folder import ModelFolder
 from sdxl_distill.models.unet import load_unet, predict, unet_geometry
@@ -117,6 +119,13 @@ def test_neighbouring_sizes_stay_distinct_in_bfloat16(checkpoint, inputs):
     first = predict(unet, *inputs)
     second = predict(unet, *inputs._replace(time_ids=rounded))
     assert not torch.equal(first, second)
+
+
+def test_an_lcm_is_refused(make_family: Callable[..., Family]) -> None:
+    path = make_family().base / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_cond_proj_dim": 256}))
+    with pytest.raises(IncompatibleError, match="time_cond_proj_dim 256"):
+        unet_geometry(ModelFolder.resolve(str(path.parents[1])))
 
 
 def test_gradients_reach_every_weight_of_a_student(checkpoint, inputs):

@@ -188,6 +188,18 @@ def test_a_foreign_state_is_refused(distill_cache: DistillCache, resumable: Path
         train_student(config, resume=str(path))
 
 
+def test_a_student_of_another_text_width_is_refused_before_its_weights_are_read(
+    distill_cache: DistillCache, tiny_family: Family, tmp_path: Path
+) -> None:
+    student = shutil.copytree(tiny_family.base, tmp_path / "wide")
+    path = student / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 96}))
+    config = distill_cache.config(tmp_path, f"student.checkpoint_path={student}")
+    with pytest.raises(IncompatibleError, match=r"text embeddings of size.*expected 96"):
+        train_student(config)
+    assert not RunFolder.of(config).path.exists()
+
+
 def test_another_configuration_is_refused_before_any_weights_are_read(
     resumable: Path, distill_cache: DistillCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
